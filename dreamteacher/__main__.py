@@ -1,0 +1,8 @@
+"""`python -m dreamteacher` is the command `dreamteacher`."""
+
+import sys
+
+from dreamteacher.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

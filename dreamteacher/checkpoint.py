@@ -1,0 +1,207 @@
+"""Atomic safetensors checkpoints: whole or absent, never half-written, and nothing in them can run code."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dreamteacher.errors import UserError, shorten
+
+PATTERN = "checkpoint-*.safetensors"
+
+
+def atomic_write(path: Path, write: Any) -> None:
+    """Calls write(temporary path), then fsyncs and renames it to `path`; on any failure nothing is left.
+
+    Raises:
+        UserError: when the disk is full or the place cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        reason = "the disk is full" if full else str(error)
+        raise UserError(
+            f"Could not write '{path}': {reason}.",
+            "Free space or choose another --out, then run the same command: it resumes.",
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # the place itself may be what is wrong: keep the first error
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small UTF-8 file atomically; file names that are not UTF-8 keep their bytes."""
+    atomic_write(path, lambda temporary: temporary.write_text(text, "utf-8", "surrogateescape"))
+
+
+def save(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
+    """Writes tensors and JSON facts into one safetensors file, atomically.
+
+    Args:
+        tensors: name -> tensor, any memory format or device.
+        meta: JSON values, kept under the metadata key "dreamteacher".
+    """
+    # One contiguous CPU copy a tensor: safetensors stores plain row-major arrays and refuses shared storage.
+    plain = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    text = json.dumps(meta)
+    facts = {"dreamteacher": text, "sha256": _digest(plain, text)}
+    atomic_write(path, lambda temporary: save_file(plain, temporary, facts))
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
+    """SHA-256 of the facts and of every tensor's name, dtype, shape and bytes (safetensors has no checksum)."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        if tensor.nbytes:
+            digest.update((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))
+    return digest.hexdigest()
+
+
+def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Reads what `save` wrote.
+
+    Raises:
+        UserError: when the file is missing, truncated, altered, not safetensors, or not one of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
+            if "dreamteacher" not in facts:
+                raise UserError(
+                    f"'{path}' is a safetensors file, but not one that dreamteacher wrote.",
+                    "Give a run folder, or a file from `dreamteacher export` where weights are wanted.",
+                )
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        if "sha256" in facts and facts["sha256"] != _digest(tensors, facts["dreamteacher"]):
+            raise ValueError("its content has changed since it was written")
+        return tensors, json.loads(facts["dreamteacher"])
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(
+            f"'{path}' cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}.",
+            "The file is missing, truncated or of another kind: delete it to fall back on an earlier one.",
+        ) from None
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint of a run folder that can be opened, or None when there is none at all.
+
+    A damaged newest file is passed over, so that an earlier one still serves.
+
+    Raises:
+        UserError: when checkpoints exist and none can be read.
+    """
+    found = sorted(folder.glob(PATTERN), reverse=True)
+    for path in found:
+        try:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+            return path
+        except (OSError, SafetensorError):
+            continue
+    if found:
+        raise UserError(
+            f"None of the checkpoints in '{folder}' can be read: {shorten(p.name for p in found)}.",
+            "They are truncated or foreign. Remove them to start the run anew.",
+        )
+    return None
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies; names sort by step."""
+    return folder / f"checkpoint-{step:08d}.safetensors"
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` checkpoints."""
+    for path in sorted(folder.glob(PATTERN))[:-keep]:
+        path.unlink(missing_ok=True)
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An optimizer's state as flat tensors and JSON scalars; `unpack_optimizer` is its inverse."""
+    state = optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
+    groups: list[dict[str, Any]] = [{} for _ in state["param_groups"]]
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            (tensors if torch.is_tensor(value) else scalars)[f"optimizer/{index}/{key}"] = value
+    for index, entries in enumerate(state["param_groups"]):
+        for key, value in entries.items():
+            if torch.is_tensor(value):  # timm's LAMB counts its steps in the group, as a tensor
+                tensors[f"optimizer/group{index}/{key}"] = value
+            elif key != "params":
+                groups[index][key] = value
+    return tensors, {"scalars": scalars, "groups": groups}
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]
+) -> None:
+    """Restores what `pack_optimizer` took, bitwise."""
+    groups = optimizer.state_dict()["param_groups"]
+    for group, saved in zip(groups, meta["groups"], strict=True):
+        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in [*tensors.items(), *meta["scalars"].items()]:
+        if not name.startswith("optimizer/"):
+            continue
+        _, place, key = name.split("/")
+        if place.startswith("group"):
+            groups[int(place.removeprefix("group"))][key] = value.clone()
+            continue
+        if torch.is_tensor(value):
+            # Moments lie in memory as their parameter does (channels_last): same kernels, same last bits.
+            like = parameters[int(place)]
+            same = value.shape == like.shape
+            value = torch.empty_like(like, dtype=value.dtype).copy_(value) if same else value.clone()
+        state.setdefault(int(place), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def load_exactly(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path | str) -> None:
+    """`load_state_dict(strict=True)` with a short error that lists what does not fit.
+
+    Raises:
+        UserError: naming missing, unexpected and wrongly shaped keys.
+    """
+    own = module.state_dict()
+    missing = [k for k in own if k not in tensors]
+    unexpected = [k for k in tensors if k not in own]
+    shapes = [
+        f"{k} {tuple(tensors[k].shape)} != {tuple(own[k].shape)}"
+        for k in own
+        if k in tensors and tensors[k].shape != own[k].shape
+    ]
+    if missing or unexpected or shapes:
+        raise UserError(
+            f"'{path}' does not fit the network: {len(missing)} keys missing ({shorten(missing, 2)}), "
+            f"{len(unexpected)} unexpected ({shorten(unexpected, 2)}), {len(shapes)} of another shape "
+            f"({shorten(shapes, 1)}).",
+            "It was made for another architecture: name the one that it was made with.",
+        )
+    module.load_state_dict(dict(tensors))

@@ -1,0 +1,152 @@
+"""The command line: one verb, one config, one function. torch is imported only once the verb is known."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Verb(NamedTuple):
+    """Where a verb's config class and function live, and what the help says of it."""
+
+    module: str
+    config: str
+    function: str
+    what: str
+
+
+VERBS = {
+    "demo": Verb("dreamteacher.demo", "DemoConfig", "demo", "the whole path on embedded chest X-rays, in minutes"),
+    "pretrain": Verb(
+        "dreamteacher.pretrain", "PretrainConfig", "pretrain", "a folder of images and a teacher -> a backbone"
+    ),
+    "train-teacher": Verb(
+        "dreamteacher.teachers.train_diffusion", "TrainTeacherConfig", "train_teacher",
+        "a diffusion teacher on your own images",
+    ),
+    "evaluate": Verb(
+        "dreamteacher.downstream.evaluate", "EvaluateConfig", "evaluate",
+        "kNN, probes, fine-tuning, segmentation; for any backbone",
+    ),
+    "export": Verb("dreamteacher.export", "ExportConfig", "export", "native timm weights and a model card"),
+    "report": Verb("dreamteacher.report", "ReportConfig", "report", "one HTML page about a run"),
+    "list": Verb("dreamteacher.catalogue", "ListConfig", "print_list", "teachers, students, presets, tasks"),
+    "doctor": Verb("dreamteacher.catalogue", "DoctorConfig", "doctor", "versions, devices, what is missing"),
+}  # fmt: skip
+
+HELP = """usage: dreamteacher VERB [--setting value ...]
+
+Pretrain image backbones with generative models as teachers.
+
+{verbs}
+
+`dreamteacher VERB --help` lists a verb's settings. Start with: dreamteacher demo
+Errors say what to do and exit with 2; DREAMTEACHER_TRACEBACK=1 shows where they arose.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0, 2 for a user's error, 128 + n after a signal."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP.format(verbs="\n".join(f"  {name:14} {verb.what}" for name, verb in VERBS.items())))
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        from dreamteacher import __version__
+
+        print(f"dreamteacher {__version__}")
+        return 0
+    from dreamteacher.errors import UserError
+
+    try:
+        run(arguments[0], arguments[1:])
+    except UserError as error:
+        return _report(str(error), error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _report(f"The disk is full: {error}.\nFree space, then run the same command: it resumes.", error)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output went away
+        return 141
+    return 0
+
+
+def run(name: str, arguments: Sequence[str]) -> Any:
+    """Runs the verb `name`.
+
+    Raises:
+        UserError: for an unknown verb or setting, or a value that does not fit.
+    """
+    from dreamteacher.errors import UserError, did_you_mean
+
+    if name not in VERBS:
+        raise UserError(
+            f"There is no verb '{name}'.{did_you_mean(name, VERBS)}", f"Verbs: {', '.join(VERBS)}."
+        )
+    verb = VERBS[name]
+    module = importlib.import_module(verb.module)
+    config = parse(getattr(module, verb.config), name, arguments)
+    result = getattr(module, verb.function)(config)
+    if name in ("pretrain", "train-teacher") and result is not None:
+        from dreamteacher.report import write_report
+
+        print(f"Report: {write_report(result)}")
+    return result
+
+
+def parse(config: type, verb: str, arguments: Sequence[str]) -> Any:
+    """Flags -> a config dataclass, by tyro; its long error boxes become our three lines.
+
+    Raises:
+        UserError: naming the flag; SystemExit(0) after --help.
+    """
+    import dataclasses
+
+    import tyro
+
+    from dreamteacher.errors import UserError, did_you_mean
+
+    flags = ["--help"]
+    for field in dataclasses.fields(config):
+        flags += [f"--{field.name.replace('_', '-')}", f"--no-{field.name.replace('_', '-')}"]
+    for argument in arguments:
+        flag = argument.split("=")[0].replace("_", "-")
+        if flag.startswith("--") and flag not in flags:
+            raise UserError(
+                f"'{verb}' has no setting {flag}.{did_you_mean(flag, flags)}",
+                f"`dreamteacher {verb} --help` lists its settings.",
+            )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(config, prog=f"dreamteacher {verb}", args=list(arguments))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_plain(said.getvalue()), f"`dreamteacher {verb} --help` lists its settings.") from None
+
+
+def _plain(box: str) -> str:
+    """tyro's error box as one line of at most 200 characters."""
+    words = "".join(" " if c in "│╭╮╰╯─" else c for c in box).split()
+    text = " ".join(words).split(" For full helptext")[0]
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _report(text: str, error: BaseException) -> int:
+    if os.environ.get("DREAMTEACHER_TRACEBACK"):
+        raise error
+    print(f"error: {text}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Where the work runs: device, precision (and, with torchrun, rank)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from dreamteacher.errors import UserError
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device to run on: the one named, or the GPU where there is one.
+
+    Raises:
+        UserError: for a device that this machine or this torch does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"Device '{name}' cannot be used: {str(error).splitlines()[0]}.",
+            "Use auto, cpu, cuda or cuda:1; `dreamteacher doctor` lists what is here.",
+        ) from None
+    return device
+
+
+def resolve_precision(device: torch.device, precision: Precision) -> torch.dtype:
+    """The dtype of matrix products: bfloat16 where the hardware computes it natively, else float32."""
+    if precision == "float32":
+        return torch.float32
+    if precision == "bfloat16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type == "cpu" and _cpu_flag("avx512_bf16"):
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_flag(flag: str) -> bool:
+    try:
+        with open("/proc/cpuinfo") as info:
+            return any(line.startswith("flags") and flag in line.split() for line in info)
+    except OSError:  # not Linux: stay with float32
+        return False
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Autocast for `device`; normalisations stay in float32 and parameters always are."""
+    dtype = resolve_precision(device, precision)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32)

@@ -1,0 +1,174 @@
+"""The feature losses (eq. 1-3): pure functions of lists of maps, one list entry per level.
+
+Maps are N x C x H x W, fine to coarse. Everything is computed in float32, also when the maps come in half
+precision from autocast, and in float64 when they come in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+WhitenAxes = Literal["c", "chw"]
+AtReduction = Literal["distance", "public"]
+
+_DIMS: dict[str, tuple[int, ...]] = {"c": (1,), "chw": (1, 2, 3)}
+
+
+class FeatureLoss(NamedTuple):
+    """Eq. 3 and its parts: `total` is a scalar, `mse` and `at` hold one value per level (L,), unweighted."""
+
+    total: Tensor
+    mse: Tensor
+    at: Tensor
+
+
+def whiten(x: Tensor, axes: WhitenAxes = "chw", eps: float = 1e-5) -> Tensor:
+    """LayerNorm without learned parameters: mean 0 and variance 1 along `axes`.
+
+    Args:
+        x: maps, N x C x H x W.
+        axes: "c" normalises over channels at each position; "chw" over the whole map of an image. With "c"
+            the target has the same energy everywhere, which contradicts the attention-transfer term; with
+            "chw" the two terms agree. The paper does not say which it uses.
+        eps: added to the (population) variance.
+
+    Raises:
+        ValueError: for other axes, or when x is not 4-D.
+
+    Source: W of eq. 1.
+    """
+    if axes not in _DIMS:
+        raise ValueError(f"axes is 'c' or 'chw', not {axes!r}")
+    if x.ndim != 4:
+        raise ValueError(f"expected maps N x C x H x W, got shape {tuple(x.shape)}")
+    x = _exact(x)
+    variance, mean = torch.var_mean(x, dim=_DIMS[axes], correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(variance + eps)
+
+
+def mse(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+    """Mean squared difference per level, over images, channels and positions: (L,).
+
+    Raises:
+        ValueError: when the lists or the shapes of two maps differ (nothing is broadcast).
+    """
+    pairs = _pairs(student_maps, teacher_maps)
+    return torch.stack([(s - t).square().mean() for s, t in pairs])
+
+
+def whitened_mse(
+    student_maps: Sequence[Tensor],
+    teacher_maps: Sequence[Tensor],
+    axes: WhitenAxes = "chw",
+    eps: float = 1e-5,
+) -> Tensor:
+    """Mean squared difference between the student's maps and the whitened maps of the teacher: (L,).
+
+    Only the teacher is whitened. About 1 at the start of training, when the student's maps are near zero.
+
+    Source: eq. 1, with the norm as an elementwise mean (the paper does not state the reduction).
+    """
+    return mse(student_maps, [whiten(t, axes, eps) for t in teacher_maps])
+
+
+def energy(f: Tensor, p: float = 2) -> Tensor:
+    """Sum over channels of |f|^p at each position: N x C x H x W -> N x H x W.
+
+    Source: Q of eq. 2, before it is made a vector.
+    """
+    f = _exact(f)
+    powers = f.square() if p == 2 else f.abs().pow(p)
+    return powers.sum(dim=1)
+
+
+def attention_transfer(
+    student_maps: Sequence[Tensor],
+    teacher_maps: Sequence[Tensor],
+    p: float = 2,
+    *,
+    reduction: AtReduction = "distance",
+) -> Tensor:
+    """Distance between the energy maps of student and teacher, each of unit length: (L,).
+
+    Zero when the two look at the same places, whatever the scale of either; at most sqrt(2) for p = 2.
+    The teacher's maps come raw, not whitened.
+
+    Args:
+        p: exponent of the energy and order of the outer norm; the energy vectors are always L2-normalised.
+        reduction: "distance" is the norm per image, averaged over the batch. "public" is the mean over images
+            and positions of the squared difference, as in public attention-transfer code: so small that a
+            weight of 10 leaves it without effect, and kept for comparison.
+
+    Source: eq. 2; the normalisation is that of arXiv 1612.03928.
+    """
+    if reduction not in ("distance", "public"):
+        raise ValueError(f"reduction is 'distance' or 'public', not {reduction!r}")
+    levels = []
+    for s, t in _pairs(student_maps, teacher_maps):
+        difference = _unit_energy(s, p) - _unit_energy(t, p)
+        if reduction == "public":
+            levels.append(difference.square().mean())
+        else:
+            levels.append(torch.linalg.vector_norm(difference, ord=p, dim=1).mean())
+    return torch.stack(levels)
+
+
+def feature_loss(
+    student_maps: Sequence[Tensor],
+    teacher_maps: Sequence[Tensor],
+    *,
+    axes: WhitenAxes = "chw",
+    at_weight: float = 10.0,
+    at_reduction: AtReduction = "distance",
+    weights: Sequence[float] | None = None,
+) -> FeatureLoss:
+    """Whitened MSE plus weighted attention transfer, averaged over levels.
+
+    Args:
+        student_maps: the regressor's maps, L times N x C x H x W, fine to coarse.
+        teacher_maps: the teacher's raw maps, same shapes.
+        at_weight: lambda of eq. 3.
+        weights: one factor per level inside the mean over levels; None is 1 for each.
+
+    Raises:
+        ValueError: when the lists, shapes or number of weights do not match.
+
+    Source: eq. 3, L_feat = L_MSE + 10 L_AT. The level weights are ours.
+
+    Example:
+        >>> maps = [torch.ones(2, 3, 4, 4), torch.ones(2, 5, 2, 2)]
+        >>> loss = feature_loss([torch.zeros_like(m) for m in maps], maps)
+        >>> tuple(loss.mse.shape), loss.at.tolist()
+        ((2,), [1.0, 1.0])
+    """
+    mse_levels = whitened_mse(student_maps, teacher_maps, axes)
+    at_levels = attention_transfer(student_maps, teacher_maps, reduction=at_reduction)
+    levels = mse_levels + at_weight * at_levels
+    if weights is not None:
+        if len(weights) != len(levels):
+            raise ValueError(f"{len(weights)} level weights for {len(levels)} levels")
+        levels = levels * levels.new_tensor(list(weights))
+    return FeatureLoss(levels.mean(), mse_levels, at_levels)
+
+
+def _unit_energy(f: Tensor, p: float) -> Tensor:
+    """The energy map as a vector of length 1 per image, N x HW; a map of zeros stays zero."""
+    return torch.nn.functional.normalize(energy(f, p).flatten(1), dim=1)
+
+
+def _exact(x: Tensor) -> Tensor:
+    # Squares of half-precision activations overflow, and sums over positions lose their small terms.
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _pairs(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    if len(student_maps) != len(teacher_maps) or not student_maps:
+        raise ValueError(f"{len(student_maps)} student levels for {len(teacher_maps)} teacher levels")
+    for s, t in zip(student_maps, teacher_maps, strict=True):
+        if s.shape != t.shape or s.ndim != 4:
+            raise ValueError(f"student maps {tuple(s.shape)} do not match teacher maps {tuple(t.shape)}")
+    return [(_exact(s), _exact(t)) for s, t in zip(student_maps, teacher_maps, strict=True)]

@@ -1,0 +1,212 @@
+"""Numbers that say how well something went: distillation, representations, classification, segmentation.
+
+Pure functions of tensors. Every scalar comes back as a Python float, ready for a JSON line. Each is computed
+in float64 whatever comes in. Parity with scikit-learn and with plain loops: `tests/test_metrics.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# How many test rows meet the whole training set at once in `knn_predict`: bounds its memory.
+_KNN_ROWS = 1024
+
+
+def r2(pred: Tensor, target: Tensor) -> float:
+    """Coefficient of determination over all elements, relative to the target's per-channel mean.
+
+    1 - sum (target - pred)^2 / sum (target - mean_c)^2, where mean_c is the mean of channel c over the batch
+    and all positions: 1 is perfect, 0 is as good as the constant vector of channel means, below 0 is worse.
+    A target that is constant in each channel gives 1 for an exact prediction and 0 otherwise.
+
+    Args:
+        pred: N x C or N x C x H x W.
+        target: of the same shape.
+    """
+    _same_shape(pred, target)
+    pred, target = pred.detach().double(), target.detach().double()
+    axes = [axis for axis in range(target.ndim) if axis != 1]
+    residual = float((target - pred).square().sum())
+    total = float((target - target.mean(axes, keepdim=True)).square().sum())
+    if total == 0.0:
+        return float(residual == 0.0)
+    return 1.0 - residual / total
+
+
+def cosine(pred: Tensor, target: Tensor) -> float:
+    """Mean over images and positions of the cosine between the two channel vectors; in [-1, 1].
+
+    The vectors are not centred, and a zero vector on either side counts as cosine 0.
+
+    Args:
+        pred: N x C or N x C x H x W.
+        target: of the same shape.
+    """
+    _same_shape(pred, target)
+    return float(
+        F.cosine_similarity(pred.detach().double(), target.detach().double(), dim=1, eps=1e-30).mean()
+    )
+
+
+def rankme(features: Tensor) -> float:
+    """Effective rank: exp of the entropy of the singular values normalised by their sum; 1 to min(N, C).
+
+    The features are not centred, as in the paper. We leave out the paper's 1e-7 beside each share and take
+    0 log 0 = 0, which is its limit. All-zero features give 1, the value of a collapsed representation.
+
+    Args:
+        features: N x C.
+
+    Source: Garrido et al., RankMe, arXiv 2210.02885, sec. 3.
+    """
+    values = torch.linalg.svdvals(features.detach().double())
+    shares = values / values.sum().clamp_min(1e-300)
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def knn_predict(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor | None = None,
+    *,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> Tensor:
+    """Class scores by the weighted vote of the k nearest training features by cosine similarity.
+
+    A neighbour of similarity s votes with weight exp(s / temperature); a row of votes is normalised to sum
+    to 1, so `scores.argmax(1)` is the prediction and the row itself serves `auroc`.
+
+    Args:
+        train_x: N x C features; any scale, they are normalised to unit length here.
+        train_y: N class ids (int64) in [0, classes).
+        test_x: M x C features, or None for leave-one-out: each training row is classified by the others.
+        classes: number of classes.
+        k: neighbours; cut to what there is.
+        temperature: > 0; smaller lets the nearest neighbours outweigh the others more.
+
+    Returns:
+        M x classes (N x classes for leave-one-out) float32.
+
+    Source: Wu et al., Non-Parametric Instance Discrimination, arXiv 1805.01978, sec. 3.4; k = 20 and
+    temperature 0.07 as in the evaluation of DINO, arXiv 2104.14294.
+    """
+    leave_one_out = test_x is None
+    train = F.normalize(train_x.detach().float(), dim=1)
+    test = train if test_x is None else F.normalize(test_x.detach().float(), dim=1)
+    available = len(train) - int(leave_one_out)
+    if available < 1:
+        raise ValueError(f"no neighbours among {len(train)} training features")
+    votes = F.one_hot(train_y, classes).float()
+    scores = []
+    for first in range(0, len(test), _KNN_ROWS):
+        similarity = test[first : first + _KNN_ROWS] @ train.T
+        if leave_one_out:
+            rows = torch.arange(len(similarity), device=similarity.device)
+            similarity[rows, rows + first] = -torch.inf
+        nearest, index = similarity.topk(min(k, available), dim=1)
+        weight = torch.softmax(nearest / temperature, dim=1)
+        scores.append((weight.unsqueeze(2) * votes[index]).sum(1))
+    return torch.cat(scores) if scores else votes.new_zeros(0, classes)
+
+
+def accuracy(pred: Tensor, target: Tensor) -> float:
+    """Share of class ids that agree. pred, target: int64 of one shape."""
+    _same_shape(pred, target)
+    return float((pred == target).double().mean())
+
+
+def balanced_accuracy(pred: Tensor, target: Tensor) -> float:
+    """Mean over the classes that occur in `target` of the share of their members predicted right.
+
+    Args:
+        pred: N class ids (int64).
+        target: N class ids (int64).
+    """
+    _same_shape(pred, target)
+    members = torch.bincount(target)
+    hits = torch.bincount(target[pred == target], minlength=len(members))
+    present = members > 0
+    return float((hits[present].double() / members[present].double()).mean())
+
+
+def auroc(scores: Tensor, target: Tensor) -> float:
+    """Area under the ROC curve; for more than two classes the mean over classes of one-versus-rest.
+
+    It is the probability that a random member scores above a random non-member; ties count one half.
+
+    Args:
+        scores: N scores of class 1, or N x classes. Two columns are ranked by their difference, which is
+            right for logits and for probabilities; with more columns give probabilities.
+        target: N class ids (int64).
+
+    Raises:
+        ValueError: a class has no member, or every row is a member.
+    """
+    if scores.ndim == 2 and scores.shape[1] == 2:
+        scores = scores[:, 1].double() - scores[:, 0].double()
+    if scores.ndim == 1:
+        return _binary_auroc(scores, target == 1)
+    return sum(_binary_auroc(scores[:, c], target == c) for c in range(scores.shape[1])) / scores.shape[1]
+
+
+def _binary_auroc(scores: Tensor, member: Tensor) -> float:
+    """The Mann-Whitney U statistic over average ranks. scores: N; member: N bool."""
+    members, others = int(member.sum()), int((~member).sum())
+    if not members or not others:
+        raise ValueError(f"AUROC needs members and non-members of a class; got {members} and {others}")
+    _, inverse, counts = torch.unique(scores, return_inverse=True, return_counts=True)
+    # Tied scores share the mean of the ranks that they occupy (ranks count from 1).
+    rank = counts.cumsum(0).double() - (counts.double() - 1) / 2
+    above = float(rank[inverse[member]].sum()) - members * (members + 1) / 2
+    return above / (members * others)
+
+
+def confusion(pred: Tensor, target: Tensor, classes: int, ignore_index: int | None = None) -> Tensor:
+    """How often each class was taken for which: classes x classes (int64), rows target, columns prediction.
+
+    Sum the matrices of all batches, then take the IoU once: a mean of per-batch IoUs is another number.
+
+    Args:
+        pred: class ids of any shape.
+        target: class ids of that shape.
+        classes: number of classes.
+        ignore_index: target id whose elements are left out.
+
+    Raises:
+        ValueError: an id outside [0, classes).
+    """
+    _same_shape(pred, target)
+    pred, target = pred.flatten(), target.flatten()
+    if ignore_index is not None:
+        keep = target != ignore_index
+        pred, target = pred[keep], target[keep]
+    for name, ids in (("predicted", pred), ("target", target)):
+        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= classes):
+            raise ValueError(f"{name} ids lie in [{int(ids.min())}, {int(ids.max())}], not in [0, {classes})")
+    index = target.long() * classes + pred.long()
+    return torch.bincount(index, minlength=classes * classes).reshape(classes, classes)
+
+
+def iou_per_class(matrix: Tensor) -> Tensor:
+    """Intersection over union of each class (float64); NaN for a class in neither target nor prediction.
+
+    Args:
+        matrix: classes x classes from `confusion`.
+    """
+    matrix = matrix.double()
+    hits = matrix.diagonal()
+    return hits / (matrix.sum(0) + matrix.sum(1) - hits)
+
+
+def mean_iou(matrix: Tensor) -> float:
+    """Mean of `iou_per_class` over the classes that occur in the target or in the prediction."""
+    return float(iou_per_class(matrix).nanmean())
+
+
+def _same_shape(pred: Tensor, target: Tensor) -> None:
+    if pred.shape != target.shape:
+        raise ValueError(f"prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ in shape")

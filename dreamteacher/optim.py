@@ -1,0 +1,77 @@
+"""Optimizers, the learning-rate schedule, and an exponential moving average of weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import nn
+
+OptimizerName = Literal["adamw", "lamb"]
+
+
+def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, object]]:
+    """Two groups: matrices and kernels decay; biases, norms and other vectors do not."""
+    parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(
+    name: OptimizerName, groups: list[dict[str, object]], lr: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """AdamW from torch or LAMB from timm (the paper's choice for ImageNet)."""
+    if name == "lamb":
+        from timm.optim import Lamb
+
+        return Lamb(groups, lr=lr, betas=betas)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+
+
+def lr_at(step: int, *, total: int, warmup: int, peak: float, final: float = 0.0) -> float:
+    """The learning rate for step `step` of 0 .. total-1: linear warm-up, then a half cosine down to `final`.
+
+    Example:
+        >>> [round(lr_at(s, total=4, warmup=2, peak=1.0), 3) for s in range(4)]
+        [0.5, 1.0, 1.0, 0.5]
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The same learning rate for every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class Ema:
+    """An exponential moving average of a module's parameters; buffers are copied.
+
+    The decay warms up as min(decay, (1 + n) / (10 + n)), so that short runs do not keep their first weights.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.tensors = {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Takes in the module's present weights; call it after every optimizer step."""
+        self.updates += 1
+        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        averaged, current = [], []
+        for key, value in module.state_dict(keep_vars=True).items():
+            if isinstance(value, nn.Parameter):
+                averaged.append(self.tensors[key])
+                current.append(value)
+            else:
+                self.tensors[key].copy_(value)
+        torch._foreach_lerp_(averaged, current, weight)

@@ -1,0 +1,651 @@
+"""One self-contained HTML page about a run: what came out, how training went, what the maps look like."""
+
+from __future__ import annotations
+
+import html
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.utils import make_grid
+
+from dreamteacher import __version__, checkpoint, data, metrics
+from dreamteacher.distributed import pick_device
+from dreamteacher.downstream import HEADLINE, SEGMENTATION, separated
+from dreamteacher.errors import UserError
+from dreamteacher.export import load_snippet
+from dreamteacher.figures import STYLE, Dots, Series, data_uri, dot_plot, line_chart, pca_basis, pca_colours
+from dreamteacher.losses import whiten
+from dreamteacher.regressor import FeatureRegressor
+from dreamteacher.rundir import RunDir, read_rows
+from dreamteacher.students import create_student, read_weights
+from dreamteacher.teachers import WEIGHTS, load_teacher, read_card, sha256, teacher_folder
+from dreamteacher.teachers.base import Teacher
+from dreamteacher.teachers.diffusion import DiffusionTeacher
+
+TASKS = {
+    "segment-frozen": "segmentation, frozen backbone", "segment-linear": "segmentation, linear per pixel",
+    "segment-finetune": "segmentation, fine-tuned", "linear": "linear probe", "finetune": "fine-tuning",
+    "knn": "nearest neighbours",
+}  # fmt: skip
+METRICS = {"miou": "mIoU", "auroc": "AUROC", "balanced_accuracy": "balanced accuracy"}
+BASELINES = ("random init", "labels only", "ImageNet")
+_SAMPLES, _SAMPLING_STEPS, _PATIENCE = 16, 25, 120.0
+
+esc = html.escape
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write report.html into a run folder: one page without any outside resource."""
+
+    run: Path
+    """Folder of a pretraining, of a teacher's training, or one with a results.jsonl."""
+    images: int = 8
+    """Images whose feature maps are drawn; 0: none."""
+
+
+def report(config: ReportConfig) -> Path:
+    """The verb: writes the page and says where it is."""
+    path = write_report(config.run, images=config.images)
+    print(f"Report: {path}")
+    return path
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds, as far as it can be read; `results` has complete, finite rows only."""
+
+    path: Path
+    facts: dict[str, Any]
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    timing: list[dict[str, Any]]
+    results: list[dict[str, Any]]
+    skipped: list[str]
+
+    @property
+    def is_teacher(self) -> bool:
+        return self.facts.get("verb") == "train-teacher"
+
+    def last(self, key: str) -> Any:
+        """The last logged value of a metric, or None."""
+        return next((row[key] for row in reversed(self.metrics) if key in row), None)
+
+
+def write_report(
+    run: Path, *, rows: list[dict[str, Any]] | None = None, title: str | None = None, images: int = 8
+) -> Path:
+    """Writes run/report.html, atomically; what is missing on disk becomes a note on the page.
+
+    Args:
+        run: folder of `pretrain` or `train-teacher`, finished or not, or one that has only results.jsonl.
+        rows: evaluation rows to show instead of those in results.jsonl.
+        title: of the page; None: student and teacher, or the folder's name.
+        images: how many images' feature maps to draw; 0 for none.
+
+    Raises:
+        UserError: when the folder is missing, holds nothing to report on, or cannot be written.
+    """
+    if not run.is_dir():
+        raise UserError(
+            f"No folder at '{run}'.", "Give the --out folder of pretrain, train-teacher or evaluate."
+        )
+    it = _read(run, rows)
+    if not (it.facts or it.metrics or it.results):
+        raise UserError(
+            f"'{run}' holds no run: neither config.json nor metrics.jsonl nor results.jsonl can be read.",
+            "Give the --out folder of pretrain, train-teacher or evaluate.",
+        )
+    sections = [
+        ("Results", "", lambda: _results(it)),
+        ("Training curves", "", lambda: _curves(it)),
+        ("Feature maps", _MAPS_LEAD, lambda: _feature_maps(it, images)),
+        ("Samples of the teacher", "", lambda: _samples(it)),
+        ("Load the weights", "", lambda: _usage(it)),
+        ("Settings", "", lambda: _settings(it)),
+    ]
+    body = _header(it, title) + "".join(_section(*section) for section in sections)
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{esc(title or _title(it))}</title>\n<style>{STYLE}</style></head>\n<body><main>\n{body}\n"
+        f"<footer>Written by dreamteacher {__version__}; the page needs no network.</footer>\n</main></body></html>\n"
+    )
+    path = run / "report.html"
+    checkpoint.write_text(path, page)
+    return path
+
+
+def _read(path: Path, rows: list[dict[str, Any]] | None) -> Run:
+    facts = _dict(RunDir(path).config())
+    lists = {}
+    for name in ("metrics", "timing", "results"):
+        try:
+            lists[name] = [row for row in read_rows(path / f"{name}.jsonl") if isinstance(row, dict)]
+        except (OSError, ValueError):
+            lists[name] = []
+    try:
+        skipped = (path / "skipped.txt").read_text().splitlines()
+    except (OSError, ValueError):
+        skipped = []
+    results = [
+        {"labels": None, "seed": 0, "student": "", **row}
+        for row in (lists["results"] if rows is None else rows)
+        if {"method", "task", "metric"} <= row.keys() and _is_number(row.get("value"))
+    ]
+    return Run(path, facts, _dict(facts.get("config")), lists["metrics"], lists["timing"], results, skipped)
+
+
+def _section(heading: str, lead: str, make: Callable[[], str]) -> str:
+    """A section, "" when there is nothing to say; a note takes its place when something is missing or broken."""
+    try:
+        content = make()
+    except Exception as error:  # a page about hours of work must not fail for one picture
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        content = f'<p class="note">Not shown. {esc(" ".join(reason.split()))}</p>'
+    if not content:
+        return ""
+    lead = f'<p class="lead">{lead}</p>' if lead else ""
+    return f"<section><h2>{heading}</h2>{lead}{content}</section>\n"
+
+
+# --- header ------------------------------------------------------------------------------------------------
+
+
+def _title(it: Run) -> str:
+    if it.config.get("student"):
+        return f"{it.config['student']} ← {_teacher_name(it)}"
+    return it.config.get("name") or it.path.resolve().name
+
+
+def _teacher_name(it: Run) -> str:
+    return str(_dict(it.facts.get("teacher")).get("name") or it.config.get("teacher") or "unknown teacher")
+
+
+def _header(it: Run, title: str | None) -> str:
+    heading = esc(title or _title(it))
+    if title is None and it.config.get("student"):
+        heading = f'{esc(str(it.config["student"]))} <span class="from">← {esc(_teacher_name(it))}</span>'
+    kind = (
+        "A diffusion teacher"
+        if it.is_teacher
+        else "An image backbone, taught without labels"
+        if it.config
+        else ""
+    )
+    kind = kind or "Evaluations"
+    try:
+        verdict = _verdict(it) if it.results else _training_verdict(it)
+    except (KeyError, TypeError, ValueError):
+        verdict = ""
+    cells = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(str(v))}</dd></div>" for k, v in _facts(it).items() if v)
+    return (
+        f'<header><h1>{heading}</h1><p class="lead">{esc(kind)} · {esc(str(it.path))}</p>'
+        + (f'<p class="verdict">{esc(verdict)}</p>' if verdict else "")
+        + (f'<dl class="facts">{cells}</dl>' if cells else "")
+        + "</header>\n"
+    )
+
+
+def _facts(it: Run) -> dict[str, Any]:
+    """What the reader asks first, without dates; empty values are left out by the caller."""
+    teacher, images, config = _dict(it.facts.get("teacher")), _dict(it.facts.get("data")), it.config
+    if it.is_teacher:
+        try:
+            teacher = read_card(it.path)
+        except UserError:
+            teacher = {"licence": config.get("licence")}
+        network = _dict(teacher.get("network"))
+        images = {"images": teacher.get("images"), "size": network.get("size") or config.get("size")}
+    steps, seen = it.last("step"), it.last("images_seen")
+    size = images.get("size") or ()
+    done = "backbone" if not it.is_teacher else "teacher"
+    unfinished = " (unfinished)" if it.metrics and not (it.path / f"{done}.safetensors").exists() else ""
+    rates = [row["images_per_s"] for row in it.timing if _is_number(row.get("images_per_s"))]
+    parameters = teacher.get("parameters")
+    return {
+        "images": f"{images['images']:,}" if _is_number(images.get("images")) else "",
+        "steps": f"{steps:,}{unfinished}" if _is_number(steps) else "",
+        "images seen": f"{seen:,}" if _is_number(seen) else "",
+        "batch": config.get("batch_size"),
+        "image size": " × ".join(str(s) for s in size) + " px" if size else "",
+        "timestep t": ", ".join(str(t) for t in teacher.get("t") or ()),
+        "feature dataset": config.get("dataset"),
+        "parameters": f"{parameters / 1e6:.1f} M" if _is_number(parameters) else "",
+        "skipped images": f"{max(len(it.skipped), images.get('skipped') or 0):,}" if config and not it.is_teacher else "",
+        "training time": _duration(it.timing),
+        "speed": f"{rates[-1]:,.0f} images/s" if rates else "",
+        "teacher's licence" if not it.is_teacher else "licence": teacher.get("licence"),
+    }  # fmt: skip
+
+
+def _duration(timing: Sequence[Mapping[str, Any]]) -> str:
+    """Seconds of training; the clock starts anew at every resumption."""
+    seconds = [row["seconds"] for row in timing if _is_number(row.get("seconds"))]
+    if not seconds:
+        return ""
+    total = round(sum(a for a, b in zip(seconds, [*seconds[1:], -1.0], strict=True) if b < a))
+    if total < 120:
+        return f"{total} s"
+    return f"{round(total / 60)} min" if total < 5400 else f"{total / 3600:.1f} h"
+
+
+def _training_verdict(it: Run) -> str:
+    """One sentence from the training alone."""
+    if it.is_teacher:
+        keys = sorted(
+            {k for row in it.metrics for k in row if k.startswith("loss/t")}, key=lambda k: int(k[6:])
+        )
+        ends = ", ".join(f"{it.last(k):.3f} at t = {k[6:]}" for k in keys)
+        return (
+            f"After {it.last('step'):,} steps the loss on fixed images and noise is {ends}." if ends else ""
+        )
+    levels = _levels(it.metrics, "r2")
+    ends = ", ".join(f"{max(0.0, it.last(f'r2/{level}')):.0%} at {_stride(level)}" for level in levels)
+    if not ends:
+        return ""
+    return (
+        f"After {it.last('step'):,} steps the student explains this much of its teacher's features: {ends}."
+    )
+
+
+# --- results -----------------------------------------------------------------------------------------------
+
+Key = tuple[str, Any, str]
+
+
+def _groups(it: Run) -> dict[Key, dict[str, list[float]]]:
+    """(task, labels, metric) -> method -> values over seeds; a row evaluated again replaces the older one."""
+    latest = {((r["task"], r["labels"], r["metric"]), r["method"], r["seed"]): r["value"] for r in _named(it)}
+    groups: dict[Key, dict[str, list[float]]] = {}
+    for (key, method, _), value in latest.items():
+        groups.setdefault(key, {}).setdefault(method, []).append(float(value))
+    order = list(TASKS)
+    return dict(
+        sorted(groups.items(), key=lambda g: order.index(g[0][0]) if g[0][0] in order else len(order))
+    )
+
+
+def _named(it: Run) -> list[dict[str, Any]]:
+    """The rows, with the student in the method's name when there are several students."""
+    several = len({row["student"] for row in it.results}) > 1
+    return [
+        {**r, "method": f"{r['method']}, {r['student']}" if several else str(r["method"])} for r in it.results
+    ]
+
+
+def _ours(it: Run, methods: Sequence[str]) -> tuple[str | None, str | None]:
+    """The method of this project, and the one to compare with: random weights, else the first other one."""
+    named = (m for m in methods if m.lower().startswith("dreamteacher") or m == it.path.resolve().name)
+    others = [m for m in methods if not m.startswith(BASELINES)]
+    ours = next(named, others[0] if len(others) == 1 else None)
+    rest = sorted((m for m in methods if m != ours), key=lambda m: not m.startswith("random init"))
+    return ours, rest[0] if ours and rest else None
+
+
+def _describe(key: Key) -> tuple[str, str, str]:
+    """Task, amount of labels and metric, in words."""
+    task, labels, metric = key
+    unit = "masks" if task in SEGMENTATION else "labels per class"
+    amount = "all labels" if labels is None else f"{labels} {unit}"
+    words = METRICS.get(metric, str(metric)).replace("iou/", "IoU of ")
+    return TASKS.get(task, str(task)), amount, words
+
+
+def _spread(values: Sequence[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
+
+
+def _deviations(it: Run, key: Key, a: str, b: str) -> str:
+    """How far method a lies above b in units of the larger deviation, in words; "" when unknown."""
+    rows = [r for r in _named(it) if (r["task"], r["labels"], r["metric"]) == key]
+    found = [s.deviations for s in separated(rows, a, b) if s.deviations is not None]
+    return f"{found[0]:+.1f} deviations" if found and math.isfinite(found[0]) else ""
+
+
+def _verdict(it: Run) -> str:
+    """One sentence: the first headline result of a fixed order of tasks, and in how many results we lead."""
+    groups = {k: g for k, g in _groups(it).items() if k[2] == HEADLINE.get(k[0])}
+    methods = list(dict.fromkeys(m for g in groups.values() for m in g))
+    ours, baseline = _ours(it, methods)
+    both = {k: g for k, g in groups.items() if ours in g and baseline in g}
+    if not both or ours is None or baseline is None:
+        return ""
+    order = list(TASKS)
+    key = min(both, key=lambda k: (order.index(k[0]), k[1] is None, k[1] or 0))
+    task, amount, metric = _describe(key)
+    apart = _deviations(it, key, ours, baseline)
+    text = (
+        f"With {amount}, {task}: {ours} reaches {_spread(both[key][ours])} {metric} against "
+        f"{_spread(both[key][baseline])} for {baseline}" + (f" ({apart})" if apart else "")
+    )
+    means = [{m: statistics.mean(v) for m, v in g.items()} for g in both.values()]
+    first = sum(max(m, key=lambda name: m[name]) == ours for m in means)
+    return text + (
+        f"; it is the best of all methods in {first} of {len(both)} results." if len(both) > 1 else "."
+    )
+
+
+def _results(it: Run) -> str:
+    groups = _groups(it)
+    if not groups:
+        if it.is_teacher:
+            return ""
+        return (
+            '<p class="note">No evaluations yet. <code>dreamteacher evaluate --init '
+            f"{esc(str(it.path))} --out {esc(str(it.path))}</code> adds them; run it with <code>--init random"
+            "</code> too, to have something to compare with.</p>"
+        )
+    headline = {k: g for k, g in groups.items() if k[2] == HEADLINE.get(k[0], k[2])}
+    others = {k: g for k, g in groups.items() if k not in headline}
+    methods = list(dict.fromkeys(m for g in groups.values() for m in g))
+    ours, baseline = _ours(it, methods)
+    plots = []
+    for key, group in list(headline.items())[:12]:
+        task, amount, metric = _describe(key)
+        plots.append(
+            dot_plot(
+                f"{task}, {amount}, {metric}", [Dots(m, group[m], m == ours) for m in methods if m in group]
+            )
+        )
+    text = _result_table(it, headline, methods, ours, baseline)
+    text += f'<p class="caption">{_RESULTS_CAPTION}</p><div class="grid2">{"".join(plots)}</div>'
+    if others:
+        table = _result_table(it, others, methods, ours, baseline)
+        text += f"<details><summary>Other metrics ({len(others)})</summary>{table}</details>"
+    return text
+
+
+def _result_table(
+    it: Run, groups: Mapping[Key, Mapping[str, list[float]]], methods: Sequence[str], ours: str | None, baseline: str | None
+) -> str:  # fmt: skip
+    head = "".join(f"<th{' class=ours' if m == ours else ''}>{esc(m)}</th>" for m in methods)
+    gap = f"<th>difference to<br>{esc(baseline)}</th>" if baseline else ""
+    lines = []
+    for key, group in groups.items():
+        task, amount, metric = _describe(key)
+        best = max(round(statistics.mean(v), 3) for v in group.values())
+        cells = ""
+        for method in methods:
+            values = group.get(method)
+            text = _spread(values) if values else "–"
+            bold = bool(values) and round(statistics.mean(values), 3) == best
+            cells += f"<td>{f'<b>{text}</b>' if bold else text}</td>"
+        counts = sorted({len(v) for v in group.values()})
+        cells += f"<td>{'–'.join(str(c) for c in counts[:: max(1, len(counts) - 1)])}</td>"
+        if baseline and ours and ours in group and baseline in group:
+            difference = statistics.mean(group[ours]) - statistics.mean(group[baseline])
+            apart = _deviations(it, key, ours, baseline)
+            cells += f"<td>{difference:+.3f}{f'<br><small>{apart}</small>' if apart else ''}</td>"
+        elif baseline:
+            cells += "<td>–</td>"
+        lines.append(f"<tr><td>{esc(task)}<br><small>{esc(amount)}, {esc(metric)}</small></td>{cells}</tr>")
+    return (
+        f'<div class="scroll"><table><thead><tr><th></th>{head}<th>seeds</th>{gap}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+_RESULTS_CAPTION = (
+    "Mean ± sample standard deviation over seeds, higher is better; the best mean of a row is bold. The last "
+    "column is in units of the larger of the two deviations. In the plots a ring is one seed, the dot the mean."
+)
+
+
+# --- curves ------------------------------------------------------------------------------------------------
+
+
+def _curves(it: Run) -> str:
+    if not it.metrics and not it.timing:
+        return '<p class="note">No metrics.jsonl yet.</p>' if it.facts else ""
+    weight = it.config.get("at_weight")
+    fixed = [k for k in _keys(it.metrics) if k.startswith("loss/t")]
+    charts = [
+        line_chart("Loss", _lines(it.metrics, "loss"), "Error of the predicted noise at random timesteps; mean since "
+                   "the line before." if it.is_teacher else f"Whitened MSE plus {weight} × attention transfer, "
+                   "averaged over the levels; mean since the line before."),
+        line_chart("Loss at fixed timesteps", [Series(f"t = {k[6:]}", _points(it.metrics, k)) for k in fixed],
+                   "Averaged weights on the same 64 images with the same noise: comparable from step to step."),
+        line_chart("Whitened MSE", _lines(it.metrics, "mse"), "Regressor against the whitened maps of the teacher; 1 is "
+                   "what a constant gets."),
+        line_chart("Attention transfer", _lines(it.metrics, "at"), "Distance between the normalised energy maps."),
+        line_chart("Explained variance, R²", _lines(it.metrics, "r2"), "Of the teacher's maps on a training batch; 0 is "
+                   "each channel's mean, 1 is perfect. Fresh noise in the teacher keeps it below 1.", floor=-1.0),
+        line_chart("Cosine similarity", _lines(it.metrics, "cosine"), "Between the regressor's and the teacher's channel "
+                   "vectors, averaged over positions."),
+        line_chart("Effective rank, RankMe", _lines(it.metrics, "rankme"), "Directions in use in the backbone's pooled "
+                   "features. A fall towards 1 is a collapse."),
+        line_chart("kNN accuracy", _lines(it.metrics, "knn"), "Class of an image from its neighbours in pooled features, "
+                   "leave one out. Labels only watch."),
+        line_chart("Gradient norm", _lines(it.metrics, "grad_norm"), "Before clipping; mean since the line before."),
+        line_chart("Learning rate", _lines(it.metrics, "lr"), "Linear warm-up, then a cosine."),
+        line_chart("Speed", _lines(it.timing, "images_per_s"), "Images a second, averaged since this process began."),
+    ]  # fmt: skip
+    return f'<div class="grid2">{"".join(charts)}</div>'
+
+
+def _lines(rows: Sequence[Mapping[str, Any]], key: str) -> list[Series]:
+    """One line for `key`, or one per level where it is logged as key/s4, key/s8 ..."""
+    whole = _points(rows, key)
+    levels = [] if whole else _levels(rows, key)
+    lines = [Series(_stride(level), _points(rows, f"{key}/{level}")) for level in levels]
+    return lines or [Series(key, whole)]
+
+
+def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [
+        (float(r["step"]), float(r[key]))
+        for r in rows
+        if _is_number(r.get("step")) and _is_number(r.get(key))
+    ]
+
+
+def _keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _levels(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    return [k.split("/", 1)[1] for k in _keys(rows) if k.startswith(f"{key}/s")]
+
+
+def _stride(level: str) -> str:
+    return f"stride {level[1:]}"
+
+
+# --- pictures ----------------------------------------------------------------------------------------------
+
+_MAPS_LEAD = (
+    "The first three principal components of a level's features as red, green and blue. Teacher and regressor "
+    "share one basis and one range (of the teacher's whitened maps), so that the same colour means the same "
+    "feature: the more alike the two rows, the more the student knows. The backbone, which is what is kept, has "
+    "a basis of its own."
+)
+
+
+@torch.no_grad()
+def _feature_maps(it: Run, count: int) -> str:
+    if it.is_teacher or count < 1 or not it.config:
+        return ""
+    device = pick_device("auto")
+    images = _pick_images(it, count)
+    teacher = _teacher(it).to(device)
+    student = create_student(str(it.config["student"])).to(device).eval()
+    regressor = (
+        FeatureRegressor(student.specs, teacher.specs, width=int(it.config["width"])).to(device).eval()
+    )
+    weights, source = _trained(it.path)
+    checkpoint.load_exactly(student.model, _under("student.model.", weights), source)
+    checkpoint.load_exactly(regressor, _under("regressor.", weights), source)
+    x = (images.float() / 255).to(device)
+    targets = [m.float() for m in teacher.encode(x, generator=torch.Generator(device).manual_seed(0))]
+    backbone = student(x)
+    outputs = regressor(backbone, [(m.shape[-2], m.shape[-1]) for m in targets])
+    cells = ["<span>image</span>", *_strip(images, "image", photo=True)]
+    for i, spec in enumerate(teacher.specs):
+        target = whiten(targets[i], it.config.get("whiten", "chw"))
+        features = backbone[regressor.sources[i]]
+        basis = pca_basis(target)
+        own = student.specs[regressor.sources[i]]
+        cells.append(
+            f"<strong>{_stride(spec.name)}<small>{target.shape[-2]} × {target.shape[-1]} positions, {spec.channels} "
+            f"channels of the teacher, {own.channels} of the backbone · on these images R² "
+            f"{metrics.r2(outputs[i], target):.2f}, cosine {metrics.cosine(outputs[i], target):.2f}</small></strong>"
+        )
+        cells += [
+            "<span>teacher</span>",
+            *_strip(pca_colours(target, basis), f"teacher, {_stride(spec.name)}"),
+        ]
+        cells += [
+            "<span>regressor</span>",
+            *_strip(pca_colours(outputs[i], basis), f"regressor, {_stride(spec.name)}"),
+        ]
+        cells.append("<span>backbone</span>")
+        cells += _strip(pca_colours(features, pca_basis(features)), f"backbone, {_stride(own.name)}")
+    return (
+        f'<div class="card scroll"><div class="maps" style="--n:{len(images)}">{"".join(cells)}</div></div>'
+    )
+
+
+def _strip(images: Tensor, what: str, *, photo: bool = False) -> list[str]:
+    """One cell per image; maps are kept at their own resolution and enlarged by the browser, nearest neighbour."""
+    kind = ' class="photo"' if photo else ""
+    return [f'<img{kind} src="{data_uri(m, 256)}" alt="{what} {i + 1}">' for i, m in enumerate(images)]
+
+
+def _pick_images(it: Run, count: int) -> Tensor:
+    """`count` readable images at even distances in the run's folder, uint8 N x 3 x H x W."""
+    if not it.config.get("images"):
+        raise UserError("This run has no image folder.", "Its teacher synthesized the images.")
+    height, width = _dict(it.facts.get("data")).get("size") or it.config["size"]
+    paths = data.find_images(Path(it.config["images"]))
+    found: list[Tensor] = []
+    for i in range(min(count, len(paths))):
+        first = i * len(paths) // min(count, len(paths))
+        for path in paths[first : first + 8]:  # a damaged one gives way to its neighbour
+            try:
+                found.append(data.read_image(path, (height, width)))
+                break
+            except data.BadImageError:
+                continue
+    if not found:
+        raise UserError(f"No image in '{it.config['images']}' can be read.", "")
+    return torch.stack(found)
+
+
+def _teacher(it: Run) -> Teacher:
+    """The run's teacher, as it was: same timesteps, same noise, and the same weights."""
+    facts, name = _dict(it.facts.get("teacher")), str(it.config["teacher"])
+    wanted = facts.get("sha256")
+    if wanted and sha256(teacher_folder(name) / WEIGHTS) != wanted:
+        raise UserError(f"The teacher in '{name}' is no longer the one of this run (sha256 differs).", "")
+    timesteps = tuple(facts.get("t") or it.config.get("t") or ())
+    return load_teacher(name, timesteps=timesteps, noise=it.config.get("noise", "stochastic"))
+
+
+def _trained(run: Path) -> tuple[dict[str, Tensor], Path]:
+    """student.model.* and regressor.* tensors: the exported ones, else the newest checkpoint's."""
+    files = {"student.model.": run / "backbone.safetensors", "regressor.": run / "regressor.safetensors"}
+    if all(path.is_file() for path in files.values()):
+        tensors = {p + k: v for p, path in files.items() for k, v in read_weights(path).tensors.items()}
+        return tensors, files["student.model."]
+    newest = checkpoint.latest(run)
+    if newest is None:
+        raise UserError("The run has no weights yet.", "They come with its first checkpoint.")
+    tensors, _ = checkpoint.load(newest)
+    return _under("ema/", tensors) or _under("trained/", tensors), newest
+
+
+def _samples(it: Run) -> str:
+    """The sample sheet that lies beside the teacher's weights; without one, new samples if they are cheap."""
+    if not it.is_teacher and not it.config.get("teacher"):
+        return ""
+    folder = it.path if it.is_teacher else teacher_folder(str(it.config["teacher"]))
+    if (folder / "samples.png").is_file():
+        with Image.open(folder / "samples.png") as file:
+            sheet = pil_to_tensor(file.convert("RGB"))
+        what = "Images that the teacher made from noise: what it knows is what the student can learn from it."
+    elif it.is_teacher:
+        return '<p class="note">No samples.png yet: it comes with the first validation.</p>'
+    else:
+        sheet = make_grid(_generate(_teacher(it)).cpu(), nrow=8, padding=2, pad_value=1.0)
+        sheet = (sheet.clamp(0, 1) * 255).round().to(torch.uint8)
+        what = f"{_SAMPLES} images that the teacher made from noise, in few steps: its best are better."
+    picture = f'<img src="{data_uri(sheet, 1100)}" alt="samples of the teacher">'
+    return f'<figure class="card sheet">{picture}<figcaption>{what}</figcaption></figure>'
+
+
+def _generate(teacher: Teacher) -> Tensor:
+    """New images, float RGB in [0, 1]; a UserError where they would take more than `_PATIENCE` seconds."""
+    device = pick_device("auto")
+    generator = torch.Generator(device).manual_seed(0)
+    teacher = teacher.to(device)
+    if not isinstance(teacher, DiffusionTeacher):
+        return teacher.sample(_SAMPLES, generator=generator)[0]
+    teacher.sampling_steps = 1
+    begin = time.perf_counter()
+    teacher.generate(1, generator=generator)
+    seconds = (time.perf_counter() - begin) * _SAMPLES * _SAMPLING_STEPS
+    if seconds > _PATIENCE:
+        raise UserError(f"New samples would take about {seconds / 60:.0f} minutes on this machine.", "")
+    teacher.sampling_steps = _SAMPLING_STEPS
+    return teacher.generate(_SAMPLES, generator=generator)
+
+
+# --- how to use it, how it was made ------------------------------------------------------------------------
+
+
+def _usage(it: Run) -> str:
+    if it.is_teacher:
+        command = f"dreamteacher pretrain --teacher {it.path} --images FOLDER --out runs/student"
+        return f"<p>Teach a backbone with it:</p><pre>{esc(command)}</pre>"
+    if not it.config.get("student"):
+        return ""
+    if not (it.path / "backbone.safetensors").is_file():
+        return '<p class="note">The run has not finished: the command that started it resumes it.</p>'
+    snippet = load_snippet(it.path, str(it.config["student"]), "backbone.safetensors")
+    return f"<p>The backbone loads in plain timm, without dreamteacher:</p><pre>{esc(snippet)}</pre>"
+
+
+def _settings(it: Run) -> str:
+    text = ""
+    if it.facts:
+        lines = "".join(f"<tr><th>{esc(k)}</th><td>{esc(v)}</td></tr>" for k, v in _flat("", it.facts))
+        text = f'<details><summary>Every setting (config.json)</summary><table class="settings">{lines}</table></details>'
+    if it.skipped:
+        more = f" (first 20 of {len(it.skipped)})" if len(it.skipped) > 20 else ""
+        files = "".join(f"<li>{esc(line)}</li>" for line in it.skipped[:20])
+        text += f'<details><summary>Skipped images{more}</summary><ul class="files">{files}</ul></details>'
+    return text
+
+
+def _flat(prefix: str, value: Any) -> list[tuple[str, str]]:
+    """Nested settings as (dotted name, text) pairs."""
+    if isinstance(value, dict) and value:
+        return [pair for k, v in value.items() for pair in _flat(f"{prefix}.{k}" if prefix else str(k), v)]
+    if isinstance(value, list):
+        return [(prefix, ", ".join(str(v) for v in value) or "–")]
+    return [(prefix, "–" if value is None or value == {} else str(value))]
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,74 @@
+"""The contract that every generative teacher keeps."""
+
+from __future__ import annotations
+
+from abc import ABC
+
+import torch
+from torch import nn
+
+from dreamteacher.errors import UserError
+from dreamteacher.features import FeatureSpec
+
+
+class Teacher(nn.Module, ABC):
+    """A frozen generative model that gives feature maps of images. Never a submodule of what is trained.
+
+    Attributes:
+        name: what the user calls it; family: the kind of model ("diffusion").
+        licence: of its weights, shown at run start and in model cards.
+        specs: levels, fine to coarse; a level that the model lacks is absent.
+        modes: what it can do, of "encode" and "sample".
+        size: (height, width) that it was trained at.
+        multiple: heights and widths must be multiples of this.
+    """
+
+    name: str
+    family: str
+    licence: str
+    specs: tuple[FeatureSpec, ...]
+    modes: frozenset[str]
+    size: tuple[int, int]
+    multiple: int
+
+    def freeze(self) -> None:
+        """Call at the end of a constructor: no gradients, evaluation mode for good, channels_last."""
+        self.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Teacher:
+        return super().train(False)
+
+    def encode(self, images: torch.Tensor, *, generator: torch.Generator) -> list[torch.Tensor]:
+        """Feature maps of real images.
+
+        Args:
+            images: float RGB in [0, 1], N x 3 x H x W, H and W multiples of `multiple`.
+            generator: source of every random number, on the images' device.
+
+        Returns: one map per spec, N x C x H/stride x W/stride.
+        """
+        raise self._cannot("encode")
+
+    def sample(self, n: int, *, generator: torch.Generator) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """n new images (float RGB in [0, 1]) and their feature maps."""
+        raise self._cannot("sample")
+
+    def _cannot(self, mode: str) -> UserError:
+        able = " and ".join(sorted(self.modes))
+        return UserError(
+            f"The teacher '{self.name}' ({self.family}) cannot {mode} images; it can {able}.",
+            "Use the dataset kind that it serves: encoded (encode) or synthesized (sample).",
+        )
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises UserError when images of this size do not divide down to the coarsest level."""
+        m = self.multiple
+        if height % m or width % m:
+            near = f"{max(m, round(height / m) * m)} {max(m, round(width / m) * m)}"
+            raise UserError(
+                f"The teacher '{self.name}' takes heights and widths that are multiples of {m}, "
+                f"not {height} x {width}.",
+                f"Use --size {near}.",
+            )
