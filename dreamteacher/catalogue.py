@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from tyro.conf import Positional
 
 from dreamteacher import __version__
 from dreamteacher.distributed import pick_device, resolve_precision
@@ -23,7 +24,7 @@ EXTRAS = {"tensorboard": "pretrain --tensorboard"}
 class ListConfig:
     """Print what can be named: teachers, students, presets or tasks."""
 
-    what: Literal["teachers", "students", "presets", "tasks"] = "teachers"
+    what: Positional[Literal["teachers", "students", "presets", "tasks"]] = "teachers"
     """What to list."""
     filter: str = ""
     """Only names that contain this."""

@@ -7,6 +7,7 @@ import errno
 import importlib
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -53,7 +54,15 @@ Errors say what to do and exit with 2; DREAMTEACHER_TRACEBACK=1 shows where they
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 for a user's error, 128 + n after a signal."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:  # the reader of our output went away (`| head`): that is no error
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at the last flush
+        return 141
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP.format(verbs="\n".join(f"  {name:14} {verb.what}" for name, verb in VERBS.items())))
         return 0
@@ -66,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         run(arguments[0], arguments[1:])
+        sys.stdout.flush()  # a full disk or a reader that went away shows here, not at the exit
     except UserError as error:
         return _report(str(error), error)
     except OSError as error:
@@ -74,8 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(f"The disk is full: {error}.\nFree space, then run the same command: it resumes.", error)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output went away
-        return 141
     return 0
 
 
@@ -108,15 +116,11 @@ def parse(config: type, verb: str, arguments: Sequence[str]) -> Any:
     Raises:
         UserError: naming the flag; SystemExit(0) after --help.
     """
-    import dataclasses
-
     import tyro
 
     from dreamteacher.errors import UserError, did_you_mean
 
-    flags = ["--help"]
-    for field in dataclasses.fields(config):
-        flags += [f"--{field.name.replace('_', '-')}", f"--no-{field.name.replace('_', '-')}"]
+    flags = ["--help", *_flags(config)]
     for argument in arguments:
         flag = argument.split("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in flags:
@@ -131,13 +135,37 @@ def parse(config: type, verb: str, arguments: Sequence[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(_plain(said.getvalue()), f"`dreamteacher {verb} --help` lists its settings.") from None
+        raise UserError(
+            _plain(said.getvalue(), verb), f"`dreamteacher {verb} --help` lists its settings."
+        ) from None
 
 
-def _plain(box: str) -> str:
+def _flags(config: type, prefix: str = "--") -> list[str]:
+    """Every flag of a config and of the configs in it (`--finetune.lr`)."""
+    import dataclasses
+    import typing
+
+    hints = typing.get_type_hints(config, include_extras=True)
+    flags = []
+    for field in dataclasses.fields(config):
+        if typing.get_origin(hints[field.name]) is typing.Annotated:
+            continue  # given by its place, without a flag
+        name = field.name.replace("_", "-")
+        flags += [f"{prefix}{name}", f"{prefix}no-{name}"]
+        if dataclasses.is_dataclass(hints[field.name]):
+            flags += _flags(hints[field.name], f"{prefix}{name}.")
+    return flags
+
+
+def _plain(box: str, verb: str) -> str:
     """tyro's error box as one line of at most 200 characters."""
-    words = "".join(" " if c in "│╭╮╰╯─" else c for c in box).split()
-    text = " ".join(words).split(" For full helptext")[0]
+    lines = ["".join(" " if c in "│╭╮╰╯─" else c for c in line).strip() for line in box.splitlines()]
+    _title, *lines = [line for line in lines if line.strip("- ")] or [box]
+    ends = [i for i, line in enumerate(lines) if line.startswith(("Argument helptext", "For full helptext"))]
+    text = " ".join(lines[: ends[0]] if ends else lines)
+    if text.startswith("Missing from "):
+        return f"'{verb}' needs {', '.join(re.findall(r'--[a-z][a-z0-9.-]*', text))}."
+    text = re.sub(r"\[/?bold\]", "", text)
     return text if len(text) <= 200 else text[:197] + "..."
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple, TypeAlias, TypeVar
+from typing import IO, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -30,13 +30,16 @@ Size: TypeAlias = tuple[int, int]  # height, width
 T = TypeVar("T")
 R = TypeVar("R")
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2 .avif".split()
+# fmt: off
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg",
+    ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
 )
+# fmt: on
 # By content, whatever the suffix says; others are left out because their readers run other programs (EPS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 _MOST_PIXELS = 178_000_000
-_MOST_REPLACED = 100
+_MOST_TRIED = 1000
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -61,10 +64,10 @@ class BadImageError(Exception):
 
 
 class Batch(NamedTuple):
-    """float32 N x 3 x H x W in [0, 1], channels last; the N images' indices in their set; the step's number."""
+    """float32 N x 3 x H x W in [0, 1], channels last; int64 N, the images' places in their set; the step."""
 
     images: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple's own `index` is not needed here
     step: int
 
 
@@ -83,8 +86,7 @@ def find_images(folder: Path) -> list[Path]:
         raise UserError(f"'{folder}' is a file, not a folder.", "Give the folder that holds the images.")
     paths = list(_walk(folder, frozenset()))
     if not paths:
-        known = " ".join(sorted(IMAGE_SUFFIXES))
-        raise UserError(f"No images in '{folder}' or below.", f"Looked for {known}")
+        raise UserError(f"No images in '{folder}' or below.", f"Looked for {' '.join(IMAGE_SUFFIXES)}")
     return paths
 
 
@@ -133,12 +135,11 @@ def read_image(path: Path, size: Size | None) -> Tensor:
     Raises:
         BadImageError: it cannot be read.
     """
-    image = _eight_bits(path, _load(path, size))
+    image, turn, extent = _load(path, size)
+    image = _eight_bits(path, image)
     if size is not None:
-        box = cover_box((image.height, image.width), size)
-        # Premultiplied and palette modes are gone by now, so this scales plain grey or RGB values.
-        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
-    return pil_to_tensor(image.convert("RGB"))
+        image = _scale(image, extent, turn, size, Image.Resampling.BILINEAR)
+    return pil_to_tensor(_turned(image, turn).convert("RGB"))
 
 
 def read_mask(path: Path, size: Size | None, *, binary: bool = False) -> Tensor:
@@ -152,32 +153,48 @@ def read_mask(path: Path, size: Size | None, *, binary: bool = False) -> Tensor:
     Raises:
         BadImageError: it cannot be read, or has colours where class ids are wanted.
     """
-    image = _load(path, None)
+    image, turn, extent = _load(path, None)
     if image.mode.startswith("I"):
         image = image.convert("I")
     if not binary and image.mode not in ("1", "L", "P", "I"):
         raise BadImageError(path, f"{image.mode} colours instead of class ids")
     if size is not None:
-        box = cover_box((image.height, image.width), size)
-        image = image.resize((size[1], size[0]), Image.Resampling.NEAREST, box=box)
+        image = _scale(image, extent, turn, size, Image.Resampling.NEAREST)
     if binary and image.mode not in ("1", "L", "I"):
         ground = Image.new("RGBA", image.size, "black")
         image = Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
-    values = pil_to_tensor(image).long().amax(0)
+    values = pil_to_tensor(_turned(image, turn)).long().amax(0)
     return (values + 128) // 257 if binary and values.max() > 255 else values
 
 
-def cover_box(have: Size, want: Size) -> tuple[float, float, float, float]:
+def _cover_box(have: tuple[float, float], want: Size) -> tuple[float, float, float, float]:
     """The centred part (left, top, right, bottom) of an image of size `have` with the aspect of `want`.
 
     Example:
-        >>> cover_box((100, 60), (32, 32))
+        >>> _cover_box((100, 60), (32, 32))
         (0, 20.0, 60, 80.0)
     """
     (h, w), (height, width) = have, want
     if w * height <= h * width:
         return 0, (h - w * height / width) / 2, w, (h + w * height / width) / 2
     return (w - h * width / height) / 2, 0, (w + h * width / height) / 2, h
+
+
+def _scale(
+    image: Image.Image, extent: tuple[float, float], turn: int, size: Size, how: Image.Resampling
+) -> Image.Image:
+    """Covers `size`, which is meant for the turned image, and keeps the centre."""
+    height, width = _before_turn(size, turn)
+    gap = 2.0 if how == Image.Resampling.BILINEAR else None
+    return image.resize((width, height), how, box=_cover_box(extent, (height, width)), reducing_gap=gap)
+
+
+def _before_turn(size: Size, turn: int) -> Size:
+    return (size[1], size[0]) if turn > 4 else size
+
+
+def _turned(image: Image.Image, turn: int) -> Image.Image:
+    return image.transpose(_TURN[turn]) if turn in _TURN else image
 
 
 @contextmanager
@@ -211,31 +228,39 @@ def _open(path: Path, file: IO[bytes]) -> tuple[Image.Image, int]:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        turn = int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged metadata fail in many ways and do not damage the picture
         return 1
+    return turn if turn in _TURN else 1
 
 
-def _load(path: Path, size: Size | None) -> Image.Image:
-    """Decodes the first frame in the file's own mode, upright, not much larger than `size` where that saves time."""
+def _load(path: Path, size: Size | None) -> tuple[Image.Image, int, tuple[float, float]]:
+    """Decodes the first frame in the file's own mode; not yet turned; reduced, but never below twice `size`.
+
+    Returns:
+        The image, its EXIF orientation, and the height and width that it fills: those of the file at the
+        reduced scale, where the last row and column may be covered in part.
+    """
     try:
         with Path(path).open("rb") as file:
             image, turn = _open(path, file)
-            if (
-                size is not None
-            ):  # a JPEG decodes at 1/2, 1/4 or 1/8 for less; twice `size` is left to scale well
-                height, width = (size[1], size[0]) if turn > 4 else size
+            extent: tuple[float, float] = (image.height, image.width)
+            if size is not None:  # JPEG can be decoded at 1/2, 1/4, 1/8, which saves time
+                height, width = _before_turn(size, turn)
                 scale = 2 * max(height / image.height, width / image.width)
-                image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+                drafted = image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+                if drafted is not None:
+                    extent = (drafted[1][3], drafted[1][2])
             image.load()
-            if image.format not in ("JPEG", "MPO"):
+            if image.format not in ("JPEG", "MPO"):  # known only now, and TIFF is turned already
                 with _quiet_pil():
                     turn = _orientation(image)
+                extent = (image.height, image.width)
     except BadImageError:
         raise
     except Exception as error:  # decoders of damaged files raise nearly everything
         raise BadImageError(path, _reason(error)) from error
-    return image.transpose(_TURN[turn]) if turn in _TURN else image
+    return image, turn, extent
 
 
 def _reason(error: Exception) -> str:
@@ -293,14 +318,17 @@ class ImageSet:
     def get(self, indices: Tensor) -> Tensor:
         """The uint8 batch K x 3 x H x W of these indices (int64 K).
 
-        A damaged image that is only found now gives way to the next readable one of its class, and is recorded.
+        An image found damaged only now gives way to the next readable one of its class, and is recorded.
 
         Raises:
             UserError: too many in a row cannot be read.
+            IndexError: there are not so many.
         """
         if self.cache is not None:
             return self.cache[indices]
-        parts = in_threads(functools.partial(_decode, self), [[i] for i in indices.tolist()], 2)
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
+            raise IndexError(f"indices {indices.min()} to {indices.max()} of {len(self)} images")
+        parts = _in_threads(functools.partial(_decode, self), [[i] for i in indices.tolist()], 2)
         return torch.cat([self._record(part)[0] for part in parts])
 
     def _record(self, decoded: _Decoded) -> tuple[Tensor, Tensor]:
@@ -311,20 +339,21 @@ class ImageSet:
         if decoded.images is None:
             path, reason = decoded.bad[-1]
             raise UserError(
-                f"{_MOST_REPLACED} images in a row cannot be read any more, such as '{path}' ({reason}).",
+                f"'{path}' and {len(decoded.bad) - 1} images before it cannot be read ({reason}).",
                 "Check that the disk is still there; the same command resumes from the last checkpoint.",
             )
         return decoded.images, decoded.index
 
 
-class _Decoded(NamedTuple):
+@dataclass(frozen=True)
+class _Decoded:
     images: Tensor | None
     index: Tensor
     bad: list[BadImage]
 
 
 def _decode(images: ImageSet, indices: Sequence[int]) -> _Decoded:
-    """Reads images, each damaged one replaced by the next readable of its class; None when there is none near."""
+    """Reads images, damaged ones replaced by the next readable of their class; None if there is none near."""
     found: list[Tensor] = []
     index: list[int] = []
     bad: list[BadImage] = []
@@ -347,12 +376,12 @@ def _replacements(images: ImageSet, i: int) -> Iterator[int]:
         if images.labels is None or images.labels[j] == images.labels[i]:
             yield j
             count += 1
-        if count == _MOST_REPLACED:
+        if count == _MOST_TRIED:  # not damage any more: the disk is gone
             return
 
 
-def in_threads(function: Callable[[T], R], items: Sequence[T], workers: int, what: str = "") -> list[R]:
-    """[function(x) for x in items] in threads; long ones with a progress bar, if `what` names it, on a terminal."""
+def _in_threads(function: Callable[[T], R], items: Sequence[T], workers: int, what: str = "") -> list[R]:
+    """[function(x) for x in items] in threads; a long list with a name (`what`) shows a bar on a terminal."""
     quiet = not what or len(items) <= 2000 or not sys.stderr.isatty()
     results: list[R] = []
     with ThreadPoolExecutor(max(1, workers)) as pool, tqdm(total=len(items), desc=what, disable=quiet) as bar:
@@ -370,8 +399,8 @@ def load_images(
     Args:
         size: (height, width) that every image is brought to.
         strict: refuse any damaged image.
-        cache_gb: when all images, decoded, take at most this many 10^9 bytes, they are decoded now and kept, so
-            that every damaged file is known. Otherwise only headers are checked now (with `strict`: everything).
+        cache_gb: images that take at most this many 10^9 bytes, decoded, are decoded now and kept, so that
+            every damaged file is known. Otherwise headers are checked now (with `strict`: everything).
         workers: threads.
 
     Raises:
@@ -396,7 +425,7 @@ def load_images(
             return BadImage(paths[i], error.reason)
         return None
 
-    checked = in_threads(check, range(len(paths)), workers, "reading images")
+    checked = _in_threads(check, range(len(paths)), workers, "reading images")
     bad = tuple(b for b in checked if b is not None)
     if len(bad) == len(paths) or (bad and strict):
         raise UserError(
@@ -423,15 +452,15 @@ def _below(folder: Path, path: Path) -> str:
     return path.relative_to(folder).as_posix()
 
 
-class Header(NamedTuple):
-    """What is known of an image before it is decoded: upright (height, width), PIL's names of mode and format."""
+class _Header(NamedTuple):
+    """What is known before decoding: upright (height, width), and PIL's names of mode and format."""
 
     size: Size
     mode: str
     format: str
 
 
-def _header(path: Path) -> Header:
+def _header(path: Path) -> _Header:
     try:
         with path.open("rb") as file:
             image, turn = _open(path, file)
@@ -442,8 +471,7 @@ def _header(path: Path) -> Header:
         raise
     except Exception as error:
         raise BadImageError(path, _reason(error)) from error
-    size = (image.width, image.height) if turn in (5, 6, 7, 8) else (image.height, image.width)
-    return Header(size, image.mode, image.format or "")
+    return _Header(_before_turn((image.height, image.width), turn), image.mode, image.format or "")
 
 
 def step_generator(seed: int, step: int, stream: str = "") -> torch.Generator:
@@ -457,8 +485,8 @@ def _epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=step_generator(seed, epoch, "order"))
 
 
-def batch_indices(count: int, *, batch_size: int, seed: int, step: int) -> Tensor:
-    """int64 indices of step `step` (from 0): a new order for every epoch, its incomplete last batch dropped."""
+def _batch_indices(count: int, *, batch_size: int, seed: int, step: int) -> Tensor:
+    """int64 indices of a step (from 0): a new order in every epoch; its incomplete last batch is dropped."""
     epoch, part = divmod(step, count // batch_size)
     return _epoch_order(count, seed, epoch)[part * batch_size : (part + 1) * batch_size]
 
@@ -480,8 +508,9 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches of steps `first_step` to `last_step` - 1, over as many epochs as that takes.
 
-    Step k is the same batch, bit for bit, wherever the iteration began, cached or streamed, with any number of
-    workers. (A damaged image that only streaming finds is the exception: a cache leaves it out from the start.)
+    Step k is the same batch, bit for bit, wherever the iteration began, cached or streamed, with any number
+    of workers. (Files with a good header and damaged pixels are the exception: a cache leaves them out from
+    the start, which changes the order; a stream puts another image in their place.)
 
     Args:
         flip: mirror each image with probability 1/2.
@@ -514,7 +543,7 @@ def _batches(
         if images.cache is None:
             pixels, index = images._record(next(decoded))
         else:
-            index = batch_indices(len(images), batch_size=batch_size, seed=seed, step=step)
+            index = _batch_indices(len(images), batch_size=batch_size, seed=seed, step=step)
             pixels = images.get(index)
         if flip:
             flips = torch.rand(batch_size, generator=step_generator(seed, step, "flip")) < 0.5
@@ -529,11 +558,11 @@ class _Steps(Dataset[_Decoded]):
         self.images, self.batch_size, self.seed = images, batch_size, seed
 
     def __getitem__(self, step: int) -> _Decoded:
-        index = batch_indices(len(self.images), batch_size=self.batch_size, seed=self.seed, step=step)
+        index = _batch_indices(len(self.images), batch_size=self.batch_size, seed=self.seed, step=step)
         return _decode(self.images, index.tolist())
 
 
-def _as_it_is(decoded: _Decoded) -> _Decoded:
+def _as_it_is(decoded: Any) -> Any:
     return decoded
 
 
@@ -559,19 +588,19 @@ class SegmentationSet:
 def load_segmentation(
     images_folder: Path, masks_folder: Path, size: Size, *, ignore_index: int = 255, binary: bool = False
 ) -> SegmentationSet:
-    """Images and their masks, paired by their paths below the two folders without suffix (a/1.jpg with a/1.png).
+    """Images and their masks, paired by their paths below the folders without suffix (a/1.jpg with a/1.png).
 
     Images without a mask are left out, which is said on stderr: labels are expected to be few.
 
     Args:
         size: (height, width) that images and masks are brought to, alike.
         ignore_index: id in the masks that is no class.
-        binary: the masks are black and white pictures of any kind: class 1 where brighter than 127 (or than 0,
-            if no mask holds more than 1), class 0 elsewhere. Otherwise: grey values or palette indices are ids.
+        binary: masks are black and white pictures of any kind: class 1 where brighter than 127 (or than 0 if
+            no mask holds more than 1), class 0 elsewhere. Otherwise grey values or palette indices are ids.
 
     Raises:
-        UserError: masks without an image, no pairs, files that cannot be read, aspects that differ, masks with
-            colours or JPEG masks where ids are wanted, fewer than two classes.
+        UserError: masks without an image, files that cannot be read, shapes that differ, coloured or JPEG
+            masks where ids are wanted, fewer than two classes.
     """
     images_folder, masks_folder = Path(images_folder), Path(masks_folder)
     pairs, unpaired = _pairs(images_folder, masks_folder)
@@ -593,7 +622,7 @@ def load_segmentation(
             return BadImage(error.path, error.reason)
         return None
 
-    _refuse_bad(in_threads(load, range(len(pairs)), 2, "reading masks"), masks_folder)
+    _refuse_bad(_in_threads(load, range(len(pairs)), 2, "reading masks"), masks_folder)
     if binary:
         masks = (masks > (0 if masks.max() <= 1 else 127)).long()
         return SegmentationSet(
@@ -639,15 +668,15 @@ def _check_pairs(
 ) -> None:
     """Everything that the headers tell, before anything is decoded."""
 
-    def check(path: Path) -> Header | BadImage:
+    def check(path: Path) -> _Header | BadImage:
         try:
             return _header(path)
         except BadImageError as error:
             return BadImage(path, error.reason)
 
-    found = in_threads(check, [path for pair in pairs for path in pair], 2, "checking masks")
+    found = _in_threads(check, [path for pair in pairs for path in pair], 2, "checking masks")
     _refuse_bad(found, masks_folder)
-    headers = [h for h in found if isinstance(h, Header)]
+    headers = [h for h in found if isinstance(h, _Header)]
     coloured, oblong = [], []
     for (image, mask), one, two in zip(pairs, headers[::2], headers[1::2], strict=True):
         (h, w), (height, width) = one.size, two.size
@@ -657,9 +686,9 @@ def _check_pairs(
             coloured.append(f"{_below(masks_folder, mask)} ({two.format}, {two.mode})")
     if coloured and not binary:
         raise UserError(
-            f"{len(coloured)} of {len(pairs)} masks in '{masks_folder}' hold no class ids: {shorten(coloured)}.",
-            "Save class ids as grey or palette PNG; or, if they are black and white pictures, load them as "
-            "binary masks.",
+            f"{len(coloured)} of {len(pairs)} masks in '{masks_folder}' have no class ids: "
+            f"{shorten(coloured)}.",
+            "Save ids as grey or palette PNG; or, if these are black and white, load them as binary masks.",
         )
     if oblong:
         raise UserError(

@@ -112,20 +112,21 @@ def number(value: float, digits: int = 4) -> str:
     return text
 
 
-def chart_scales(series: Sequence[Series], *, floor: float | None = None) -> tuple[Scale, Scale, list[float]]:
+def chart_scales(
+    series: Sequence[Series], *, floor: float | None = None, log: bool = False
+) -> tuple[Scale, Scale, list[float]]:
     """The x scale, the y scale and the y ticks of `line_chart`.
-
-    The y axis is logarithmic when all values are above 0 and they span more than a factor of 20.
 
     Args:
         floor: lowest value worth showing: what lies below is cut off.
+        log: a logarithmic y axis, if all values are above 0 and they span more than a factor of 20.
     """
     xs = [x for s in series for x, _ in s.points]
     ys = [y for s in series for _, y in s.points]
     low, high = min(ys), max(ys)
     if floor is not None:
         low, high = max(low, floor), max(high, floor)
-    log = low > 0 and high / low > 20
+    log = log and low > 0 and high / low > 20
     ticks = log_ticks(low, high) if log else nice_ticks(low, high)
     first, last = min(xs), max(xs)
     if first == last:
@@ -138,35 +139,34 @@ def chart_scales(series: Sequence[Series], *, floor: float | None = None) -> tup
 
 
 def line_chart(
-    title: str, series: Sequence[Series], caption: str = "", *, x: str = "step", floor: float | None = None
+    title: str, series: Sequence[Series], caption: str = "", *, floor: float | None = None, log: bool = False
 ) -> str:
-    """A figure with a title, a legend, one line per series, values on hovering, and a caption.
+    """A figure with a title, a legend, one line per series over steps, values on hovering, and a caption.
 
     Args:
-        series: points whose y is not finite are left out; with no point at all the result is "".
+        series: points (step, value); those that are not finite are left out. With none left the result is "".
         caption: what one sees, as plain text (all texts are escaped here).
-        x: what the horizontal axis counts.
-        floor: see `chart_scales`.
+        floor: see `chart_scales`; log: too.
     """
     clean = [Series(s.name, [p for p in s.points if math.isfinite(p[1])]) for s in series]
     clean = [s for s in clean if s.points]
     if not clean:
         return ""
-    sx, sy, ticks = chart_scales(clean, floor=floor)
+    sx, sy, ticks = chart_scales(clean, floor=floor, log=log)
     parts = []
     for tick in ticks:
         parts.append(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{sy(tick):.1f}" y2="{sy(tick):.1f}"/>'
         )
         parts.append(f'<text x="{LEFT - 6}" y="{sy(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>')
-    inner = [t for t in nice_ticks(sx.low, sx.high, 5) if sx.low <= t <= sx.high]
+    inner = [t for t in nice_ticks(sx.low, sx.high, 7) if sx.low <= t <= sx.high]
     parts += [
         f'<text x="{sx(t):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{number(t)}</text>' for t in inner
     ]
     # A nested viewport cuts off what a floor leaves outside, without an id that a page could hold twice.
-    box = f'x="{LEFT}" y="{TOP - 4}" width="{WIDTH - LEFT}" height="{HEIGHT - BOTTOM - TOP + 8}"'
-    view = f'viewBox="{LEFT} {TOP - 4} {WIDTH - LEFT} {HEIGHT - BOTTOM - TOP + 8}"'
-    parts.append(f'<svg class="plot" {box} {view}>')
+    x, y, width, height = LEFT - 4, TOP - 4, WIDTH - LEFT + 4, HEIGHT - BOTTOM - TOP + 8
+    box = f'x="{x}" y="{y}" width="{width}" height="{height}" viewBox="{x} {y} {width} {height}"'
+    parts.append(f'<svg class="plot" {box}>')
     for i, s in enumerate(clean):
         drawn = _thin(s.points, _MOST_DRAWN)
         path = " ".join(f"{sx(a):.1f},{sy(b):.1f}" for a, b in drawn)
@@ -174,19 +174,16 @@ def line_chart(
         few = " few" if len(s.points) <= 16 else ""
         label = f"{s.name}, " if len(clean) > 1 else ""
         for a, b in _thin(s.points, _MOST_HOVER):
-            about = html.escape(f"{label}{x} {a:,.0f}: {b:.4g}")
-            parts.append(
-                f'<circle class="dot{few}" cx="{sx(a):.1f}" cy="{sy(b):.1f}" r="3.2"><title>{about}</title></circle>'
-            )
+            about = html.escape(f"{label}step {a:,.0f}: {b:.4g}")
+            at = f'cx="{sx(a):.1f}" cy="{sy(b):.1f}"'
+            parts.append(f'<circle class="dot{few}" {at} r="3.2"><title>{about}</title></circle>')
         parts.append("</g>")
     parts.append("</svg>")
-    legend = "".join(
-        f'<span class="key c{i % COLOURS}"><i></i>{html.escape(s.name)}</span>' for i, s in enumerate(clean)
+    scale = "<small>log scale</small>" if sy.log else ""
+    head = f"<h3>{html.escape(title)}{scale}</h3>" + (
+        _legend([s.name for s in clean]) if len(clean) > 1 else ""
     )
-    log = ", log scale" if sy.log else ""
-    head = f"<h3>{html.escape(title)}<small>by {html.escape(x)}{log}</small></h3>"
-    keys = f'<div class="legend">{legend}</div>' if len(clean) > 1 else ""
-    return _figure(head + keys, "".join(parts), HEIGHT, title, caption)
+    return _figure(head, "".join(parts), HEIGHT, title, caption)
 
 
 def dot_plot(title: str, dots: Sequence[Dots], caption: str = "") -> str:
@@ -276,12 +273,23 @@ def pca_basis(maps: Tensor) -> Basis:
 
 
 def pca_colours(maps: Tensor, basis: Basis) -> Tensor:
-    """Maps N x C x H x W as colours in a basis: uint8 N x 3 x H x W; a direction without range is mid-grey."""
+    """Maps N x C x H x W as colours in a basis: uint8 N x 3 x H x W; one without range is mid-grey."""
     x = maps.detach().double().cpu().permute(0, 2, 3, 1) - basis.mean
     span = basis.high - basis.low
     shares = (x @ basis.axes.T - basis.low) / span.clamp_min(1e-300)
     shares = torch.where(span > 0, shares, torch.full_like(shares, 0.5))
     return (shares.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 3, 1, 2)
+
+
+def _legend(names: Sequence[str]) -> str:
+    """A key per series; what the names have in common ("stride 4", "stride 8") is said once, before them."""
+    heads = {name.rpartition(" ")[0] for name in names}
+    common = heads.pop() if len(heads) == 1 else ""
+    keys = (
+        f'<span class="key c{i % COLOURS}"><i></i>{html.escape(name.removeprefix(common).strip())}</span>'
+        for i, name in enumerate(names)
+    )
+    return f'<div class="legend">{html.escape(common)} {"".join(keys)}</div>'
 
 
 def _figure(head: str, drawing: str, height: float, title: str, caption: str) -> str:
@@ -315,24 +323,29 @@ STYLE = """
 body{margin:0;background:var(--page);color:var(--text);font:16px/1.55 system-ui,-apple-system,"Segoe UI",
 Roboto,"Helvetica Neue","Noto Sans","DejaVu Sans",sans-serif;-webkit-text-size-adjust:100%}
 main{max-width:1100px;margin:0 auto;padding:48px 24px 64px}
-h1{font-size:30px;line-height:1.2;font-weight:650;letter-spacing:-.015em;margin:0 0 6px;overflow-wrap:anywhere}
+h1{font-size:30px;line-height:1.2;font-weight:650;letter-spacing:-.015em;margin:0 0 6px;
+overflow-wrap:anywhere}
 h1 .from{color:var(--muted);font-weight:400}
-h2{font-size:20px;line-height:1.3;font-weight:650;letter-spacing:-.005em;margin:56px 0 4px}
+h2{font-size:20px;line-height:1.3;font-weight:650;letter-spacing:-.005em;margin:56px 0 14px}
 h3{font-size:14px;font-weight:600;margin:0 0 8px}
 h3 small{font-weight:400;font-size:12px;color:var(--muted);margin-left:8px}
 p{margin:0 0 12px;max-width:72ch;overflow-wrap:anywhere}
-.lead{color:var(--muted);margin:0 0 20px;font-size:15px}
+.lead{color:var(--muted);margin:0 0 18px;font-size:15px}h2+.lead{margin-top:-8px}
 .verdict{font-size:19px;line-height:1.5;margin:22px 0 26px;padding-left:16px;border-left:3px solid var(--c0);
 max-width:66ch}
-.note{color:var(--muted);border-left:3px solid var(--line);padding:2px 0 2px 14px;margin:14px 0;font-size:15px}
+.note{color:var(--muted);border-left:3px solid var(--line);padding:2px 0 2px 14px;margin:14px 0;
+font-size:15px}
 code,pre{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 pre{font-size:13px;line-height:1.5;background:var(--card);border:1px solid var(--line);border-radius:10px;
 padding:16px 18px;overflow-x:auto;margin:14px 0}
-dl.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(46%,160px),1fr));gap:16px 24px;margin:0;
+dl.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(46%,160px),1fr));gap:16px 24px;
+margin:0;
 padding:20px 22px;background:var(--card);border:1px solid var(--line);border-radius:10px}
 dl.facts dt{color:var(--muted);font-size:13px}
-dl.facts dd{margin:0;font-weight:550;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+dl.facts .wide{grid-column:1/-1}
+dl.facts dd{margin:0;font-weight:500;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 .grid2{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr));gap:18px;margin-top:16px}
+h2+.grid2{margin-top:0}.caption{margin-left:0}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px 14px 12px;margin:0;
 min-width:0;break-inside:avoid}
 .card h3{padding:0 4px}
@@ -349,18 +362,21 @@ polyline{fill:none;stroke:currentColor;stroke-width:1.8;stroke-linejoin:round;st
 .bar{stroke:currentColor;stroke-width:7;stroke-opacity:.28;stroke-linecap:round}
 .ring{fill:var(--card);stroke:currentColor;stroke-width:1;stroke-opacity:.7}.mean{fill:currentColor}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;padding:0 4px;margin:-2px 0 8px;font-size:12.5px}
+.legend{color:var(--muted)}
 .key i{display:inline-block;width:14px;height:3px;border-radius:2px;background:currentColor;margin-right:6px;
 vertical-align:middle}
 .scroll{overflow-x:auto;-webkit-overflow-scrolling:touch;margin:14px 0}
 table{border-collapse:collapse;width:100%;font-size:15px;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:9px 14px;border-bottom:1px solid var(--line);white-space:nowrap}
-th{font-weight:500}thead th{color:var(--muted);font-size:13px;vertical-align:bottom}thead th.ours{color:var(--c0)}
+th{font-weight:500}thead th{color:var(--muted);font-size:13px;vertical-align:bottom}
+thead th.ours{color:var(--c0)}
 th:first-child,td:first-child{text-align:left;padding-left:0;white-space:normal;min-width:150px}
 td:last-child,th:last-child{padding-right:0}
 td small,th small{color:var(--muted);font-weight:400;font-size:13px}
 td b{font-weight:700}
 table.settings{font-size:14px}
-table.settings td,table.settings th{text-align:left;white-space:normal;overflow-wrap:anywhere;padding:5px 14px 5px 0}
+table.settings td,table.settings th{text-align:left;white-space:normal;
+overflow-wrap:anywhere;padding:5px 14px 5px 0}
 table.settings th{color:var(--muted);width:34%;min-width:110px}
 details{margin:14px 0;border:1px solid var(--line);border-radius:10px;background:var(--card);padding:0 18px}
 summary{cursor:pointer;padding:12px 0;font-weight:550;font-size:15px}
@@ -370,10 +386,12 @@ ul.files{margin:0;padding-left:18px;font-size:14px;overflow-wrap:anywhere}
 align-items:center}
 .maps span{color:var(--muted);font-size:13px;position:sticky;left:0;background:var(--card);align-self:stretch;
 display:flex;align-items:center;z-index:1}
-.maps strong{grid-column:1/-1;font-size:14px;font-weight:600;margin:16px 0 2px}
+.maps strong{grid-column:1/-1;position:sticky;left:0;width:fit-content;max-width:min(100%,78vw);
+font-size:14px;font-weight:600;margin:16px 0 2px}
 .maps strong small{font-weight:400;font-size:13px;color:var(--muted);margin-left:10px}
 .maps img{display:block;width:100%;border-radius:4px;image-rendering:pixelated}
 .maps img.photo{image-rendering:auto}
+.sheet{width:fit-content;max-width:100%}
 .sheet img{display:block;max-width:100%;width:680px;height:auto;border-radius:4px}
 footer{margin-top:64px;padding-top:16px;border-top:1px solid var(--line);color:var(--muted);font-size:13px}
 @media (max-width:600px){main{padding:28px 16px 48px}h1{font-size:25px}h2{margin-top:44px}

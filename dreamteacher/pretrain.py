@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
@@ -157,16 +158,15 @@ def pretrain(config: PretrainConfig) -> Path | None:
         return None
 
     # --- begin or resume ---------------------------------------------------------------------------------
-    run = RunDir(config.out)
-    resume = run.open(resolved)
-    first = training.restore(resume, run) if resume else 0
-    _list_skipped(run.path, images)
-    progress = Progress(training.steps, first, config.batch_size, "pretrain")
-    writer = _tensorboard(run.path) if config.tensorboard else None
-
-    # --- the loop ----------------------------------------------------------------------------------------
-    with Signals() as signals:
+    writer = _tensorboard(config.out) if config.tensorboard else None
+    with contextlib.closing(RunDir(config.out)) as run, Signals() as signals:
+        resume = run.open(resolved)
+        first = training.restore(resume, run) if resume else 0
+        _list_skipped(run.path, images)
+        progress = Progress(training.steps, first, config.batch_size, "pretrain")
         stream = _stream(config, teacher, images, first * config.accumulate, training.steps, device)
+
+        # --- the loop ------------------------------------------------------------------------------------
         for step in range(first + 1, training.steps + 1):
             batch = training.step(step - 1, stream, progress)
             last = step == training.steps
@@ -177,24 +177,22 @@ def pretrain(config: PretrainConfig) -> Path | None:
                     row |= training.probe(images) if images else {}
                 run.append("metrics.jsonl", row)
                 run.append("timing.jsonl", {"step": step, **progress.rates()})
-                if writer:
-                    for key, value in row.items():
-                        writer.add_scalar(key, value, step)
+                for key, value in row.items() if writer else ():
+                    writer.add_scalar(key, value, step)
             if step % config.save_every == 0 or last or signals.number:
                 training.save(step, run.path)
             if signals.number and not last:
                 progress.close()
                 print(f"Stopped at step {step}: saved in '{run.path}'. The same command resumes.", flush=True)
                 raise SystemExit(128 + signals.number)
-    progress.close()
 
-    # --- what the user takes away ------------------------------------------------------------------------
-    if writer:
-        writer.close()
-    _list_skipped(run.path, images)  # again: a stream finds more of them on the way
-    training.write_weights(run.path, teacher)
-    run.close()
-    return run.path
+        # --- what the user takes away --------------------------------------------------------------------
+        progress.close()
+        if writer:
+            writer.close()
+        _list_skipped(run.path, images)  # again: a stream finds more of them on the way
+        training.write_weights(run.path, teacher)
+    return config.out
 
 
 def steps_of(config: PretrainConfig, images: int) -> int:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -19,9 +19,10 @@ from torchvision.utils import make_grid
 
 from dreamteacher import __version__, checkpoint, data, metrics
 from dreamteacher.distributed import pick_device
-from dreamteacher.downstream import HEADLINE, SEGMENTATION, separated
+from dreamteacher.downstream import HEADLINE, SEGMENTATION, Separation, row_title, separated
 from dreamteacher.errors import UserError
 from dreamteacher.export import load_snippet
+from dreamteacher.features import FeatureSpec
 from dreamteacher.figures import STYLE, Dots, Series, data_uri, dot_plot, line_chart, pca_basis, pca_colours
 from dreamteacher.losses import whiten
 from dreamteacher.regressor import FeatureRegressor
@@ -38,6 +39,8 @@ TASKS = {
 }  # fmt: skip
 METRICS = {"miou": "mIoU", "auroc": "AUROC", "balanced_accuracy": "balanced accuracy"}
 BASELINES = ("random init", "labels only", "ImageNet")
+_GIVE = "Give the --out folder of pretrain, train-teacher or evaluate."
+_CURVES_LEAD = "Against optimizer steps; a pointer on a line shows its values."
 _SAMPLES, _SAMPLING_STEPS, _PATIENCE = 16, 25, 120.0
 
 esc = html.escape
@@ -96,18 +99,16 @@ def write_report(
         UserError: when the folder is missing, holds nothing to report on, or cannot be written.
     """
     if not run.is_dir():
-        raise UserError(
-            f"No folder at '{run}'.", "Give the --out folder of pretrain, train-teacher or evaluate."
-        )
+        raise UserError(f"No folder at '{run}'.", _GIVE)
     it = _read(run, rows)
     if not (it.facts or it.metrics or it.results):
         raise UserError(
             f"'{run}' holds no run: neither config.json nor metrics.jsonl nor results.jsonl can be read.",
-            "Give the --out folder of pretrain, train-teacher or evaluate.",
+            _GIVE,
         )
     sections = [
         ("Results", "", lambda: _results(it)),
-        ("Training curves", "", lambda: _curves(it)),
+        ("Training curves", _CURVES_LEAD, lambda: _curves(it)),
         ("Feature maps", _MAPS_LEAD, lambda: _feature_maps(it, images)),
         ("Samples of the teacher", "", lambda: _samples(it)),
         ("Load the weights", "", lambda: _usage(it)),
@@ -120,7 +121,8 @@ def write_report(
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{esc(title or _title(it))}</title>\n<style>{STYLE}</style></head>\n<body><main>\n{body}\n"
-        f"<footer>Written by dreamteacher {__version__}; the page needs no network.</footer>\n</main></body></html>\n"
+        f"<footer>Written by dreamteacher {__version__}. This page needs no network.</footer>\n"
+        "</main></body></html>\n"
     )
     path = run / "report.html"
     checkpoint.write_text(path, page)
@@ -148,7 +150,7 @@ def _read(path: Path, rows: list[dict[str, Any]] | None) -> Run:
 
 
 def _section(heading: str, lead: str, make: Callable[[], str]) -> str:
-    """A section, "" when there is nothing to say; a note takes its place when something is missing or broken."""
+    """A section, or "" when there is nothing to say; what is missing or broken becomes a note."""
     try:
         content = make()
     except Exception as error:  # a page about hours of work must not fail for one picture
@@ -166,7 +168,7 @@ def _section(heading: str, lead: str, make: Callable[[], str]) -> str:
 def _title(it: Run) -> str:
     if it.config.get("student"):
         return f"{it.config['student']} ← {_teacher_name(it)}"
-    return it.config.get("name") or it.path.resolve().name
+    return str(it.config.get("name") or it.path.resolve().name)
 
 
 def _teacher_name(it: Run) -> str:
@@ -174,28 +176,26 @@ def _teacher_name(it: Run) -> str:
 
 
 def _header(it: Run, title: str | None) -> str:
-    heading = esc(title or _title(it))
-    if title is None and it.config.get("student"):
-        heading = f'{esc(str(it.config["student"]))} <span class="from">← {esc(_teacher_name(it))}</span>'
-    kind = (
-        "A diffusion teacher"
-        if it.is_teacher
-        else "An image backbone, taught without labels"
-        if it.config
-        else ""
+    heading = esc(title or _title(it)).replace("← ", '<span class="from">← ', 1)
+    heading += "</span>" * heading.count("<span")
+    kind = "A diffusion teacher" if it.is_teacher else "An image backbone, taught without labels"
+    text = (
+        f'<h1>{heading}</h1><p class="lead">{kind if it.config else "Evaluations"} · {esc(str(it.path))}</p>'
     )
-    kind = kind or "Evaluations"
     try:
-        verdict = _verdict(it) if it.results else _training_verdict(it)
-    except (KeyError, TypeError, ValueError):
-        verdict = ""
-    cells = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(str(v))}</dd></div>" for k, v in _facts(it).items() if v)
-    return (
-        f'<header><h1>{heading}</h1><p class="lead">{esc(kind)} · {esc(str(it.path))}</p>'
-        + (f'<p class="verdict">{esc(verdict)}</p>' if verdict else "")
-        + (f'<dl class="facts">{cells}</dl>' if cells else "")
-        + "</header>\n"
+        verdict = esc(_verdict(it) if it.results else _training_verdict(it))
+        facts = {name: str(value) for name, value in _facts(it).items() if value}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a file that something else wrote
+        text += f'<p class="note">config.json or a log holds odd values: {esc(str(error))}.</p>'
+        return f"<header>{text}</header>\n"
+    for sign in "±=":  # these stay with their number
+        verdict = verdict.replace(f" {sign} ", f"&nbsp;{sign}&nbsp;")
+    text += f'<p class="verdict">{verdict}</p>' if verdict else ""
+    cells = "".join(
+        f"<div{' class=wide' if len(value) > 24 else ''}><dt>{esc(name)}</dt><dd>{esc(value)}</dd></div>"
+        for name, value in facts.items()
     )
+    return f'<header>{text}{f"""<dl class="facts">{cells}</dl>""" if cells else ""}</header>\n'
 
 
 def _facts(it: Run) -> dict[str, Any]:
@@ -209,11 +209,11 @@ def _facts(it: Run) -> dict[str, Any]:
         network = _dict(teacher.get("network"))
         images = {"images": teacher.get("images"), "size": network.get("size") or config.get("size")}
     steps, seen = it.last("step"), it.last("images_seen")
-    size = images.get("size") or ()
+    size, parameters = images.get("size") or (), teacher.get("parameters")
+    skipped = max(len(it.skipped), images.get("skipped") or 0)
     done = "backbone" if not it.is_teacher else "teacher"
     unfinished = " (unfinished)" if it.metrics and not (it.path / f"{done}.safetensors").exists() else ""
     rates = [row["images_per_s"] for row in it.timing if _is_number(row.get("images_per_s"))]
-    parameters = teacher.get("parameters")
     return {
         "images": f"{images['images']:,}" if _is_number(images.get("images")) else "",
         "steps": f"{steps:,}{unfinished}" if _is_number(steps) else "",
@@ -222,11 +222,11 @@ def _facts(it: Run) -> dict[str, Any]:
         "image size": " × ".join(str(s) for s in size) + " px" if size else "",
         "timestep t": ", ".join(str(t) for t in teacher.get("t") or ()),
         "feature dataset": config.get("dataset"),
-        "parameters": f"{parameters / 1e6:.1f} M" if _is_number(parameters) else "",
-        "skipped images": f"{max(len(it.skipped), images.get('skipped') or 0):,}" if config and not it.is_teacher else "",
+        "parameters": f"{parameters / 1e6:.1f} M" if parameters else "",
+        "skipped images": f"{skipped:,}" if config and not it.is_teacher else "",
         "training time": _duration(it.timing),
         "speed": f"{rates[-1]:,.0f} images/s" if rates else "",
-        "teacher's licence" if not it.is_teacher else "licence": teacher.get("licence"),
+        "licence" if it.is_teacher else "teacher's licence": teacher.get("licence"),
     }  # fmt: skip
 
 
@@ -242,65 +242,72 @@ def _duration(timing: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _training_verdict(it: Run) -> str:
-    """One sentence from the training alone."""
+    """One sentence from the training alone, "" when too little is logged."""
     if it.is_teacher:
-        keys = sorted(
-            {k for row in it.metrics for k in row if k.startswith("loss/t")}, key=lambda k: int(k[6:])
-        )
-        ends = ", ".join(f"{it.last(k):.3f} at t = {k[6:]}" for k in keys)
-        return (
-            f"After {it.last('step'):,} steps the loss on fixed images and noise is {ends}." if ends else ""
-        )
-    levels = _levels(it.metrics, "r2")
-    ends = ", ".join(f"{max(0.0, it.last(f'r2/{level}')):.0%} at {_stride(level)}" for level in levels)
-    if not ends:
-        return ""
-    return (
-        f"After {it.last('step'):,} steps the student explains this much of its teacher's features: {ends}."
-    )
+        times = sorted(int(k[6:]) for k in _keys(it.metrics) if k.startswith("loss/t"))
+        ends = ", ".join(f"{it.last(f'loss/t{t}'):.3f} at t = {t}" for t in times)
+        what = "the loss on fixed images and noise is"
+    else:
+        levels = _levels(it.metrics, "r2")
+        ends = ", ".join(f"{max(0.0, it.last(f'r2/{level}')):.0%} at {_stride(level)}" for level in levels)
+        what = "the student explains this much of its teacher's features:"
+    return f"After {it.last('step'):,} steps {what} {ends}." if ends else ""
 
 
 # --- results -----------------------------------------------------------------------------------------------
 
-Key = tuple[str, Any, str]
+Key = tuple[str, Any, str]  # task, labels, metric
 
 
-def _groups(it: Run) -> dict[Key, dict[str, list[float]]]:
-    """(task, labels, metric) -> method -> values over seeds; a row evaluated again replaces the older one."""
-    latest = {((r["task"], r["labels"], r["metric"]), r["method"], r["seed"]): r["value"] for r in _named(it)}
-    groups: dict[Key, dict[str, list[float]]] = {}
-    for (key, method, _), value in latest.items():
-        groups.setdefault(key, {}).setdefault(method, []).append(float(value))
-    order = list(TASKS)
-    return dict(
-        sorted(groups.items(), key=lambda g: order.index(g[0][0]) if g[0][0] in order else len(order))
-    )
+class Comparison(NamedTuple):
+    """Evaluation rows by result and method.
+
+    Args:
+        groups: result -> method -> values over the seeds; a row evaluated again replaces the older one.
+        methods: in the order of the columns; `ours` is first where it is known.
+        baseline: what `ours` is compared with: random weights, else the first other method.
+        apart: title of a result -> how far `ours` lies above `baseline`.
+    """
+
+    groups: dict[Key, dict[str, list[float]]]
+    methods: list[str]
+    ours: str | None
+    baseline: str | None
+    apart: dict[str, Separation]
 
 
-def _named(it: Run) -> list[dict[str, Any]]:
-    """The rows, with the student in the method's name when there are several students."""
+def _compare(it: Run) -> Comparison:
     several = len({row["student"] for row in it.results}) > 1
-    return [
-        {**r, "method": f"{r['method']}, {r['student']}" if several else str(r["method"])} for r in it.results
-    ]
-
-
-def _ours(it: Run, methods: Sequence[str]) -> tuple[str | None, str | None]:
-    """The method of this project, and the one to compare with: random weights, else the first other one."""
-    named = (m for m in methods if m.lower().startswith("dreamteacher") or m == it.path.resolve().name)
-    others = [m for m in methods if not m.startswith(BASELINES)]
-    ours = next(named, others[0] if len(others) == 1 else None)
+    name = "{method}, {student}" if several else "{method}"
+    rows = [{**row, "method": name.format(**row)} for row in it.results]
+    latest = {((r["task"], r["labels"], r["metric"]), r["method"], r["seed"]): r["value"] for r in rows}
+    groups: dict[Key, dict[str, list[float]]] = {}
+    for key, method, seed in sorted(latest, key=lambda k: _rank(k[0])):
+        groups.setdefault(key, {}).setdefault(method, []).append(float(latest[key, method, seed]))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    own = [m for m in methods if m.lower().startswith("dreamteacher") or m == it.path.resolve().name]
+    unknown = [m for m in methods if not m.startswith(BASELINES)]
+    ours = own[0] if own else unknown[0] if len(unknown) == 1 else None
     rest = sorted((m for m in methods if m != ours), key=lambda m: not m.startswith("random init"))
-    return ours, rest[0] if ours and rest else None
+    if ours is None or not rest:
+        return Comparison(groups, methods, ours, None, {})
+    methods = [ours, *(m for m in methods if m != ours)]
+    return Comparison(groups, methods, ours, rest[0], {s.title: s for s in separated(rows, ours, rest[0])})
 
 
-def _describe(key: Key) -> tuple[str, str, str]:
+def _rank(key: Key) -> tuple[int, bool, int]:
+    """The order of results: by task as in TASKS, then few labels before many."""
+    tasks = list(TASKS)
+    labels = key[1] if isinstance(key[1], int) else 0
+    return tasks.index(key[0]) if key[0] in tasks else len(tasks), key[1] is None, labels
+
+
+def _words(key: Key) -> tuple[str, str, str]:
     """Task, amount of labels and metric, in words."""
     task, labels, metric = key
     unit = "masks" if task in SEGMENTATION else "labels per class"
     amount = "all labels" if labels is None else f"{labels} {unit}"
-    words = METRICS.get(metric, str(metric)).replace("iou/", "IoU of ")
-    return TASKS.get(task, str(task)), amount, words
+    return TASKS.get(task, str(task)), amount, METRICS.get(metric, str(metric)).replace("iou/", "IoU of ")
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -308,131 +315,121 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.3f}{deviation}"
 
 
-def _deviations(it: Run, key: Key, a: str, b: str) -> str:
-    """How far method a lies above b in units of the larger deviation, in words; "" when unknown."""
-    rows = [r for r in _named(it) if (r["task"], r["labels"], r["metric"]) == key]
-    found = [s.deviations for s in separated(rows, a, b) if s.deviations is not None]
-    return f"{found[0]:+.1f} deviations" if found and math.isfinite(found[0]) else ""
+def _apart(c: Comparison, key: Key) -> Separation | None:
+    return c.apart.get(row_title(dict(zip(("task", "labels", "metric"), key, strict=True))))
+
+
+def _deviations(found: Separation) -> str:
+    known = found.deviations is not None and math.isfinite(found.deviations)
+    return f"{found.deviations:+.1f} deviations" if known else ""
 
 
 def _verdict(it: Run) -> str:
-    """One sentence: the first headline result of a fixed order of tasks, and in how many results we lead."""
-    groups = {k: g for k, g in _groups(it).items() if k[2] == HEADLINE.get(k[0])}
-    methods = list(dict.fromkeys(m for g in groups.values() for m in g))
-    ours, baseline = _ours(it, methods)
-    both = {k: g for k, g in groups.items() if ours in g and baseline in g}
-    if not both or ours is None or baseline is None:
+    """One sentence: the first result in a fixed order, and in how many results our method leads."""
+    c = _compare(it)
+    both = [k for k in c.groups if k[2] == HEADLINE.get(k[0]) and _apart(c, k)]
+    if not both or c.ours is None or c.baseline is None:
         return ""
-    order = list(TASKS)
-    key = min(both, key=lambda k: (order.index(k[0]), k[1] is None, k[1] or 0))
-    task, amount, metric = _describe(key)
-    apart = _deviations(it, key, ours, baseline)
+    task, amount, metric = _words(both[0])
+    group, found = c.groups[both[0]], _apart(c, both[0])
+    apart = _deviations(found) if found else ""
     text = (
-        f"With {amount}, {task}: {ours} reaches {_spread(both[key][ours])} {metric} against "
-        f"{_spread(both[key][baseline])} for {baseline}" + (f" ({apart})" if apart else "")
+        f"With {amount}, {task}: {c.ours} reaches {_spread(group[c.ours])} {metric} against "
+        f"{_spread(group[c.baseline])} for {c.baseline}" + (f" ({apart})" if apart else "")
     )
-    means = [{m: statistics.mean(v) for m, v in g.items()} for g in both.values()]
-    first = sum(max(m, key=lambda name: m[name]) == ours for m in means)
-    return text + (
-        f"; it is the best of all methods in {first} of {len(both)} results." if len(both) > 1 else "."
-    )
+    means = [{m: statistics.mean(v) for m, v in c.groups[k].items()} for k in both]
+    first = sum(m[c.ours] == max(m.values()) for m in means)
+    return text + (f"; it is the best of all in {first} of {len(both)} results." if len(both) > 1 else ".")
 
 
 def _results(it: Run) -> str:
-    groups = _groups(it)
-    if not groups:
-        if it.is_teacher:
-            return ""
-        return (
-            '<p class="note">No evaluations yet. <code>dreamteacher evaluate --init '
-            f"{esc(str(it.path))} --out {esc(str(it.path))}</code> adds them; run it with <code>--init random"
-            "</code> too, to have something to compare with.</p>"
+    if not it.results:
+        note = (
+            f"No evaluations yet. <code>dreamteacher evaluate --init {esc(str(it.path))} --out "
+            f"{esc(str(it.path))}</code> adds them; <code>--init random</code> adds what to compare with."
         )
-    headline = {k: g for k, g in groups.items() if k[2] == HEADLINE.get(k[0], k[2])}
-    others = {k: g for k, g in groups.items() if k not in headline}
-    methods = list(dict.fromkeys(m for g in groups.values() for m in g))
-    ours, baseline = _ours(it, methods)
-    plots = []
-    for key, group in list(headline.items())[:12]:
-        task, amount, metric = _describe(key)
-        plots.append(
-            dot_plot(
-                f"{task}, {amount}, {metric}", [Dots(m, group[m], m == ours) for m in methods if m in group]
-            )
-        )
-    text = _result_table(it, headline, methods, ours, baseline)
-    text += f'<p class="caption">{_RESULTS_CAPTION}</p><div class="grid2">{"".join(plots)}</div>'
+        return "" if it.is_teacher else f'<p class="note">{note}</p>'
+    c = _compare(it)
+    headline = [k for k in c.groups if k[2] == HEADLINE.get(k[0], k[2])]
+    others = [k for k in c.groups if k not in headline]
+    plots = ""
+    for key in headline[:12]:
+        dots = [Dots(m, c.groups[key][m], m == c.ours) for m in c.methods if m in c.groups[key]]
+        plots += dot_plot(", ".join(_words(key)), dots)
+    text = _result_table(c, headline)
+    text += f'<p class="caption">{_RESULTS_CAPTION}</p><div class="grid2">{plots}</div>'
     if others:
-        table = _result_table(it, others, methods, ours, baseline)
-        text += f"<details><summary>Other metrics ({len(others)})</summary>{table}</details>"
+        text += (
+            f"<details><summary>Other metrics ({len(others)})</summary>{_result_table(c, others)}</details>"
+        )
     return text
 
 
-def _result_table(
-    it: Run, groups: Mapping[Key, Mapping[str, list[float]]], methods: Sequence[str], ours: str | None, baseline: str | None
-) -> str:  # fmt: skip
-    head = "".join(f"<th{' class=ours' if m == ours else ''}>{esc(m)}</th>" for m in methods)
-    gap = f"<th>difference to<br>{esc(baseline)}</th>" if baseline else ""
-    lines = []
-    for key, group in groups.items():
-        task, amount, metric = _describe(key)
-        best = max(round(statistics.mean(v), 3) for v in group.values())
-        cells = ""
-        for method in methods:
-            values = group.get(method)
-            text = _spread(values) if values else "–"
-            bold = bool(values) and round(statistics.mean(values), 3) == best
-            cells += f"<td>{f'<b>{text}</b>' if bold else text}</td>"
-        counts = sorted({len(v) for v in group.values()})
-        cells += f"<td>{'–'.join(str(c) for c in counts[:: max(1, len(counts) - 1)])}</td>"
-        if baseline and ours and ours in group and baseline in group:
-            difference = statistics.mean(group[ours]) - statistics.mean(group[baseline])
-            apart = _deviations(it, key, ours, baseline)
-            cells += f"<td>{difference:+.3f}{f'<br><small>{apart}</small>' if apart else ''}</td>"
-        elif baseline:
-            cells += "<td>–</td>"
-        lines.append(f"<tr><td>{esc(task)}<br><small>{esc(amount)}, {esc(metric)}</small></td>{cells}</tr>")
+def _result_table(c: Comparison, keys: Sequence[Key]) -> str:
+    head = "".join(f"<th{' class=ours' if m == c.ours else ''}>{esc(m)}</th>" for m in c.methods)
+    gap = f"<th>difference to<br>{esc(c.baseline)}</th>" if c.baseline else ""
+    lines = ""
+    for key in keys:
+        task, amount, metric = _words(key)
+        means = {m: f"{statistics.mean(v):.3f}" for m, v in c.groups[key].items()}
+        lines += f"<tr><td>{esc(task)}<br><small>{esc(amount)}, {esc(metric)}</small></td>"
+        for method in c.methods:
+            text = _spread(c.groups[key][method]) if method in means else "–"
+            bold = method in means and float(means[method]) == max(map(float, means.values()))
+            lines += f"<td>{f'<b>{text}</b>' if bold else text}</td>"
+        counts = sorted({len(v) for v in c.groups[key].values()})
+        lines += f"<td>{'–'.join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))}</td>"
+        if c.baseline:
+            found = _apart(c, key)
+            small = f"<br><small>{_deviations(found)}</small>" if found and _deviations(found) else ""
+            lines += f"<td>{found.difference:+.3f}{small}</td>" if found else "<td>–</td>"
+        lines += "</tr>"
     return (
         f'<div class="scroll"><table><thead><tr><th></th>{head}<th>seeds</th>{gap}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f"<tbody>{lines}</tbody></table></div>"
     )
 
 
 _RESULTS_CAPTION = (
     "Mean ± sample standard deviation over seeds, higher is better; the best mean of a row is bold. The last "
-    "column is in units of the larger of the two deviations. In the plots a ring is one seed, the dot the mean."
+    "column is in units of the larger of the two deviations. In the plots a ring is one seed, a dot the mean."
 )
 
 
 # --- curves ------------------------------------------------------------------------------------------------
 
 
+# Metric -> title, caption, and how `line_chart` draws it.
+_CHARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mse": ("Whitened MSE", "Regressor against the teacher's whitened maps; 1 is what zero maps get.", {}),
+    "at": ("Attention transfer", "Distance between the normalised energy maps.", {"log": True}),
+    "r2": ("Explained variance, R²", "On a training batch: 0 is a channel's mean, 1 is perfect.", {"floor": -1.0}),
+    "cosine": ("Cosine similarity", "Of the channel vectors of regressor and teacher.", {}),
+    "rankme": ("Effective rank, RankMe", "Directions in use in the backbone's pooled features.", {}),
+    "knn": ("kNN accuracy", "An image's class from its neighbours, leave one out: labels watch only.", {}),
+    "lr": ("Learning rate", "Linear warm-up, then a cosine.", {}),
+}  # fmt: skip
+
+
 def _curves(it: Run) -> str:
     if not it.metrics and not it.timing:
         return '<p class="note">No metrics.jsonl yet.</p>' if it.facts else ""
     weight = it.config.get("at_weight")
-    fixed = [k for k in _keys(it.metrics) if k.startswith("loss/t")]
-    charts = [
-        line_chart("Loss", _lines(it.metrics, "loss"), "Error of the predicted noise at random timesteps; mean since "
-                   "the line before." if it.is_teacher else f"Whitened MSE plus {weight} × attention transfer, "
-                   "averaged over the levels; mean since the line before."),
-        line_chart("Loss at fixed timesteps", [Series(f"t = {k[6:]}", _points(it.metrics, k)) for k in fixed],
-                   "Averaged weights on the same 64 images with the same noise: comparable from step to step."),
-        line_chart("Whitened MSE", _lines(it.metrics, "mse"), "Regressor against the whitened maps of the teacher; 1 is "
-                   "what a constant gets."),
-        line_chart("Attention transfer", _lines(it.metrics, "at"), "Distance between the normalised energy maps."),
-        line_chart("Explained variance, R²", _lines(it.metrics, "r2"), "Of the teacher's maps on a training batch; 0 is "
-                   "each channel's mean, 1 is perfect. Fresh noise in the teacher keeps it below 1.", floor=-1.0),
-        line_chart("Cosine similarity", _lines(it.metrics, "cosine"), "Between the regressor's and the teacher's channel "
-                   "vectors, averaged over positions."),
-        line_chart("Effective rank, RankMe", _lines(it.metrics, "rankme"), "Directions in use in the backbone's pooled "
-                   "features. A fall towards 1 is a collapse."),
-        line_chart("kNN accuracy", _lines(it.metrics, "knn"), "Class of an image from its neighbours in pooled features, "
-                   "leave one out. Labels only watch."),
-        line_chart("Gradient norm", _lines(it.metrics, "grad_norm"), "Before clipping; mean since the line before."),
-        line_chart("Learning rate", _lines(it.metrics, "lr"), "Linear warm-up, then a cosine."),
-        line_chart("Speed", _lines(it.timing, "images_per_s"), "Images a second, averaged since this process began."),
-    ]  # fmt: skip
+    weight = f"{weight:g}" if _is_number(weight) else "λ"
+    what = f"Whitened MSE plus {weight} × attention transfer, mean over the levels."
+    if it.is_teacher:
+        what = "Error of the predicted noise at random timesteps, mean since the line before."
+    charts = [line_chart("Loss", _lines(it.metrics, "loss"), what, log=True)]
+    fixed = [
+        Series(f"t = {k[6:]}", _points(it.metrics, k)) for k in _keys(it.metrics) if k.startswith("loss/t")
+    ]
+    what = "Averaged weights on fixed images and noise: comparable from step to step."
+    charts.append(line_chart("Loss at fixed timesteps", fixed, what, log=True))
+    for key, (title, caption, how) in _CHARTS.items():
+        charts.append(line_chart(title, _lines(it.metrics, key), caption, **how))
+    charts.append(
+        line_chart("Speed", _lines(it.timing, "images_per_s"), "Images a second, averaged since the start.")
+    )
     return f'<div class="grid2">{"".join(charts)}</div>'
 
 
@@ -467,10 +464,10 @@ def _stride(level: str) -> str:
 # --- pictures ----------------------------------------------------------------------------------------------
 
 _MAPS_LEAD = (
-    "The first three principal components of a level's features as red, green and blue. Teacher and regressor "
-    "share one basis and one range (of the teacher's whitened maps), so that the same colour means the same "
-    "feature: the more alike the two rows, the more the student knows. The backbone, which is what is kept, has "
-    "a basis of its own."
+    "The first three principal components of a level's features as red, green and blue. Teacher and "
+    "regressor share one basis and one range, fitted on the teacher's whitened maps: equal colours mean equal "
+    "features. The regressor's are calmer, because it cannot know the noise that the teacher was given. The "
+    "backbone, which is what is kept, has a basis of its own."
 )
 
 
@@ -492,36 +489,36 @@ def _feature_maps(it: Run, count: int) -> str:
     targets = [m.float() for m in teacher.encode(x, generator=torch.Generator(device).manual_seed(0))]
     backbone = student(x)
     outputs = regressor(backbone, [(m.shape[-2], m.shape[-1]) for m in targets])
-    cells = ["<span>image</span>", *_strip(images, "image", photo=True)]
+    cells = _strip("image", images, "image", kind="photo")
     for i, spec in enumerate(teacher.specs):
         target = whiten(targets[i], it.config.get("whiten", "chw"))
-        features = backbone[regressor.sources[i]]
-        basis = pca_basis(target)
-        own = student.specs[regressor.sources[i]]
-        cells.append(
-            f"<strong>{_stride(spec.name)}<small>{target.shape[-2]} × {target.shape[-1]} positions, {spec.channels} "
-            f"channels of the teacher, {own.channels} of the backbone · on these images R² "
-            f"{metrics.r2(outputs[i], target):.2f}, cosine {metrics.cosine(outputs[i], target):.2f}</small></strong>"
-        )
-        cells += [
-            "<span>teacher</span>",
-            *_strip(pca_colours(target, basis), f"teacher, {_stride(spec.name)}"),
-        ]
-        cells += [
-            "<span>regressor</span>",
-            *_strip(pca_colours(outputs[i], basis), f"regressor, {_stride(spec.name)}"),
-        ]
-        cells.append("<span>backbone</span>")
-        cells += _strip(pca_colours(features, pca_basis(features)), f"backbone, {_stride(own.name)}")
+        cells += _level(spec, target, outputs[i], backbone[regressor.sources[i]])
+    return f'<div class="card scroll"><div class="maps" style="--n:{len(images)}">{cells}</div></div>'
+
+
+def _level(spec: FeatureSpec, target: Tensor, output: Tensor, features: Tensor) -> str:
+    """Three rows of maps: the whitened teacher and the regressor in one basis, the backbone in its own."""
+    name, basis = _stride(spec.name), pca_basis(target)
+    facts = (
+        f"{target.shape[-2]} × {target.shape[-1]} positions, {spec.channels} channels of the teacher, "
+        f"{features.shape[1]} of the backbone · on these images R² {metrics.r2(output, target):.2f}, cosine "
+        f"{metrics.cosine(output, target):.2f}"
+    )
     return (
-        f'<div class="card scroll"><div class="maps" style="--n:{len(images)}">{"".join(cells)}</div></div>'
+        f"<strong>{name}<small>{facts}</small></strong>"
+        + _strip("teacher", pca_colours(target, basis), f"teacher, {name}")
+        + _strip("regressor", pca_colours(output, basis), f"regressor, {name}")
+        + _strip("backbone", pca_colours(features, pca_basis(features)), f"backbone, {name}")
     )
 
 
-def _strip(images: Tensor, what: str, *, photo: bool = False) -> list[str]:
-    """One cell per image; maps are kept at their own resolution and enlarged by the browser, nearest neighbour."""
-    kind = ' class="photo"' if photo else ""
-    return [f'<img{kind} src="{data_uri(m, 256)}" alt="{what} {i + 1}">' for i, m in enumerate(images)]
+def _strip(label: str, images: Tensor, what: str, *, kind: str = "map") -> str:
+    """A row of images uint8 N x 3 x H x W; maps keep their resolution, the browser enlarges them."""
+    cells = (
+        f'<img class="{kind}" src="{data_uri(image, 256)}" alt="{what} {i + 1}">'
+        for i, image in enumerate(images)
+    )
+    return f"<span>{label}</span>{''.join(cells)}\n"
 
 
 def _pick_images(it: Run, count: int) -> Tensor:
@@ -622,7 +619,8 @@ def _settings(it: Run) -> str:
     text = ""
     if it.facts:
         lines = "".join(f"<tr><th>{esc(k)}</th><td>{esc(v)}</td></tr>" for k, v in _flat("", it.facts))
-        text = f'<details><summary>Every setting (config.json)</summary><table class="settings">{lines}</table></details>'
+        table = f'<table class="settings"><tbody>{lines}</tbody></table>'
+        text = f"<details><summary>Every setting (config.json)</summary>{table}</details>"
     if it.skipped:
         more = f" (first 20 of {len(it.skipped)})" if len(it.skipped) > 20 else ""
         files = "".join(f"<li>{esc(line)}</li>" for line in it.skipped[:20])

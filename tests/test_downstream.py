@@ -540,6 +540,30 @@ def test_evaluate_reads_folders_and_adds_rows(folders: Path, tmp_path: Path) -> 
     assert all(value == value and 0 <= value <= 1 for value in (row["value"] for row in rows))
 
 
+def test_test_masks_of_their_own_may_lack_a_class(folders: Path, tmp_path: Path) -> None:
+    ids = torch.zeros(SIDE, SIDE, dtype=torch.uint8)
+    for folder, most in ((tmp_path / "masks", 2), (tmp_path / "fewer", 3)):
+        folder.mkdir()
+        for i in range(12):
+            mask = ids.clone()
+            mask[: 8 + i] = 1
+            mask[: i * (most - 2)] = 2
+            to_pil_image(mask).save(folder / f"{i}.png")
+    config = on_disk(
+        folders,
+        binary_masks=False,
+        tasks=("segment-linear",),
+        seeds=(0,),
+        masks=tmp_path / "fewer",
+        test_images=folders / "images",
+        test_masks=tmp_path / "masks",
+    )
+    rows = evaluate.evaluate(config, log=lambda line: None)
+    assert {"iou/class 0", "iou/class 1"} <= {row["metric"] for row in rows}
+    swapped = dataclasses.replace(config, masks=tmp_path / "masks", test_masks=tmp_path / "fewer")
+    assert "iou/class 2" in {row["metric"] for row in evaluate.evaluate(swapped, log=lambda line: None)}
+
+
 def test_configs_round_trip(folders: Path) -> None:
     config = on_disk(folders, out=folders / "out")
     assert from_json(EvaluateConfig, json.loads(json.dumps(to_json(config)))) == config

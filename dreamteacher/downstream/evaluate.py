@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -369,10 +369,8 @@ def _check_numbers(config: EvaluateConfig) -> None:
 
 
 def _load_classification(config: EvaluateConfig) -> ClassificationData:
-    assert config.train is not None
-    assert config.test is not None
-
-    def load(folder: Path) -> ImageSet:
+    def load(folder: Path | None) -> ImageSet:
+        assert folder is not None
         return load_images(
             folder, config.size, strict=config.strict, cache_gb=config.cache_gb, workers=config.workers
         )
@@ -392,10 +390,10 @@ def _load_segmentation(config: EvaluateConfig) -> SegmentationData:
         data = split_masks(pool)
     else:
         data = SegmentationData(pool=pool, test=load(config.test_images, config.test_masks))
-    if data.pool.classes != data.test.classes:
-        raise UserError(
-            f"The training masks have {data.pool.classes} classes and the test masks {data.test.classes}.",
-            "Give masks with the same class ids.",
-        )
-    draw_masks(len(data.pool.images), max(config.mask_counts), seed=0)  # fails where there are too few
-    return data
+    # A small set may lack the last classes: both take the larger number.
+    larger = max(data.pool, data.test, key=lambda part: part.classes)
+    pool, test = (
+        replace(part, classes=larger.classes, names=larger.names) for part in (data.pool, data.test)
+    )
+    draw_masks(len(pool.images), max(config.mask_counts), seed=0)  # fails where there are too few
+    return SegmentationData(pool=pool, test=test)

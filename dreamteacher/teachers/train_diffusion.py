@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from dataclasses import dataclass, replace
@@ -220,8 +221,8 @@ def train_teacher(config: TrainTeacherConfig) -> Path | None:
     }), flush=True)  # fmt: skip
     if config.dry_run:
         return None
-    run = RunDir(config.out)
-    _Training(config, preset, spec, unet, images, run, device, steps, batch, lr, resolved).loop()
+    with contextlib.closing(RunDir(config.out)) as run:
+        _Training(config, preset, spec, unet, images, run, device, steps, batch, lr, resolved).loop()
     card = {
         "name": name, "licence": config.licence, "trained_on": config.images.name, "images": len(images),
         "steps": steps, "batch_size": batch, "seed": config.seed, "parameters": parameters,
@@ -233,7 +234,6 @@ def train_teacher(config: TrainTeacherConfig) -> Path | None:
     ema = {k.removeprefix("ema/"): v for k, v in tensors.items() if k.startswith("ema/")}
     save_teacher(config.out, ema, spec, card)
     print(f"Teacher in '{config.out}'. Use it: dreamteacher pretrain --teacher {config.out} --images ...")
-    run.close()
     return config.out
 
 

@@ -1,0 +1,73 @@
+"""What several test files share: no network, one thread, a tiny image folder, a tiny diffusion teacher."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from PIL import Image
+
+from dreamteacher.teachers import save_teacher
+from dreamteacher.teachers.diffusion import DiffusionSpec, build_unet
+
+torch.set_num_threads(1)
+settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+settings.load_profile("suite")
+
+CLASSES = ("bright", "dark")
+PER_CLASS = 8
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 grey PNG files of 64 x 64 in bright/ and dark/: noise around 3/4 and 1/4. Do not write into it."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for name, low in zip(CLASSES, (128, 0), strict=True):
+        (folder / name).mkdir()
+        for i in range(PER_CLASS):
+            pixels = torch.randint(low, low + 128, (64 * 64,), generator=generator, dtype=torch.uint8)
+            Image.frombytes("L", (64, 64), bytes(pixels.tolist())).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_spec() -> DiffusionSpec:
+    """A grey U-Net on 64 x 64 pixels: patches of 2, levels at strides 2, 4, 8, 16 and 32, 8 channels each."""
+    levels = 5
+    return DiffusionSpec(
+        unet={
+            "sample_size": [32, 32],
+            "in_channels": 4,
+            "out_channels": 4,
+            "block_out_channels": [8] * levels,
+            "layers_per_block": 1,
+            "down_block_types": ["DownBlock2D"] * (levels - 1) + ["AttnDownBlock2D"],
+            "up_block_types": ["AttnUpBlock2D"] + ["UpBlock2D"] * (levels - 1),
+            "attention_head_dim": 8,
+            "norm_num_groups": 4,
+            "attn_norm_num_groups": 4,
+        },
+        patch=2,
+        image_channels=1,
+        size=(64, 64),
+        timestep=100,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory, tiny_spec: DiffusionSpec) -> Path:
+    """A teacher's folder with seeded random weights. Do not write into it."""
+    folder = tmp_path_factory.mktemp("teacher")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = build_unet(tiny_spec)
+    save_teacher(folder, unet.state_dict(), tiny_spec, {"name": "tiny", "licence": "CC0-1.0"})
+    return folder
