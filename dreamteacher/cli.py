@@ -136,7 +136,7 @@ def parse(config: type, verb: str, arguments: Sequence[str]) -> Any:
         if not stop.code:
             raise
         raise UserError(
-            _plain(said.getvalue(), verb), f"`dreamteacher {verb} --help` lists its settings."
+            *_plain(said.getvalue(), verb, f"`dreamteacher {verb} --help` lists its settings.")
         ) from None
 
 
@@ -157,16 +157,33 @@ def _flags(config: type, prefix: str = "--") -> list[str]:
     return flags
 
 
-def _plain(box: str, verb: str) -> str:
-    """tyro's error box as one line of at most 200 characters."""
+# What tyro says of a value, and what we say: the flag, then what it takes, then what came.
+_VALUES = {
+    r"Error parsing (?P<flag>--\S+): could not convert string to float: '(?P<value>.*)'": "a number",
+    r"Error parsing (?P<flag>--\S+): invalid literal for int\(\) with base 10: '(?P<value>.*)'": "a whole number",
+    r"Error parsing (?P<flag>--\S+): no type matching .*\{(?P<takes>[A-Z ]+)\}.* from \['(?P<value>[^]]*)'\]": "",
+}
+
+
+def _plain(box: str, verb: str, help_: str) -> tuple[str, str]:
+    """tyro's error box as one line of at most 200 characters, and what to do about it."""
+    from dreamteacher.errors import did_you_mean
+
     lines = ["".join(" " if c in "│╭╮╰╯─" else c for c in line).strip() for line in box.splitlines()]
     _title, *lines = [line for line in lines if line.strip("- ")] or [box]
     ends = [i for i, line in enumerate(lines) if line.startswith(("Argument helptext", "For full helptext"))]
-    text = " ".join(lines[: ends[0]] if ends else lines)
+    text = re.sub(r"\[/?bold\]", "", " ".join(lines[: ends[0]] if ends else lines))
     if text.startswith("Missing from "):
-        return f"'{verb}' needs {', '.join(re.findall(r'--[a-z][a-z0-9.-]*', text))}."
-    text = re.sub(r"\[/?bold\]", "", text)
-    return text if len(text) <= 200 else text[:197] + "..."
+        return f"'{verb}' needs {', '.join(re.findall(r'--[a-z][a-z0-9.-]*', text))}.", help_
+    choice = re.search(r"invalid choice '(.*?)' for argument '(.*?)'\. Expected one of \((.*?)\)", text)
+    if choice:
+        value, flag, names = choice[1], choice[2], re.findall(r"'(.*?)'", choice[3])
+        return f"{flag} cannot be '{value}'.{did_you_mean(value, names)}", f"Choose from: {', '.join(names)}."
+    for pattern, kind in _VALUES.items():
+        if found := re.search(pattern, text):
+            takes = kind or found["takes"]
+            return f"{found['flag']} takes {takes}, not '{found['value'].replace(chr(39) + ', ' + chr(39), ' ')}'.", help_
+    return (text if len(text) <= 200 else text[:197] + "..."), help_
 
 
 def _report(text: str, error: BaseException) -> int:

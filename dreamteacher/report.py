@@ -403,7 +403,7 @@ _RESULTS_CAPTION = (
 _CHARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mse": ("Whitened MSE", "Regressor against the teacher's whitened maps; 1 is what zero maps get.", {}),
     "at": ("Attention transfer", "Distance between the normalised energy maps.", {"log": True}),
-    "r2": ("Explained variance, R²", "On a training batch: 0 is a channel's mean, 1 is perfect.", {"floor": -1.0}),
+    "r2": ("Explained variance, R²", "On a training batch: 0 is channel means, 1 perfect.", {"floor": -1.0}),
     "cosine": ("Cosine similarity", "Of the channel vectors of regressor and teacher.", {}),
     "rankme": ("Effective rank, RankMe", "Directions in use in the backbone's pooled features.", {}),
     "knn": ("kNN accuracy", "An image's class from its neighbours, leave one out: labels watch only.", {}),
@@ -465,9 +465,9 @@ def _stride(level: str) -> str:
 
 _MAPS_LEAD = (
     "The first three principal components of a level's features as red, green and blue. Teacher and "
-    "regressor share one basis and one range, fitted on the teacher's whitened maps: equal colours mean equal "
-    "features. The regressor's are calmer, because it cannot know the noise that the teacher was given. The "
-    "backbone, which is what is kept, has a basis of its own."
+    "regressor share one basis and one range, fitted on the teacher's whitened maps: equal colours mean "
+    "equal features. The regressor's are calmer, because it cannot know the noise that the teacher was "
+    "given. The backbone, which is what is kept, has a basis of its own."
 )
 
 

@@ -28,7 +28,7 @@ from dreamteacher.downstream import (
     to_input,
 )
 from dreamteacher.errors import UserError
-from dreamteacher.optim import build_optimizer, lr_at, parameter_groups
+from dreamteacher.optim import lr_at, parameter_groups
 from dreamteacher.students import Student
 
 
@@ -101,7 +101,8 @@ def train(
     for module, factor in modules:
         groups += [{**group, "factor": factor} for group in parameter_groups([module], weight_decay)]
     groups = [group for group in groups if group["params"]]
-    optimizer = build_optimizer("adamw", groups, lr, (0.9, 0.999))
+    # Fused: one pass over the weights. With tiny batches on a CPU the update is else a third of the time.
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
     for step in range(steps):
         rate = lr_at(step, total=steps, warmup=max(1, round(warmup * steps)), peak=lr)
         for group in optimizer.param_groups:
