@@ -81,7 +81,9 @@ def _main(arguments: list[str]) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        return _report(f"The disk is full: {error}.\nFree space, then run the same command: it resumes.", error)
+        return _report(
+            f"The disk is full: {error}.\nFree space, then run the same command: it resumes.", error
+        )
     except KeyboardInterrupt:
         return 130
     return 0
@@ -102,7 +104,11 @@ def run(name: str, arguments: Sequence[str]) -> Any:
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
     config = parse(getattr(module, verb.config), name, arguments)
-    result = getattr(module, verb.function)(config)
+    function = getattr(module, verb.function)
+    if name == "export":  # also used from Python, with plain arguments
+        print(f"Export: {function(**vars(config))}")
+        return None
+    result = function(config)
     if name in ("pretrain", "train-teacher") and result is not None:
         from dreamteacher.report import write_report
 
@@ -159,9 +165,10 @@ def _flags(config: type, prefix: str = "--") -> list[str]:
 
 # What tyro says of a value, and what we say: the flag, then what it takes, then what came.
 _VALUES = {
-    r"Error parsing (?P<flag>--\S+): could not convert string to float: '(?P<value>.*)'": "a number",
-    r"Error parsing (?P<flag>--\S+): invalid literal for int\(\) with base 10: '(?P<value>.*)'": "a whole number",
-    r"Error parsing (?P<flag>--\S+): no type matching .*\{(?P<takes>[A-Z ]+)\}.* from \['(?P<value>[^]]*)'\]": "",
+    r"could not convert string to float: '(?P<value>.*)'": "a number",
+    r"invalid literal for int\(\) with base 10: '(?P<value>.*)'": "a whole number",
+    r"no type matching .*\{(?P<takes>[A-Z ]+)\}.* from \['(?P<value>[^]]*)'\]": "",
+    r"Could not find valid parse for arguments: \['(?P<value>[^]]*)'\]": "values of another kind",
 }
 
 
@@ -178,11 +185,12 @@ def _plain(box: str, verb: str, help_: str) -> tuple[str, str]:
     choice = re.search(r"invalid choice '(.*?)' for argument '(.*?)'\. Expected one of \((.*?)\)", text)
     if choice:
         value, flag, names = choice[1], choice[2], re.findall(r"'(.*?)'", choice[3])
-        return f"{flag} cannot be '{value}'.{did_you_mean(value, names)}", f"Choose from: {', '.join(names)}."
+        problem = f"{flag} cannot be" if flag.startswith("--") else f"'{verb}' knows no"
+        return f"{problem} '{value}'.{did_you_mean(value, names)}", f"Choose from: {', '.join(names)}."
     for pattern, kind in _VALUES.items():
-        if found := re.search(pattern, text):
-            takes = kind or found["takes"]
-            return f"{found['flag']} takes {takes}, not '{found['value'].replace(chr(39) + ', ' + chr(39), ' ')}'.", help_
+        if found := re.search(r"Error parsing (?P<flag>--\S+): " + pattern, text):
+            value = found["value"].replace("', '", " ")
+            return f"{found['flag']} takes {kind or found['takes']}, not '{value}'.", help_
     return (text if len(text) <= 200 else text[:197] + "..."), help_
 
 

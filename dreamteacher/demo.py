@@ -20,6 +20,7 @@ from dreamteacher.downstream import labelled_data, separated, summary_table
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
 from dreamteacher.downstream.segmentation import SegmentationData, split_masks
 from dreamteacher.errors import UserError
+from dreamteacher.masks import load_segmentation
 from dreamteacher.pretrain import PretrainConfig, pretrain
 from dreamteacher.report import write_report
 from dreamteacher.students import Student, create_student
@@ -86,7 +87,7 @@ def demo(config: DemoConfig) -> Path:
         tasks=("knn", "linear", "finetune", "segment-frozen", "segment-finetune"),
     )  # fmt: skip
     classification = labelled_data(data.load_images(train, (64, 64)), data.load_images(test, (64, 64)))
-    segmentation = split_masks(data.load_segmentation(lungs, masks, (64, 64), binary=True))
+    segmentation = split_masks(load_segmentation(lungs, masks, (64, 64), binary=True))
 
     runs = {}
     for seed in config.seeds:

@@ -17,13 +17,14 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
-from dreamteacher import __version__, checkpoint, data, metrics
+from dreamteacher import __version__, checkpoint, metrics
 from dreamteacher.distributed import pick_device
 from dreamteacher.downstream import HEADLINE, SEGMENTATION, Separation, row_title, separated
 from dreamteacher.errors import UserError
 from dreamteacher.export import load_snippet
 from dreamteacher.features import FeatureSpec
 from dreamteacher.figures import STYLE, Dots, Series, data_uri, dot_plot, line_chart, pca_basis, pca_colours
+from dreamteacher.images import BadImageError, find_images, read_image
 from dreamteacher.losses import whiten
 from dreamteacher.regressor import FeatureRegressor
 from dreamteacher.rundir import RunDir, read_rows
@@ -466,8 +467,8 @@ def _stride(level: str) -> str:
 _MAPS_LEAD = (
     "The first three principal components of a level's features as red, green and blue. Teacher and "
     "regressor share one basis and one range, fitted on the teacher's whitened maps: equal colours mean "
-    "equal features. The regressor's are calmer, because it cannot know the noise that the teacher was "
-    "given. The backbone, which is what is kept, has a basis of its own."
+    "equal features. Where the regressor is paler it predicts less: it has not learned that, or it comes "
+    "from the noise that the teacher was given. The backbone, which is what is kept, has a basis of its own."
 )
 
 
@@ -526,15 +527,15 @@ def _pick_images(it: Run, count: int) -> Tensor:
     if not it.config.get("images"):
         raise UserError("This run has no image folder.", "Its teacher synthesized the images.")
     height, width = _dict(it.facts.get("data")).get("size") or it.config["size"]
-    paths = data.find_images(Path(it.config["images"]))
+    paths = find_images(Path(it.config["images"]))
     found: list[Tensor] = []
     for i in range(min(count, len(paths))):
         first = i * len(paths) // min(count, len(paths))
         for path in paths[first : first + 8]:  # a damaged one gives way to its neighbour
             try:
-                found.append(data.read_image(path, (height, width)))
+                found.append(read_image(path, (height, width)))
                 break
-            except data.BadImageError:
+            except BadImageError:
                 continue
     if not found:
         raise UserError(f"No image in '{it.config['images']}' can be read.", "")

@@ -85,7 +85,7 @@ class RunDir:
             )
 
     def open(self, resolved: Mapping[str, Any]) -> Path | None:
-        """Makes the folder, locks it, writes config.json; returns the checkpoint to resume from, if any."""
+        """Makes and locks the folder, writes a new run's config.json; returns the checkpoint to resume from."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until `close` or the end of the process
         try:
@@ -97,8 +97,8 @@ class RunDir:
             ) from None
         self._lock = lock
         resume = checkpoint.latest(self.path)
-        checkpoint.write_text(self.path / "config.json", json.dumps(resolved, indent=2) + "\n")
-        if resume is None:
+        if resume is None:  # a run that goes on keeps the config that it was started with
+            checkpoint.write_text(self.path / "config.json", json.dumps(resolved, indent=2) + "\n")
             for name in ("metrics.jsonl", "timing.jsonl"):
                 (self.path / name).unlink(missing_ok=True)
         return resume
@@ -112,6 +112,9 @@ class RunDir:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def __del__(self) -> None:
+        self.close()  # of a run that ended in an exception
 
     def config(self) -> dict[str, Any] | None:
         """The resolved config of a run that exists, or None."""

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from PIL import Image
 
 from dreamteacher.teachers import save_teacher
 from dreamteacher.teachers.diffusion import DiffusionSpec, build_unet
 
 torch.set_num_threads(1)
-settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+PHASES = (Phase.explicit, Phase.generate, Phase.shrink)
+settings.register_profile("suite", deadline=None, derandomize=True, database=None, phases=PHASES)
 settings.load_profile("suite")
 
 CLASSES = ("bright", "dark")

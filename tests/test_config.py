@@ -59,7 +59,7 @@ def values_of(hint: Any, checked: bool = False) -> st.SearchStrategy[Any]:
     if dataclasses.is_dataclass(hint):
         return configs(hint)
     if checked and hint in (int, float):
-        return st.integers(2, 10**6) if hint is int else st.floats(1e-9, 0.9)
+        return st.integers(2, 10**6) if hint is int else st.floats(1e-9, 0.4)
     plain = {
         str: st.text(max_size=12),
         int: st.integers(),

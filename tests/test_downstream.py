@@ -17,13 +17,14 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from dreamteacher import downstream, metrics
 from dreamteacher.config import from_json, to_json
-from dreamteacher.data import ImageSet, SegmentationSet
+from dreamteacher.data import ImageSet
 from dreamteacher.downstream import ClassificationData, evaluate, finetune, linear, segmentation
 from dreamteacher.downstream.evaluate import EvaluateConfig
 from dreamteacher.downstream.finetune import FinetuneConfig
 from dreamteacher.downstream.knn import knn
 from dreamteacher.downstream.segmentation import SegmentationData, SegmentConfig
 from dreamteacher.errors import UserError
+from dreamteacher.masks import SegmentationSet
 from dreamteacher.students import Student, create_student
 
 NAME = "test_resnet"
@@ -351,13 +352,15 @@ def test_the_head_gives_logits_of_the_image_size(student: Student) -> None:
 @pytest.mark.parametrize("freeze", [True, False])
 def test_segmentation_solves_the_toy(student: Student, masked: SegmentationData, freeze: bool) -> None:
     config = SegmentConfig(steps=40, batch_size=6, width=16)
-    found = dict(segmentation.segment(student, masked, config, masks=8, freeze=freeze, seed=0))
-    assert found["miou"] > 0.8
+    found = dict(
+        segmentation.segment(student, masked, config, masks=8, freeze=freeze, seed=0, precision="float32")
+    )
+    assert found["miou"] > 0.78  # 0.83 to 0.86 over seeds; images and masks mirrored apart give less
     assert found["miou"] == pytest.approx((found["iou/ground"] + found["iou/square"]) / 2)
 
 
 def test_linear_segmentation_solves_the_toy(student: Student, masked: SegmentationData) -> None:
-    found = dict(segmentation.segment_linear(student, masked, masks=6, seed=0))
+    found = dict(segmentation.segment_linear(student, masked, masks=6, seed=0, grid=(0.1, 0.01)))
     assert found["miou"] > 0.7
 
 
@@ -552,7 +555,7 @@ def test_test_masks_of_their_own_may_lack_a_class(folders: Path, tmp_path: Path)
     config = on_disk(
         folders,
         binary_masks=False,
-        tasks=("segment-linear",),
+        tasks=("segment-frozen",),
         seeds=(0,),
         masks=tmp_path / "fewer",
         test_images=folders / "images",

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from dreamteacher import metrics
-from dreamteacher.data import ImageSet, find_images, step_generator
+from dreamteacher.data import ImageSet, step_generator
 from dreamteacher.distributed import Precision, autocast
 from dreamteacher.errors import UserError, shorten
+from dreamteacher.images import find_images
 from dreamteacher.students import Student
 
 Images: TypeAlias = Tensor | ImageSet

@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from dreamteacher.data import ImageSet, SegmentationSet, find_images, load_images, load_segmentation
+from dreamteacher.data import ImageSet, load_images
 from dreamteacher.distributed import Precision, pick_device
 from dreamteacher.downstream import (
     CLASSIFICATION,
@@ -41,6 +41,8 @@ from dreamteacher.downstream.segmentation import (
     split_masks,
 )
 from dreamteacher.errors import UserError, did_you_mean
+from dreamteacher.images import find_images
+from dreamteacher.masks import SegmentationSet, load_segmentation
 from dreamteacher.students import Student, create_student
 
 __all__ = [

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamteacher.data import SegmentationSet, step_generator
+from dreamteacher.data import step_generator
 from dreamteacher.distributed import Precision, autocast
 from dreamteacher.downstream import Metric, device_of, frozen, seeded, to_input
 from dreamteacher.downstream.finetune import check_training, recalibrate, shuffled_batches, train
 from dreamteacher.downstream.linear import choose_l2, fit_logistic, standardisation
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
+from dreamteacher.masks import SegmentationSet
 from dreamteacher.metrics import confusion, iou_per_class, mean_iou
 from dreamteacher.regressor import Neck, conv_bn_relu, resize
 from dreamteacher.students import Student
@@ -302,7 +303,7 @@ def segment_linear(
     masks: int,
     seed: int,
     ignore_index: int = 255,
-    folds: int = 5,
+    folds: int = 3,
     grid: Sequence[float] = (1.0, 0.1, 0.01, 0.001),
     precision: Precision = "auto",
     batch_size: int = 64,
@@ -339,7 +340,7 @@ def segment_linear(
     mean, deviation = standardisation(x)
     x = (x.double() - mean) / deviation
     l2 = choose_l2(x, y, image % min(folds, masks), classes=pool.classes, grid=grid)
-    weight, bias = fit_logistic(x, y, classes=pool.classes, l2=l2, tolerance=1e-5)
+    weight, bias = fit_logistic(x, y, classes=pool.classes, l2=l2, tolerance=1e-4)
     scaled = (weight / deviation).float()
     shift = (bias - (weight / deviation) @ mean).float()
 

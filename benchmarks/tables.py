@@ -1,0 +1,97 @@
+"""Writes the benchmark tables into README.md and docs, between `<!-- table: NAME -->` and `<!-- end -->`.
+
+    python benchmarks/tables.py            # writes
+    python benchmarks/tables.py --check    # exits with 1 when a document is stale
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TASKS = {
+    "knn": "kNN accuracy, frozen",
+    "linear": "linear probe accuracy, frozen",
+    "finetune": "fine-tuned accuracy",
+    "segment-frozen": "lung mIoU, frozen backbone",
+    "segment-linear": "lung mIoU, frozen, linear per pixel",
+    "segment-finetune": "lung mIoU, fine-tuned",
+}
+HEADLINE = {"knn": "accuracy", "linear": "accuracy", "finetune": "accuracy"}
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def results_table(path: Path) -> str:
+    """Mean ± sample deviation over seeds, and the difference in units of the larger deviation."""
+    values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    methods: list[str] = []
+    for row in rows(path):
+        if row["metric"] == HEADLINE.get(row["task"], "miou"):
+            values[row["task"], row["labels"], row["method"]].append(float(row["value"]))
+            if row["method"] not in methods:
+                methods.append(row["method"])
+    lines = [f"| | labels | {' | '.join(methods)} | difference |", "| --- " * (len(methods) + 3) + "|"]
+    for task, labels in dict.fromkeys((t, n) for t, n, _ in values):
+        cells = [values[task, labels, m] for m in methods]
+        means, spreads = [statistics.mean(c) for c in cells], [statistics.stdev(c) for c in cells]
+        shown = [f"{m:.3f} ± {s:.3f}" for m, s in zip(means, spreads, strict=True)]
+        shown[means.index(max(means))] = f"**{shown[means.index(max(means))]}**"
+        unit = "masks" if task.startswith("segment") else "per class"
+        amount = "all" if labels in ("", "None") else f"{labels} {unit}"
+        gain = means[-1] - means[0]
+        apart = f"{gain / max(spreads):+.1f} deviations" if max(spreads) else ""
+        lines.append(f"| {TASKS[task]} | {amount} | {' | '.join(shown)} | {gain:+.3f} ({apart}) |")
+    return "\n".join(lines)
+
+
+def step_table(path: Path) -> str:
+    lines = ["| student | batch | teacher, ms | student + regressor, ms | step, ms | step / parts | device |"]
+    lines.append("| --- " * 7 + "|")
+    for r in rows(path):
+        lines.append(
+            f"| {r['student']} | {r['batch']} | {r['teacher_ms']} | {r['student_ms']} | {r['step_ms']} | "
+            f"**{r['ratio_median']}** ({r['ratio_quartiles'].replace(' ', ' to ')}) | {r['device']}, {r['precision']} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {
+    "demo": lambda: results_table(HERE / "demo" / "results.csv"),
+    "step": lambda: step_table(HERE / "step" / "step.csv"),
+    "camvid": lambda: results_table(HERE / "camvid" / "results.csv"),
+}
+
+
+def render(text: str) -> str:
+    """The document with every table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    stale = []
+    for path in [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]:
+        old = path.read_text()
+        new = render(old)
+        if new != old:
+            stale.append(path.name)
+            if "--check" not in sys.argv:
+                path.write_text(new)
+    print(f"stale: {', '.join(stale)}" if stale else "all tables are current")
+    return int(bool(stale) and "--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,305 @@
+"""One image file: found, decoded to upright RGB or class ids of a wanted size, or what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple, TypeAlias, TypeVar
+
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from tqdm import tqdm
+
+from dreamteacher.errors import UserError
+
+Size: TypeAlias = tuple[int, int]  # height, width
+T = TypeVar("T")
+R = TypeVar("R")
+
+# fmt: off
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg",
+    ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
+)
+# fmt: on
+# By content, whatever the suffix says; others are left out because their readers run other programs (EPS).
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+_MOST_PIXELS = 178_000_000
+_TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+_PIL_STATE = threading.Lock()
+
+
+class BadImage(NamedTuple):
+    """A file that could not be read, and why, in one line of plain words."""
+
+    path: Path
+    reason: str
+
+
+class BadImageError(Exception):
+    """An image or mask that cannot be read; `.reason` says why in one line of plain words."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = path, reason
+
+
+def find_images(folder: Path) -> list[Path]:
+    """All image files below `folder`, by suffix, in a fixed order; hidden files and folders are passed over.
+
+    Links are followed, but never round in circles. Broken links are listed: reading them says what is wrong.
+
+    Raises:
+        UserError: the folder is missing, unreadable, no folder, or without images.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise UserError(f"The folder '{folder}' does not exist.", "Check the path.")
+    if not folder.is_dir():
+        raise UserError(f"'{folder}' is a file, not a folder.", "Give the folder that holds the images.")
+    paths = list(_walk(folder, frozenset()))
+    if not paths:
+        raise UserError(f"No images in '{folder}' or below.", f"Looked for {' '.join(IMAGE_SUFFIXES)}")
+    return paths
+
+
+def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
+    above |= {os.path.realpath(folder)}
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
+    except OSError as error:
+        raise UserError(
+            f"The folder '{folder}' cannot be read: {error.strerror}.", "Mend its permissions."
+        ) from None
+    for entry in entries:
+        if entry.is_dir():
+            if os.path.realpath(entry.path) not in above:
+                yield from _walk(folder / entry.name, above)
+        elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and (
+            entry.is_file() or entry.is_symlink()  # neither pipes nor devices
+        ):
+            yield folder / entry.name
+
+
+def below(folder: Path, path: Path) -> str:
+    """The path as seen from the folder, with forward slashes: a/1.png."""
+    return path.relative_to(folder).as_posix()
+
+
+def in_threads(function: Callable[[T], R], items: Sequence[T], workers: int, what: str = "") -> list[R]:
+    """[function(x) for x in items] in threads; a long list with a name (`what`) shows a bar on a terminal."""
+    quiet = not what or len(items) <= 2000 or not sys.stderr.isatty()
+    results: list[R] = []
+    with ThreadPoolExecutor(max(1, workers)) as pool, tqdm(total=len(items), desc=what, disable=quiet) as bar:
+        for start in range(0, len(items), 256):  # in parts: a million futures would take a gigabyte
+            results += pool.map(function, items[start : start + 256])
+            bar.update(len(results) - bar.n)
+    return results
+
+
+def read_image(path: Path, size: Size | None) -> Tensor:
+    """One image as uint8 RGB 3 x H x W, upright, the first frame where there are several.
+
+    Grey, palette, CMYK ... become RGB; 16-bit grey is scaled from the full 16-bit range; what is transparent
+    is seen on white.
+
+    Args:
+        size: the image is scaled (bilinear, antialiased) to cover (height, width), and its centre is kept.
+            None: as large as it is.
+
+    Raises:
+        BadImageError: it cannot be read.
+    """
+    image, turn, extent = _load(path, size)
+    image = _eight_bits(path, image)
+    if size is not None:
+        image = _scale(image, extent, turn, size, Image.Resampling.BILINEAR)
+    return pil_to_tensor(_turned(image, turn).convert("RGB"))
+
+
+def read_mask(path: Path, size: Size | None, *, binary: bool = False) -> Tensor:
+    """One mask as int64 H x W, nearest neighbour, cropped exactly as `read_image` crops.
+
+    Args:
+        size: (height, width); None: as large as it is.
+        binary: False gives class ids: grey values or palette indices. True gives the brightness 0 to 255
+            (the largest of red, green and blue, transparent is 0) of any kind of picture.
+
+    Raises:
+        BadImageError: it cannot be read, or has colours where class ids are wanted.
+    """
+    image, turn, extent = _load(path, None)
+    if image.mode.startswith("I"):
+        image = image.convert("I")
+    if not binary and image.mode not in ("1", "L", "P", "I"):
+        raise BadImageError(path, f"{image.mode} colours instead of class ids")
+    if size is not None:
+        image = _scale(image, extent, turn, size, Image.Resampling.NEAREST)
+    if binary and image.mode not in ("1", "L", "I"):
+        ground = Image.new("RGBA", image.size, "black")
+        image = Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+    values = pil_to_tensor(_turned(image, turn)).long().amax(0)
+    return (values + 128) // 257 if binary and values.max() > 255 else values
+
+
+def _cover_box(have: tuple[float, float], want: Size) -> tuple[float, float, float, float]:
+    """The centred part (left, top, right, bottom) of an image of size `have` with the aspect of `want`.
+
+    Example:
+        >>> _cover_box((100, 60), (32, 32))
+        (0, 20.0, 60, 80.0)
+    """
+    (h, w), (height, width) = have, want
+    if w * height <= h * width:
+        return 0, (h - w * height / width) / 2, w, (h + w * height / width) / 2
+    return (w - h * width / height) / 2, 0, (w + h * width / height) / 2, h
+
+
+def _scale(
+    image: Image.Image, extent: tuple[float, float], turn: int, size: Size, how: Image.Resampling
+) -> Image.Image:
+    """Covers `size`, which is meant for the turned image, and keeps the centre."""
+    height, width = _before_turn(size, turn)
+    gap = 2.0 if how == Image.Resampling.BILINEAR else None
+    return image.resize((width, height), how, box=_cover_box(extent, (height, width)), reducing_gap=gap)
+
+
+def _before_turn(size: Size, turn: int) -> Size:
+    return (size[1], size[0]) if turn > 4 else size
+
+
+def _turned(image: Image.Image, turn: int) -> Image.Image:
+    return image.transpose(_TURN[turn]) if turn in _TURN else image
+
+
+class Header(NamedTuple):
+    """What is known before decoding: upright (height, width), and PIL's names of mode and format."""
+
+    size: Size
+    mode: str
+    format: str
+
+
+def read_header(path: Path) -> Header:
+    """Size, mode and format of an image or mask, without decoding it.
+
+    Raises:
+        BadImageError: its header cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            image, turn = _open(path, file)
+            if "exif" in image.info and image.format not in ("JPEG", "MPO", "TIFF"):
+                with _quiet_pil():
+                    turn = _orientation(image)
+    except BadImageError:
+        raise
+    except Exception as error:
+        raise BadImageError(path, _reason(error)) from error
+    return Header(_before_turn((image.height, image.width), turn), image.mode, image.format or "")
+
+
+@contextmanager
+def _quiet_pil() -> Iterator[None]:
+    # PIL warns about sizes and metadata that are checked here; its limit and Python's filters belong to all.
+    with _PIL_STATE, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _open(path: Path, file: IO[bytes]) -> tuple[Image.Image, int]:
+    """Reads the header; the image and its EXIF orientation (1 where that is read later, or not there)."""
+    if os.fstat(file.fileno()).st_size == 0:
+        raise BadImageError(path, "empty file")
+    with _quiet_pil():
+        Image.init()
+        image = Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN])
+        turn = _orientation(image) if image.format in ("JPEG", "MPO") else 1
+    if image.width * image.height > _MOST_PIXELS:
+        raise BadImageError(path, f"too large: {image.width} x {image.height} pixels")
+    if image.mode in ("F", "LAB"):
+        raise BadImageError(
+            path, {"F": "floating-point values, whose range is not known", "LAB": "Lab colours"}[image.mode]
+        )
+    return image, turn
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        turn = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged metadata fail in many ways and do not damage the picture
+        return 1
+    return turn if turn in _TURN else 1
+
+
+def _load(path: Path, size: Size | None) -> tuple[Image.Image, int, tuple[float, float]]:
+    """Decodes the first frame in the file's own mode; not yet turned; reduced, but never below twice `size`.
+
+    Returns:
+        The image, its EXIF orientation, and the height and width that it fills: those of the file at the
+        reduced scale, where the last row and column may be covered in part.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            image, turn = _open(path, file)
+            extent: tuple[float, float] = (image.height, image.width)
+            if size is not None:  # JPEG can be decoded at 1/2, 1/4, 1/8, which saves time
+                height, width = _before_turn(size, turn)
+                scale = 2 * max(height / image.height, width / image.width)
+                drafted = image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+                if drafted is not None:
+                    extent = (drafted[1][3], drafted[1][2])
+            image.load()
+            if image.format not in ("JPEG", "MPO"):  # known only now, and TIFF is turned already
+                with _quiet_pil():
+                    turn = _orientation(image)
+                extent = (image.height, image.width)
+    except BadImageError:
+        raise
+    except Exception as error:  # decoders of damaged files raise nearly everything
+        raise BadImageError(path, _reason(error)) from error
+    return image, turn, extent
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "missing file or broken link"
+    if isinstance(error, PermissionError):
+        return "no permission to read it"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or its header is damaged"
+    text = " ".join(str(error).split())
+    if isinstance(error, EOFError) or "truncated" in text.lower():
+        return "truncated"
+    return f"damaged: {text or type(error).__name__}"
+
+
+def _eight_bits(path: Path, image: Image.Image) -> Image.Image:
+    """Mode L or RGB, transparency laid over white."""
+    if image.mode.startswith("I"):
+        values = pil_to_tensor(image.convert("I"))
+        if values.min() < 0 or values.max() > 65535:
+            raise BadImageError(path, "grey values outside 16 bits")
+        return to_pil_image(((values + 128) // 257).to(torch.uint8))
+    if image.has_transparency_data:
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+    return image if image.mode == "L" else image.convert("RGB")

@@ -1,0 +1,166 @@
+"""Images with masks of class ids: paired by name, checked before anything is decoded, kept in memory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dreamteacher.errors import UserError, shorten
+from dreamteacher.images import (
+    BadImage,
+    BadImageError,
+    Header,
+    Size,
+    below,
+    find_images,
+    in_threads,
+    read_header,
+    read_image,
+    read_mask,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationSet:
+    """Images with masks, decoded in memory.
+
+    Args:
+        images: uint8 N x 3 x H x W.
+        masks: int64 N x H x W, class ids and perhaps the id that is to be ignored.
+        classes: number of classes.
+        names: their names in id order.
+        unpaired: images that had no mask and were left out.
+    """
+
+    images: Tensor
+    masks: Tensor
+    classes: int
+    names: tuple[str, ...]
+    unpaired: tuple[Path, ...] = ()
+
+
+def load_segmentation(
+    images_folder: Path, masks_folder: Path, size: Size, *, ignore_index: int = 255, binary: bool = False
+) -> SegmentationSet:
+    """Images and their masks, paired by their paths below the folders without suffix (a/1.jpg with a/1.png).
+
+    Images without a mask are left out, which is said on stderr: labels are expected to be few.
+
+    Args:
+        size: (height, width) that images and masks are brought to, alike.
+        ignore_index: id in the masks that is no class.
+        binary: masks are black and white pictures of any kind: class 1 where brighter than 127 (or than 0 if
+            no mask holds more than 1), class 0 elsewhere. Otherwise grey values or palette indices are ids.
+
+    Raises:
+        UserError: masks without an image, files that cannot be read, shapes that differ, coloured or JPEG
+            masks where ids are wanted, fewer than two classes.
+    """
+    images_folder, masks_folder = Path(images_folder), Path(masks_folder)
+    pairs, unpaired = _pairs(images_folder, masks_folder)
+    _check_pairs(images_folder, masks_folder, pairs, binary)
+    if unpaired:
+        some = shorten(below(images_folder, p) for p in unpaired)
+        print(
+            f"{len(unpaired)} of {len(pairs) + len(unpaired)} images have no mask and are left out: {some}",
+            file=sys.stderr,
+        )
+    images = torch.empty(len(pairs), 3, *size, dtype=torch.uint8)
+    masks = torch.empty(len(pairs), *size, dtype=torch.int64)
+
+    def load(i: int) -> BadImage | None:
+        try:
+            images[i] = read_image(pairs[i][0], size)
+            masks[i] = read_mask(pairs[i][1], size, binary=binary)
+        except BadImageError as error:
+            return BadImage(error.path, error.reason)
+        return None
+
+    _refuse_bad(in_threads(load, range(len(pairs)), 2, "reading masks"), masks_folder)
+    if binary:
+        masks = (masks > (0 if masks.max() <= 1 else 127)).long()
+        return SegmentationSet(
+            images=images, masks=masks, classes=2, names=("background", "foreground"), unpaired=unpaired
+        )
+    classes = int(torch.where(masks == ignore_index, -1, masks).max()) + 1
+    if classes < 2 or int(masks.min()) < 0:
+        raise UserError(
+            f"The masks in '{masks_folder}' hold the ids {shorten(map(str, masks.unique().tolist()))}; "
+            f"{ignore_index} is ignored, and at least two classes from 0 are needed.",
+            "If they are black and white pictures, load them as binary masks.",
+        )
+    names = tuple(f"class {i}" for i in range(classes))
+    return SegmentationSet(images=images, masks=masks, classes=classes, names=names, unpaired=unpaired)
+
+
+def _pairs(images_folder: Path, masks_folder: Path) -> tuple[list[tuple[Path, Path]], tuple[Path, ...]]:
+    """(image, mask) in order, and the images without a mask."""
+    by_name: list[dict[str, Path]] = []
+    for folder in (images_folder, masks_folder):
+        paths = find_images(folder)
+        by_name.append({below(folder, p.with_suffix("")): p for p in paths})
+        if len(by_name[-1]) < len(paths):
+            same = (below(folder, p) for p in paths if by_name[-1][below(folder, p.with_suffix(""))] != p)
+            raise UserError(
+                f"Files in '{folder}' differ in nothing but their suffix: {shorten(same)}.",
+                "Keep one of each: images and masks are paired by name without suffix.",
+            )
+    images, masks = by_name
+    alone = [below(masks_folder, path) for name, path in masks.items() if name not in images]
+    if alone:
+        raise UserError(
+            f"{len(alone)} of {len(masks)} masks in '{masks_folder}' have no image of the same name in "
+            f"'{images_folder}': {shorten(alone)}.",
+            "Name mask and image alike (a/1.png for a/1.jpg), or remove those masks.",
+        )
+    unpaired = tuple(path for name, path in images.items() if name not in masks)
+    return [(path, masks[name]) for name, path in images.items() if name in masks], unpaired
+
+
+def _check_pairs(
+    images_folder: Path, masks_folder: Path, pairs: Sequence[tuple[Path, Path]], binary: bool
+) -> None:
+    """Everything that the headers tell, before anything is decoded."""
+
+    def check(path: Path) -> Header | BadImage:
+        try:
+            return read_header(path)
+        except BadImageError as error:
+            return BadImage(path, error.reason)
+
+    found = in_threads(check, [path for pair in pairs for path in pair], 2, "checking masks")
+    _refuse_bad(found, masks_folder)
+    headers = [h for h in found if isinstance(h, Header)]
+    coloured, oblong = [], []
+    for (image, mask), one, two in zip(pairs, headers[::2], headers[1::2], strict=True):
+        (h, w), (height, width) = one.size, two.size
+        if abs(h * width - w * height) > max(h, w, height, width):  # more than a pixel of rounding
+            oblong.append(f"{below(images_folder, image)} {w} x {h} and its mask {width} x {height}")
+        if two.format in ("JPEG", "MPO") or not (two.mode in ("1", "L", "P") or two.mode.startswith("I")):
+            coloured.append(f"{below(masks_folder, mask)} ({two.format}, {two.mode})")
+    if coloured and not binary:
+        raise UserError(
+            f"{len(coloured)} of {len(pairs)} masks in '{masks_folder}' have no class ids: "
+            f"{shorten(coloured)}.",
+            "Save ids as grey or palette PNG; or, if these are black and white, load them as binary masks.",
+        )
+    if oblong:
+        raise UserError(
+            f"{len(oblong)} of {len(pairs)} masks are not of their image's shape: {shorten(oblong)}.",
+            "Mask and image must show the same part of the scene: width / height must be the same.",
+        )
+
+
+def _refuse_bad(found: Iterable[object], folder: Path) -> None:
+    bad = [b for b in found if isinstance(b, BadImage)]
+    if bad:
+        raise UserError(
+            f"{len(bad)} images or masks of '{folder}' cannot be read: "
+            f"{shorten(f'{b.path} ({b.reason})' for b in bad)}.",
+            "Replace or remove them.",
+        )

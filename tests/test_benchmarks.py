@@ -1,0 +1,63 @@
+"""Benchmarks cannot rot: each script runs at tiny size, and the documents show what the CSV files hold."""
+
+from __future__ import annotations
+
+import csv
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def run(script: Path, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    runpy.run_path(str(script), run_name="__main__")
+
+
+@pytest.mark.slow
+def test_step_benchmark_runs(tiny_teacher, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "step.csv"
+    run(
+        BENCHMARKS / "step" / "run.py", "--out", str(out), "--teacher", str(tiny_teacher), "--student",
+        "test_resnet", "--batch-size", "4", "--width", "8", "--rounds", "3", "--steps", "1",
+        monkeypatch=monkeypatch,
+    )  # fmt: skip
+    (row,) = csv.DictReader(out.open())
+    assert float(row["ratio_median"]) > 0.3
+    assert float(row["step_ms"]) > float(row["teacher_ms"]) > 0
+    assert "ratio_median" in capsys.readouterr().out
+
+
+def test_documents_show_what_the_benchmarks_hold(monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        run(BENCHMARKS / "tables.py", "--check", monkeypatch=monkeypatch)
+    assert stop.value.code == 0
+
+
+def test_results_table_against_a_hand_calculation(tmp_path):
+    tables = runpy.run_path(str(BENCHMARKS / "tables.py"))
+    path = tmp_path / "results.csv"
+    rows = ["method,student,task,metric,value,labels,seed"]
+    for method, values in (("random init", (0.5, 0.6, 0.7)), ("DreamTeacher", (0.8, 0.9, 1.0))):
+        rows += [f"{method},r,linear,accuracy,{v},10,{i}" for i, v in enumerate(values)]
+        rows += [f"{method},r,linear,auroc,0,10,{i}" for i in range(3)]  # not the headline
+    path.write_text("\n".join(rows) + "\n")
+    table = tables["results_table"](path).splitlines()
+    assert len(table) == 3
+    assert table[2] == (
+        "| linear probe accuracy, frozen | 10 per class | 0.600 ± 0.100 | **0.900 ± 0.100** | +0.300 (+3.0 deviations) |"
+    )
+
+
+def test_committed_results_have_their_seeds_and_baselines():
+    for name in ("demo", "camvid"):
+        rows = list(csv.DictReader((BENCHMARKS / name / "results.csv").open()))
+        seeds = {(r["method"], r["task"]): set() for r in rows}
+        for r in rows:
+            seeds[r["method"], r["task"]].add(r["seed"])
+        assert {m for m, _ in seeds} >= {"random init", "DreamTeacher"}
+        assert all(len(s) >= 3 for (m, t), s in seeds.items() if t != "knn")

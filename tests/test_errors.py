@@ -1,0 +1,572 @@
+"""Every error that a user can make, made for real; docs/errors.md is what was printed.
+
+`DREAMTEACHER_WRITE_DOCS=1 python -m pytest tests/test_errors.py` writes the page anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import io
+import os
+import re
+import shutil
+import subprocess
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from dreamteacher import checkpoint, teachers
+from dreamteacher.cli import main
+from dreamteacher.images import read_image
+from dreamteacher.rundir import read_rows
+
+PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
+SECRET = "dreamteacher-errors-code-ran"
+
+
+def pretrain(*flags: str, **settings: str) -> list[str]:
+    """A small pretraining of the folder `photos`, with other settings where a case names them."""
+    base = {
+        "images": "photos", "out": "new/run", "teacher": "teacher", "student": "test_resnet", "width": "8",
+        "batch-size": "8", "epochs": "1", "warmup-epochs": "0", "device": "cpu", "precision": "float32",
+    }  # fmt: skip
+    return _command("pretrain", base, settings, flags)
+
+
+def train(*flags: str, **settings: str) -> list[str]:
+    """As `pretrain`, for train-teacher."""
+    base = {"images": "photos", "out": "new/teacher", "steps": "2", "batch-size": "2", "device": "cpu"}
+    return _command("train-teacher", base, settings, flags)
+
+
+def classify(*flags: str, **settings: str) -> list[str]:
+    """An evaluation on the classes of `photos`."""
+    base = {"train": "photos", "test": "photos", "student": "test_resnet", "size": "64 64", "labels": "2"}
+    return _command("evaluate", base | {"out": "new/results"}, settings, flags)
+
+
+def segment(*flags: str, **settings: str) -> list[str]:
+    """An evaluation on `masked` images with `masks`."""
+    base = {"images": "masked", "masks": "masks", "student": "test_resnet", "size": "64 64", "mask-counts": "2"}
+    return _command("evaluate", base | {"out": "new/results"}, settings, flags)
+
+
+def _command(verb: str, base: dict[str, str], settings: dict[str, str], flags: tuple[str, ...]) -> list[str]:
+    command = [verb]
+    for name, value in (base | {k.replace("_", "-"): v for k, v in settings.items()}).items():
+        command += [f"--{name}", *value.split()] if value else []
+    return [*command, *flags]
+
+
+def little_space(patch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")  # what shutil gives
+    patch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 999 * 10**6, 10**6))
+
+
+def full_at_the_second_checkpoint(patch: pytest.MonkeyPatch) -> None:
+    """What a file system says when it has no block left; `test_a_full_disk` has a real one."""
+    write, count = checkpoint.save_file, [0]
+
+    def save_file(*args: Any) -> None:
+        count[0] += 1
+        if count[0] == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(*args)
+
+    patch.setattr(checkpoint, "save_file", save_file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What happened, in words; the command that makes it happen; words that must be printed.
+
+    `kept` is False for the errors that come in the middle of a run, whose checkpoints stay.
+    """
+
+    what: str
+    command: list[str]
+    says: tuple[str, ...]
+    patch: Callable[[pytest.MonkeyPatch], None] | None = None
+    kept: bool = True
+
+
+def case(what: str, command: list[str], *says: str, **more: Any) -> Case:
+    return Case(what=what, command=command, says=says, **more)
+
+
+SECTIONS: dict[str, list[Case]] = {
+    "The command line": [
+        case("An unknown verb", ["pretrian"], "Did you mean 'pretrain'?"),
+        case("An unknown setting", pretrain("--epoch", "3"), "'pretrain' has no setting --epoch. Did you mean"),
+        case("An unknown setting of a part", classify("--finetune.step", "3"), "'--finetune.steps'"),
+        case("A setting is missing", ["pretrain", "--images", "photos"], "'pretrain' needs --out"),
+        case("A word where a number is wanted", pretrain(epochs="many"), "--epochs takes a number, not 'many'"),
+        case("A fraction where a whole number is wanted", pretrain(seed="1.5"), "whole number", "'1.5'"),
+        case("One number where two are wanted", pretrain(size="64"), "--size takes INT INT, not '64'"),
+        case("An unknown value", pretrain(whiten="chv"), "--whiten cannot be 'chv'. Did you mean 'chw'?"),
+        case("An unknown preset", train(preset="cpu64"), "Did you mean 'cpu-64'?"),
+        case("An unknown task", classify(tasks="knnn"), "Did you mean 'knn'?", "segment-frozen"),
+        case("An unknown list", ["list", "student"], "'students'"),
+        case("A name that no list has", ["list", "students", "--filter", "qqq"], "contains 'qqq'"),
+        case("An unknown student", pretrain(student="resnet81"), "Did you mean 'resnet"),
+        case("A student without a pyramid of maps", pretrain(student="vit_tiny_patch16_224"), "cannot be a student"),
+        case("An unknown teacher", pretrain(teacher="chest-xray-46"), "Did you mean 'chest-xray-64'?"),
+        case("An unknown device", pretrain(device="warp"), "'warp'", "doctor"),
+        case("A number out of its range", pretrain(lr="-1"), "--lr must be above 0"),
+        case("A timestep that the teacher does not have", pretrain(t="5000"), "Timestep 5000 is out of range"),
+        case("A batch that cannot be split so", pretrain(accumulate="3"), "does not divide"),
+        case("Pretraining without images", pretrain(images=""), "--images FOLDER"),
+        case("Evaluation without data", classify(train="", test=""), "nothing to evaluate on"),
+    ],
+    "Images": [
+        case("A missing folder", pretrain(images="nowhere"), "'nowhere' does not exist"),
+        case("A file instead of a folder", pretrain(images="notes.txt"), "'notes.txt' is a file"),
+        case("An empty folder", pretrain(images="empty"), "No images in 'empty'"),
+        case("A folder whose files are all damaged", pretrain(images="damaged"), "3 of 3 images in 'damaged'"),
+        case("`--strict` and a corrupt file", pretrain("--strict", images="corrupt"), "1 of 17", "bad.png"),
+        case("`--strict` and a truncated file", pretrain("--strict", images="truncated"), "(truncated)"),
+        case("`--strict` and a file of no bytes", pretrain("--strict", images="zero"), "(empty file)"),
+        case("`--strict` and a text named .jpg", pretrain("--strict", images="text"), "(not an image"),
+        case("`--strict` and a huge image", pretrain("--strict", images="huge"), "60000 x 60000"),
+        case("`--strict`, another verb", train("--strict", images="text"), "bad.jpg (not an image"),
+        case("A batch larger than the set", pretrain(batch_size="64"), "A batch of 64", "16 readable images"),
+        case("The same, another verb", train(batch_size="64"), "A batch of 64", "16 readable images"),
+        case("A size that the teacher cannot take", pretrain(size="60 64"), "multiples of 32", "--size 64 64"),
+        case("A size that the preset cannot take", train(size="64 72"), "multiples of 32"),
+        case("A size that no student can take", classify(size="64 60"), "multiples of 32"),
+    ],
+    "Weights": [
+        case("No such file", pretrain(init="weights/none.pth"), "weights/none.pth"),
+        case("A safetensors file of something else", pretrain(init="weights/foreign.safetensors"), "does not fit"),
+        case("A truncated file", pretrain(init="weights/cut.safetensors"), "not a readable safetensors file"),
+        case("Weights of another architecture", pretrain(init="weights/other.safetensors"), "missing", "unexpected"),
+        case("A run of another student", pretrain(init="run", student="test_efficientnet"), "holds a test_resnet"),
+        case("A pickle with code in it", pretrain(init="weights/code.pth"), "more than tensors", "state_dict()"),
+        case("A run that has not finished", classify(init="unfinished"), "has not finished"),
+        case("A folder without a teacher", pretrain(teacher="empty"), "holds no teacher"),
+        case("Damaged weights of a teacher", pretrain(teacher="teacher-damaged"), "sha256 differs"),
+        case("A damaged teacher.json", pretrain(teacher="teacher-card"), "teacher.json' cannot be read"),
+        case("A teacher.json of another network", pretrain(teacher="teacher-other"), "does not fit the network"),
+    ],
+    "The run folder": [
+        case("It is a file", pretrain(out="notes.txt"), "'notes.txt' is a file, not a folder"),
+        case("It lies below a file", pretrain(out="notes.txt/run"), "'notes.txt' is a file, not a folder"),
+        case("It holds something else", pretrain(out="thesis"), "'thesis' is not empty and is no run folder"),
+        case("The same, another verb", train(out="thesis"), "'thesis' is not empty and is no run folder"),
+        case("It holds a run of another verb", train(out="run"), "holds a run of 'pretrain'"),
+        case("Other settings than it was started with", pretrain(out="run", lr="1e-3"), "lr: 0.004 -> 0.001"),
+        case("A foreign checkpoint in it", pretrain(out="run-foreign"), "not one that dreamteacher wrote"),
+        case("A checkpoint of another network in it", pretrain(out="run-other"), "does not fit the network"),
+        case("A checkpoint of another verb in it", pretrain(out="run-verb"), "checkpoint of 'train-teacher'"),
+        case("All its checkpoints are damaged", pretrain(out="run-garbage"), "None of the checkpoints"),
+        case("Its newest checkpoint was altered", pretrain(out="run-altered"), "has changed since it was written"),
+        case("Results into a file", classify(out="notes.txt"), "notes.txt"),
+        case("The disk is too small, seen at the start", pretrain(), "1 MB free", patch=little_space),
+        case("The same, another verb", train(), "1 MB free", patch=little_space),
+        case(
+            "The disk becomes full in the middle", pretrain(save_every="1"), "the disk is full", "resumes",
+            patch=full_at_the_second_checkpoint, kept=False,
+        ),
+        case("Export of a missing run", ["export", "--run", "nowhere"], "No run folder at 'nowhere'"),
+        case("Export of an unfinished run", ["export", "--run", "unfinished"], "has not finished"),
+        case("Export into another folder's files", ["export", "--run", "run", "--out", "thesis"], "thesis.txt"),
+        case("A report on nothing", ["report", "--run", "empty"], "'empty' holds no run"),
+    ],
+    "Labels and masks": [
+        case("More labels than images", classify(labels="100"), "100 labels per class", "has 8 images"),
+        case("A folder without classes", classify(train="masked"), "'masked' is not sorted into classes"),
+        case("Other classes to test on", classify(test="animals"), "Classes of 'photos' and 'animals' differ"),
+        case("More masks than there are", segment(mask_counts="100"), "100 masks asked for"),
+        case("No masks given", segment(masks=""), "Give both images and masks"),
+        case("A mask without an image", segment(masks="masks-alone"), "lonely.png"),
+        case("A mask of another shape", segment(masks="masks-oblong"), "64 x 64 and its mask 32 x 64"),
+        case("Masks in colours", segment(masks="masks-rgb"), "no class ids", "RGB"),
+        case("Black and white masks as ids", segment(masks="masks-empty"), "at least two classes"),
+    ],
+}  # fmt: skip
+CASES = {(section, c.what): c for section, cases in SECTIONS.items() for c in cases}
+
+
+# --- the world that the commands run in ------------------------------------------------------------------
+
+
+def noise(seed: int, low: int = 0, high: int = 256, mode: str = "L", size: tuple[int, int] = (64, 64)) -> Image.Image:
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(low, high, (size[0] * size[1] * channels,), generator=generator, dtype=torch.uint8)
+    return Image.frombytes(mode, size, bytes(pixels.tolist()))
+
+
+def damaged(kind: str, good: bytes) -> bytes:
+    """A file with one kind of damage."""
+    match kind:
+        case "corrupt":  # a flipped byte in the compressed pixels
+            at = good.index(b"IDAT") + 4
+            return good[:at] + bytes([good[at] ^ 0xFF]) + good[at + 1 :]
+        case "truncated":
+            return good[: len(good) // 2]
+        case "zero":
+            return b""
+        case "text":
+            return b"this is no picture\n"
+    assert kind == "huge"  # a header that announces 3.6 gigapixels
+    import struct
+    import zlib
+
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
+    end = b"".join(struct.pack(">I", 0) + t + struct.pack(">I", zlib.crc32(t)) for t in (b"IDAT", b"IEND"))
+    return good[:8] + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + end
+
+
+class Code:
+    """Unpickling this runs a command."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {SECRET}",)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, image_folder: Path) -> Path:
+    """Folders of every kind, good and bad. The commands run here and must leave it as it is."""
+    root = tmp_path_factory.mktemp("world")
+    with contextlib.chdir(root), contextlib.redirect_stdout(io.StringIO()):
+        _images(image_folder)
+        _teachers(tiny_teacher)
+        Path("notes.txt").write_text("notes")
+        Path("thesis").mkdir()
+        Path("thesis/thesis.txt").write_text("years of work")
+        assert main(pretrain(out="run", save_every="1")) == 0
+        _runs()
+        _weights()
+    return root
+
+
+def _images(source: Path) -> None:
+    shutil.copytree(source, "photos")
+    shutil.copytree(source, "animals")
+    Path("animals/bright").rename("animals/cats")
+    Path("empty").mkdir()
+    Path("empty/readme.txt").write_text("nothing here")
+    good = Path("photos/dark/0.png").read_bytes()
+    Path("damaged").mkdir()
+    for kind in ("corrupt", "truncated", "zero", "text", "huge"):
+        shutil.copytree(source, kind)
+        name = f"bad.{'jpg' if kind == 'text' else 'png'}"
+        Path(kind, "dark", name).write_bytes(damaged(kind, good))
+        if kind in ("truncated", "zero", "text"):
+            Path("damaged", f"{kind}.png").write_bytes(damaged(kind, good))
+    folders = ("masked", "masks", "masks-alone", "masks-oblong", "masks-rgb", "masks-empty")
+    for folder in folders:
+        Path(folder).mkdir()
+    for i in range(8):
+        noise(i).save(f"masked/{i}.png")
+        mask = noise(100 + i, 0, 2)
+        for folder in folders[1:]:
+            mask.save(f"{folder}/{i}.png")
+        mask.convert("RGB").save(f"masks-rgb/{i}.png")
+        Image.new("L", (64, 64)).save(f"masks-empty/{i}.png")
+    mask.save("masks-alone/lonely.png")
+    mask.resize((32, 64)).save("masks-oblong/3.png")
+
+
+def _teachers(tiny: Path) -> None:
+    for name in ("teacher", "teacher-damaged", "teacher-card", "teacher-other"):
+        shutil.copytree(tiny, name)
+    weights = bytearray(Path("teacher/teacher.safetensors").read_bytes())
+    weights[-100] ^= 1
+    Path("teacher-damaged/teacher.safetensors").write_bytes(weights)
+    text = Path("teacher/teacher.json").read_text()
+    Path("teacher-card/teacher.json").write_text(text[: len(text) // 2])
+    Path("teacher-other/teacher.json").write_text(text.replace('"layers_per_block": 1', '"layers_per_block": 2'))
+
+
+def _runs() -> None:
+    for name in ("foreign", "other", "verb", "garbage", "altered"):
+        shutil.copytree("run", f"run-{name}")
+    newest = "checkpoint-00000002.safetensors"
+    tensors, meta = checkpoint.load(Path("run", newest))
+    save_file({"a": torch.zeros(3)}, Path("run-foreign", newest))
+    fewer = {k: v for k, v in tensors.items() if "layer4" not in k}
+    checkpoint.save(Path("run-other", newest), fewer, meta)
+    checkpoint.save(Path("run-verb", newest), tensors, meta | {"kind": "train-teacher"})
+    for path in Path("run-garbage").glob("checkpoint-*"):
+        path.write_bytes(b"garbage")
+    altered = bytearray(Path("run", newest).read_bytes())
+    altered[-100] ^= 1
+    Path("run-altered", newest).write_bytes(altered)
+    shutil.copytree("run", "unfinished")
+    Path("unfinished/backbone.safetensors").unlink()
+
+
+def _weights() -> None:
+    Path("weights").mkdir()
+    whole = Path("run/backbone.safetensors").read_bytes()
+    Path("weights/cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    save_file({"a": torch.zeros(3)}, "weights/foreign.safetensors")
+    from dreamteacher.students import create_student
+
+    state = create_student("test_efficientnet").model.state_dict()
+    save_file({k: v.contiguous() for k, v in state.items()}, "weights/other.safetensors")
+    torch.save({"state_dict": {"a": torch.zeros(3)}, "optimizer": Code()}, "weights/code.pth")
+
+
+def contents(root: Path) -> dict[str, str]:
+    """Every file and folder with a digest of its bytes."""
+    return {str(p.relative_to(root)): _digest(p) if p.is_file() else "folder" for p in root.rglob("*")}
+
+
+def _digest(path: Path) -> str:
+    stat = path.stat()
+    return _digest_once(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+
+
+@functools.cache  # a file that nothing has touched is not read again
+def _digest_once(path: Path, _state: tuple[int, ...]) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# --- what is printed -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int | None
+    out: str
+    err: str
+    before: dict[str, str]
+    after: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def provoke(world: Path, tiny_teacher: Path) -> Callable[[Case], Outcome]:
+    """Runs a case once, in the world, and keeps what came of it."""
+    outcomes: dict[int, Outcome] = {}
+
+    def run(c: Case) -> Outcome:
+        if id(c) not in outcomes:
+            out, err = io.StringIO(), io.StringIO()
+            before = contents(world)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(world)
+                patch.delenv("DREAMTEACHER_TRACEBACK", raising=False)
+                # The embedded teacher's name is all that is needed of it here.
+                patch.setattr(teachers, "EMBEDDED", {"chest-xray-64": tiny_teacher})
+                if c.patch:
+                    c.patch(patch)
+                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                    code = main(c.command)
+            outcomes[id(c)] = Outcome(code, out.getvalue(), err.getvalue(), before, contents(world))
+            if not c.kept:
+                shutil.rmtree(world / "new")
+        return outcomes[id(c)]
+
+    return run
+
+
+@pytest.mark.parametrize("key", CASES, ids=lambda key: f"{key[0]}-{key[1]}".lower().replace(" ", "_"))
+def test_error(key: tuple[str, str], provoke: Callable[[Case], Outcome]) -> None:
+    c = CASES[key]
+    it = provoke(c)
+    assert it.code == 2, it
+    lines = it.err.splitlines()
+    assert it.err.startswith("error: "), it.err
+    assert 2 <= len(lines) <= 3, it.err  # what is wrong, and what to do
+    assert all(line.strip() for line in lines)
+    assert all(len(line) < 400 for line in lines)
+    assert "Traceback" not in it.out + it.err
+    for words in c.says:
+        assert words in it.err, it.err
+    if c.kept:
+        assert it.after == it.before  # nothing is made, nothing is touched
+    assert not any(SECRET in name for name in it.after)  # no code of a file ran
+
+
+def test_traceback_only_when_asked_for(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dreamteacher.errors import UserError
+
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("DREAMTEACHER_TRACEBACK", "1")
+    with pytest.raises(UserError, match="nowhere"):
+        main(pretrain(images="nowhere"))
+
+
+# --- a disk that is really full --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 12 MB, on which two checkpoints find room."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(place)]
+    if os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("only root can mount a small file system")
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"this machine does not let root mount a file system: {done.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk(
+    world: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(world)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 10**9))  # it filled up afterwards
+    run = small_disk / "run"
+    command = pretrain(out=str(run), epochs="4", save_every="1", keep="9")
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert len(said.splitlines()) <= 3
+    assert "the disk is full" in said
+    assert str(run) in said
+    assert not list(run.glob(".*.tmp"))
+    earlier = checkpoint.latest(run)
+    assert earlier is not None
+    _, meta = checkpoint.load(earlier)
+    assert 1 <= meta["step"] < 8
+    # With space again, the same command goes on from there.
+    subprocess.run(["mount", "-o", "remount,size=96m", str(small_disk)], check=True)
+    assert main(command) == 0
+    assert f"Resuming from step {meta['step']} of 8" in capsys.readouterr().out
+    assert [row["step"] for row in read_rows(run / "metrics.jsonl")][-1] == 8
+    # Bitwise the run that had space from the start.
+    assert main(pretrain(out=str(small_disk / "whole"), epochs="4", save_every="9")) == 0
+    for name in ("backbone", "regressor"):
+        assert torch.equal(*(_flat(small_disk / folder / f"{name}.safetensors") for folder in ("run", "whole")))
+
+
+def _flat(path: Path) -> torch.Tensor:
+    from safetensors.torch import load_file
+
+    return torch.cat([v.flatten().double() for _, v in sorted(load_file(path).items())])
+
+
+# --- what is no error ------------------------------------------------------------------------------------
+
+GREY = torch.arange(64 * 48, dtype=torch.int32).reshape(64, 48) * 21  # 64 rows, 48 columns, up to 65000
+ODD = {
+    "16-bit grey": "scaled from 0..65535 to 0..255",
+    "CMYK": "converted to RGB",
+    "palette": "converted to RGB",
+    "alpha": "what is transparent is seen on white",
+    "EXIF rotation": "turned upright",
+}
+
+
+def odd_image(kind: str, path: Path) -> torch.Tensor:
+    """Writes an image of 64 x 64; returns its expected pixels, uint8 3 x 64 x 64, from the pixels that went in."""
+    square = torch.arange(64 * 64, dtype=torch.int32).reshape(64, 64) * 16
+    match kind:
+        case "16-bit grey":
+            Image.frombytes("I;16", (64, 64), bytes(_little_endian(square))).save(path)
+            return (square.double() / 65535 * 255).round().to(torch.uint8).expand(3, 64, 64)
+        case "CMYK":
+            Image.new("CMYK", (64, 64), (255, 0, 0, 0)).save(path, format="TIFF")
+            return torch.tensor([0, 255, 255], dtype=torch.uint8).view(3, 1, 1).expand(3, 64, 64)
+        case "palette":
+            image = Image.new("P", (64, 64), 1)
+            image.putpalette([0, 0, 0, 250, 120, 10])
+            image.save(path)
+            return torch.tensor([250, 120, 10], dtype=torch.uint8).view(3, 1, 1).expand(3, 64, 64)
+        case "alpha":
+            Image.new("RGBA", (64, 64), (200, 0, 0, 0)).save(path)
+            return torch.full((3, 64, 64), 255, dtype=torch.uint8)
+    assert kind == "EXIF rotation"
+    image = Image.new("L", (64, 64))
+    image.paste(255, (0, 0, 64, 32))  # bright above
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: bright on the right
+    image.save(path, exif=exif)
+    upright = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    upright[:, :, 32:] = 255
+    return upright
+
+
+def _little_endian(values: torch.Tensor) -> Iterator[int]:
+    for value in values.flatten().tolist():
+        yield from value.to_bytes(2, "little")
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_images_are_accepted(kind: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / ("odd.tif" if kind == "CMYK" else "odd.png")
+    expected = odd_image(kind, path)
+    difference = read_image(path, (64, 64)).int() - expected.int()
+    assert difference.abs().max() <= 1
+
+
+def test_odd_images_train(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of them all, with --strict: a whole pretraining."""
+    monkeypatch.chdir(world)
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for i in range(8):
+        for j, kind in enumerate(ODD):
+            odd_image(kind, folder / f"{i}-{j}.{'tif' if kind == 'CMYK' else 'png'}")
+    assert main(pretrain("--strict", images=str(folder), out=str(tmp_path / "run"))) == 0
+    said = capsys.readouterr()
+    assert "images 40 | skipped 0" in said.out
+    assert said.err == ""
+
+
+# --- the page --------------------------------------------------------------------------------------------
+
+
+def stable(text: str) -> str:
+    """Without the words of other libraries, which change with their versions."""
+    text = re.sub(r"\((Error while deserializing header|Error while serializing)[^)]*\)*", r"(\1 ...)", text)
+    return re.sub(r"(JSONDecodeError) [^.]*(?:\.(?!$)[^.]*)*?\.$", r"\1 ....", text, flags=re.MULTILINE)
+
+
+def cell(text: str) -> str:
+    """Lines as code in a table's cell."""
+    fence = "``" if "`" in text else "`"
+    pad = " " if "`" in text else ""
+    return "<br>".join(f"{fence}{pad}{line}{pad}{fence}" for line in text.replace("|", "\\|").splitlines())
+
+
+def test_page_is_what_was_printed(provoke: Callable[[Case], Outcome]) -> None:
+    lines = [
+        "# What is said when something is wrong",
+        "",
+        "This page is generated by `tests/test_errors.py`, which makes every one of these mistakes and keeps what "
+        "was printed. Errors go to stderr in at most three lines, the exit code is 2, and nothing is left behind: "
+        "the output folder is not made, or stays as it was. `DREAMTEACHER_TRACEBACK=1` shows where an error arose.",
+        "",
+    ]
+    for section, cases in SECTIONS.items():
+        lines += [f"## {section}", "", "| what happened | what is printed |", "| --- | --- |"]
+        lines += [f"| {c.what} | {cell(stable(provoke(c).err))} |" for c in cases]
+        lines.append("")
+    lines += [
+        "## What is no error",
+        "",
+        "Without `--strict`, damaged images are left out, counted, and listed in the run's `skipped.txt`. These are "
+        "not damaged; they are accepted as they are, with `--strict` too:",
+        "",
+        "| image | how it is read |",
+        "| --- | --- |",
+        *(f"| {kind} | {how} |" for kind, how in ODD.items()),
+    ]
+    text = "\n".join(lines) + "\n"
+    if os.environ.get("DREAMTEACHER_WRITE_DOCS"):
+        PAGE.write_text(text)
+    assert PAGE.is_file(), "DREAMTEACHER_WRITE_DOCS=1 writes it"
+    assert PAGE.read_text() == text, "docs/errors.md is not what is printed: DREAMTEACHER_WRITE_DOCS=1 rewrites it"
