@@ -210,6 +210,37 @@ def weight_file(init: str) -> Path:
     )
 
 
+def recorded_student(init: str) -> str:
+    """The timm name that a run or an export was made with, from its weights' metadata.
+
+    Raises:
+        UserError: when `init` records none (random, imagenet, or a file of another origin).
+    """
+    name = None
+    if init not in ("random", "imagenet"):
+        path = weight_file(init)
+        name = _metadata(path).get("student")
+    if name is None:
+        raise UserError(f"init '{init}' does not say which network it is.", "Name it: --student resnet18.")
+    return name
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a weight file comes from a pretraining or an export of this package."""
+    facts = _metadata(path)
+    return facts.get("format") == "dreamteacher-backbone" or "dreamteacher" in facts.get("producer", "")
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}  # `read_weights` says what is wrong with it
+
+
 def read_weights(path: Path) -> Weights:
     """The state dict in a .safetensors file, or in a .pth file read without running any code in it.
 

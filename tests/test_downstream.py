@@ -26,6 +26,7 @@ from dreamteacher.downstream.segmentation import SegmentationData, SegmentConfig
 from dreamteacher.errors import UserError
 from dreamteacher.masks import SegmentationSet
 from dreamteacher.students import Student, create_student
+from dreamteacher.testing import check_task
 
 NAME = "test_resnet"
 SIDE = 32
@@ -471,6 +472,16 @@ def test_every_task_gives_rows(student: Student, data: ClassificationData, maske
         assert counted(rows, task, "iou/square") == [(4, 0), (4, 1)]
 
 
+@pytest.mark.parametrize("task", sorted(evaluate.TASKS))
+def test_tasks_keep_their_contract(
+    student: Student, data: ClassificationData, masked: SegmentationData, task: str
+) -> None:
+    def run(backbone: Student) -> Iterator[tuple[str, float]]:
+        return evaluate.TASKS[task](evaluate.Bench(backbone, QUICK, data, masked), 4, 0)
+
+    check_task(run, student)
+
+
 def test_features_are_extracted_once_per_backbone(
     student: Student, data: ClassificationData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -536,7 +547,7 @@ def test_evaluate_reads_folders_and_adds_rows(folders: Path, tmp_path: Path) -> 
     assert {row["method"] for row in rows} == {"random init"}
     assert counted(rows, "knn", "accuracy") == [(None, 0), (None, 1)]
     assert evaluate.summary_table(rows) in lines
-    again = evaluate.evaluate(config, method="again", log=lines.append)
+    again = evaluate.evaluate(dataclasses.replace(config, method="again"), log=lines.append)
     assert len(file.read_text().splitlines()) == 2 * len(rows)
     assert [r["value"] for r in again] == [r["value"] for r in rows]
     # In memory the same data give the same numbers.

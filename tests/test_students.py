@@ -253,3 +253,21 @@ def test_names() -> None:
     assert {"resnet18", "resnet50", "convnext_tiny", "efficientnet_b0", "regnety_004"} <= set(names)
     assert names == sorted(names)
     assert not any(name.startswith(("vit_", "swin", "test_")) for name in names)
+
+
+def test_a_run_and_an_export_say_which_network_they_are(tmp_path):
+    from safetensors.torch import save_file
+
+    from dreamteacher.students import is_ours, recorded_student
+
+    student = create_student("test_resnet")
+    state = {k: v.contiguous() for k, v in student.model.state_dict().items()}
+    ours, foreign = tmp_path / "backbone.safetensors", tmp_path / "foreign.safetensors"
+    save_file(state, ours, {"format": "dreamteacher-backbone", "student": "test_resnet"})
+    save_file(state, foreign)
+    assert recorded_student(str(tmp_path)) == recorded_student(str(ours)) == "test_resnet"
+    assert is_ours(ours)
+    assert not is_ours(foreign)
+    for init in ("random", "imagenet", str(foreign)):
+        with pytest.raises(UserError, match="--student"):
+            recorded_student(init)

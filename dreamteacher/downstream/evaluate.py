@@ -43,7 +43,7 @@ from dreamteacher.downstream.segmentation import (
 from dreamteacher.errors import UserError, did_you_mean
 from dreamteacher.images import find_images
 from dreamteacher.masks import SegmentationSet, load_segmentation
-from dreamteacher.students import Student, create_student
+from dreamteacher.students import Student, create_student, is_ours, recorded_student, weight_file
 
 __all__ = [
     "ClassificationData",
@@ -62,8 +62,8 @@ Task = Literal["knn", "linear", "finetune", "segment-frozen", "segment-finetune"
 class EvaluateConfig:
     """Evaluate any backbone: kNN, linear probe, fine-tuning, segmentation, with a few labels."""
 
-    student: str = "resnet50"
-    """timm name of the backbone."""
+    student: str | None = None
+    """timm name of the backbone; none: the one that a run or export in `init` was made with."""
     init: str = "random"
     """random, imagenet (timm's weights), or the path of weights, an export folder or a run folder."""
     tasks: tuple[Task, ...] = ()
@@ -108,6 +108,8 @@ class EvaluateConfig:
     """Decoded images are kept in memory up to this size."""
     workers: int = 2
     """Processes that decode images."""
+    method: str | None = None
+    """What the rows are called in tables; none: random init, ImageNet, DreamTeacher or the path's name."""
     out: Path | None = None
     """Folder whose results.jsonl the rows are added to."""
 
@@ -260,13 +262,12 @@ def _budgets(task: str, config: EvaluateConfig) -> tuple[int | None, ...]:
 
 
 def evaluate(
-    config: EvaluateConfig, *, method: str | None = None, log: Callable[[str], None] = print
+    config: EvaluateConfig, *, log: Callable[[str], None] = print
 ) -> list[Row]:
     """Evaluates one backbone on folders of images; every check comes before any work.
 
     Args:
         config: see `EvaluateConfig`.
-        method: the name of the rows; None takes it from `config.init`.
         log: receives lines for the screen.
 
     Returns:
@@ -277,10 +278,11 @@ def evaluate(
     """
     tasks = check_config(config)
     # Made before the images are read, so that a wrong name or file fails at once.
-    first = create_student(config.student, init=config.init, seed=config.seeds[0])
+    name = config.student or recorded_student(config.init)
+    first = create_student(name, init=config.init, seed=config.seeds[0])
 
     def make_student(seed: int) -> Student:
-        return create_student(config.student, seed=seed) if config.init == "random" else first
+        return create_student(name, seed=seed) if config.init == "random" else first
 
     segmentation = _load_segmentation(config) if set(tasks) & set(SEGMENTATION) else None
     classification = _load_classification(config) if set(tasks) & set(CLASSIFICATION) else None
@@ -290,7 +292,7 @@ def evaluate(
     for row in evaluate_student(
         make_student,
         config,
-        method=method or method_name(config.init),
+        method=config.method or method_name(config.init),
         classification=classification,
         segmentation=segmentation,
     ):
@@ -305,8 +307,11 @@ def evaluate(
 
 
 def method_name(init: str) -> str:
-    """What rows are called when the caller gives no name: the words of `init`, or the name of its path."""
-    return {"random": "random init", "imagenet": "ImageNet"}.get(init) or Path(init).name
+    """What rows are called when the caller gives no name: what `init` is, or the name of its path."""
+    if init in ("random", "imagenet"):
+        return {"random": "random init", "imagenet": "ImageNet"}[init]
+    ours = is_ours(weight_file(init))
+    return "DreamTeacher" if ours else Path(init).name
 
 
 def check_config(config: EvaluateConfig) -> tuple[str, ...]:

@@ -1,0 +1,56 @@
+"""results.jsonl of a run -> results.csv and environment.json of a benchmark.
+
+    python benchmarks/collect.py runs/demo/results.jsonl benchmarks/demo --command "make demo"
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+from pathlib import Path
+
+import diffusers
+import timm
+import torch
+
+from dreamteacher import __version__
+from dreamteacher.distributed import pick_device, resolve_precision
+from dreamteacher.rundir import read_rows
+
+COLUMNS = ("method", "student", "task", "metric", "value", "labels", "seed", "seconds")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--command", required=True, help="what produced the results")
+    parser.add_argument("--note", default="", help="budget, teacher, anything a reader must know")
+    args = parser.parse_args()
+    with open(args.folder / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(read_rows(args.results))
+    device = pick_device()
+    facts = {
+        "command": args.command,
+        "note": args.note,
+        "status": "smaller-scale (ours; no counterpart in the paper)",
+        "dreamteacher": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+        "device": str(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "precision": str(resolve_precision(device, "auto")).removeprefix("torch."),
+    }
+    (args.folder / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
