@@ -58,7 +58,9 @@ def print_list(config: ListConfig) -> None:
             lines = list(TASKS)
     found = [line for line in lines if config.filter in line]
     if not found:
-        raise UserError(f"None of {len(lines)} {config.what} contains '{config.filter}'.", "Use a shorter --filter.")
+        raise UserError(
+            f"None of {len(lines)} {config.what} contains '{config.filter}'.", "Use a shorter --filter."
+        )
     print("\n".join(found))
 
 
@@ -71,7 +73,10 @@ def _teachers() -> list[str]:
         levels = ", ".join(f"{s.stride}: {s.channels}" for s in teacher.specs)
         modes = ", ".join(sorted(teacher.modes))
         lines.append(f"{name:18} {teacher.family:10} {modes:16} {levels}; licence: {teacher.licence}")
-    return [*lines, f"{'FOLDER':18} {'diffusion':10} {'encode, sample':16} any folder that `train-teacher` made"]
+    return [
+        *lines,
+        f"{'FOLDER':18} {'diffusion':10} {'encode, sample':16} any folder that `train-teacher` made",
+    ]
 
 
 def doctor(config: DoctorConfig) -> None:

@@ -70,7 +70,7 @@ def save(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
-    """SHA-256 of the facts and of every tensor's name, dtype, shape and bytes (safetensors has no checksum)."""
+    """SHA-256 of the facts and each tensor's name, dtype, shape and bytes: safetensors has no checksum."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

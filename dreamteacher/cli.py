@@ -23,9 +23,12 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "demo": Verb("dreamteacher.demo", "DemoConfig", "demo", "the whole path on embedded chest X-rays, in minutes"),
+    "demo": Verb(
+        "dreamteacher.demo", "DemoConfig", "demo", "the whole path on embedded chest X-rays, in minutes",
+    ),
     "pretrain": Verb(
-        "dreamteacher.pretrain", "PretrainConfig", "pretrain", "a folder of images and a teacher -> a backbone"
+        "dreamteacher.pretrain", "PretrainConfig", "pretrain",
+        "a folder of images and a teacher -> a backbone",
     ),
     "train-teacher": Verb(
         "dreamteacher.teachers.train_diffusion", "TrainTeacherConfig", "train_teacher",
@@ -55,7 +58,10 @@ Errors say what to do and exit with 2; DREAMTEACHER_TRACEBACK=1 shows where they
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 for a user's error, 128 + n after a signal."""
     try:
-        return _main(list(sys.argv[1:] if argv is None else argv))
+        try:
+            return _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output went away (`| head`): that is no error
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at the last flush
@@ -112,7 +118,10 @@ def run(name: str, arguments: Sequence[str]) -> Any:
     if name in ("pretrain", "train-teacher") and result is not None:
         from dreamteacher.report import write_report
 
-        print(f"Report: {write_report(result)}")
+        try:
+            print(f"Report: {write_report(result)}")
+        except UserError as error:  # the run is finished and whole
+            print(f"No report: {str(error).splitlines()[0]}")
     return result
 
 

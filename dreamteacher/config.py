@@ -42,7 +42,8 @@ def from_json(cls: type[T], values: dict[str, Any]) -> T:
     names = [f.name for f in fields]
     if not isinstance(values, dict):
         raise UserError(
-            f"{cls.__name__} must be a table of settings, not {str(values)[:40]!r}.", "Mend or restore the file."
+            f"{cls.__name__} must be a table of settings, not {str(values)[:40]!r}.",
+            "Mend or restore the file.",
         )
     for field in fields:
         no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

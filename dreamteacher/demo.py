@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dreamteacher import checkpoint, data
 from dreamteacher.config import to_json
@@ -99,7 +100,7 @@ def demo(config: DemoConfig) -> Path:
         "random init": lambda seed: create_student(config.student, seed=seed),
         "DreamTeacher": lambda seed: create_student(config.student, init=str(runs[seed])),
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
     for method, make in methods.items():
         print(f"evaluate {method}", flush=True)
         rows += evaluate_student(

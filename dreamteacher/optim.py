@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 OptimizerName = Literal["adamw", "lamb"]
 
@@ -29,7 +29,8 @@ def build_optimizer(
         from timm.optim import Lamb
 
         return Lamb(groups, lr=lr, betas=betas)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+    # Fused: one pass over memory; unfused, AdamW takes a third of a small step on a CPU.
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def lr_at(step: int, *, total: int, warmup: int, peak: float, final: float = 0.0) -> float:
@@ -67,7 +68,8 @@ class Ema:
         """Takes in the module's present weights; call it after every optimizer step."""
         self.updates += 1
         weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averaged, current = [], []
+        averaged: list[Tensor] = []
+        current: list[Tensor] = []
         for key, value in module.state_dict(keep_vars=True).items():
             if isinstance(value, nn.Parameter):
                 averaged.append(self.tensors[key])

@@ -177,8 +177,9 @@ def pretrain(config: PretrainConfig) -> Path | None:
                     row |= training.probe(images) if images else {}
                 run.append("metrics.jsonl", row)
                 run.append("timing.jsonl", {"step": step, **progress.rates()})
-                for key, value in row.items() if writer else ():
-                    writer.add_scalar(key, value, step)
+                if writer:
+                    for key, value in row.items():
+                        writer.add_scalar(key, value, step)
             if step % config.save_every == 0 or last or signals.number:
                 training.save(step, run.path)
             if signals.number and not last:

@@ -2,49 +2,24 @@
 
 from __future__ import annotations
 
-import html
 import math
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape as esc
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from PIL import Image
-from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
-from torchvision.utils import make_grid
-
-from dreamteacher import __version__, checkpoint, metrics
-from dreamteacher.distributed import pick_device
-from dreamteacher.downstream import HEADLINE, SEGMENTATION, Separation, row_title, separated
+from dreamteacher import __version__, checkpoint
 from dreamteacher.errors import UserError
 from dreamteacher.export import load_snippet
-from dreamteacher.features import FeatureSpec
-from dreamteacher.figures import STYLE, Dots, Series, data_uri, dot_plot, line_chart, pca_basis, pca_colours
-from dreamteacher.images import BadImageError, find_images, read_image
-from dreamteacher.losses import whiten
-from dreamteacher.regressor import FeatureRegressor
+from dreamteacher.figures import STYLE, Series, line_chart
+from dreamteacher.report_maps import MAPS_LEAD, as_dict, feature_maps, stride_name, teacher_samples
+from dreamteacher.report_results import results_section, verdict
 from dreamteacher.rundir import RunDir, read_rows
-from dreamteacher.students import create_student, read_weights
-from dreamteacher.teachers import WEIGHTS, load_teacher, read_card, sha256, teacher_folder
-from dreamteacher.teachers.base import Teacher
-from dreamteacher.teachers.diffusion import DiffusionTeacher
+from dreamteacher.teachers import read_card
 
-TASKS = {
-    "segment-frozen": "segmentation, frozen backbone", "segment-linear": "segmentation, linear per pixel",
-    "segment-finetune": "segmentation, fine-tuned", "linear": "linear probe", "finetune": "fine-tuning",
-    "knn": "nearest neighbours",
-}  # fmt: skip
-METRICS = {"miou": "mIoU", "auroc": "AUROC", "balanced_accuracy": "balanced accuracy"}
-BASELINES = ("random init", "labels only", "ImageNet")
 _GIVE = "Give the --out folder of pretrain, train-teacher or evaluate."
 _CURVES_LEAD = "Against optimizer steps; a pointer on a line shows its values."
-_SAMPLES, _SAMPLING_STEPS, _PATIENCE = 16, 25, 120.0
-
-esc = html.escape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +55,10 @@ class Run:
     def is_teacher(self) -> bool:
         return self.facts.get("verb") == "train-teacher"
 
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
     def last(self, key: str) -> Any:
         """The last logged value of a metric, or None."""
         return next((row[key] for row in reversed(self.metrics) if key in row), None)
@@ -110,8 +89,8 @@ def write_report(
     sections = [
         ("Results", "", lambda: _results(it)),
         ("Training curves", _CURVES_LEAD, lambda: _curves(it)),
-        ("Feature maps", _MAPS_LEAD, lambda: _feature_maps(it, images)),
-        ("Samples of the teacher", "", lambda: _samples(it)),
+        ("Feature maps", MAPS_LEAD, lambda: _feature_maps(it, images)),
+        ("Samples of the teacher", "", lambda: teacher_samples(it.path, it.facts)),
         ("Load the weights", "", lambda: _usage(it)),
         ("Settings", "", lambda: _settings(it)),
     ]
@@ -131,7 +110,7 @@ def write_report(
 
 
 def _read(path: Path, rows: list[dict[str, Any]] | None) -> Run:
-    facts = _dict(RunDir(path).config())
+    facts = as_dict(RunDir(path).config())
     lists = {}
     for name in ("metrics", "timing", "results"):
         try:
@@ -147,7 +126,7 @@ def _read(path: Path, rows: list[dict[str, Any]] | None) -> Run:
         for row in (lists["results"] if rows is None else rows)
         if {"method", "task", "metric"} <= row.keys() and _is_number(row.get("value"))
     ]
-    return Run(path, facts, _dict(facts.get("config")), lists["metrics"], lists["timing"], results, skipped)
+    return Run(path, facts, as_dict(facts.get("config")), lists["metrics"], lists["timing"], results, skipped)
 
 
 def _section(heading: str, lead: str, make: Callable[[], str]) -> str:
@@ -169,11 +148,11 @@ def _section(heading: str, lead: str, make: Callable[[], str]) -> str:
 def _title(it: Run) -> str:
     if it.config.get("student"):
         return f"{it.config['student']} ← {_teacher_name(it)}"
-    return str(it.config.get("name") or it.path.resolve().name)
+    return str(it.config.get("name") or it.name)
 
 
 def _teacher_name(it: Run) -> str:
-    return str(_dict(it.facts.get("teacher")).get("name") or it.config.get("teacher") or "unknown teacher")
+    return str(as_dict(it.facts.get("teacher")).get("name") or it.config.get("teacher") or "unknown teacher")
 
 
 def _header(it: Run, title: str | None) -> str:
@@ -184,14 +163,14 @@ def _header(it: Run, title: str | None) -> str:
         f'<h1>{heading}</h1><p class="lead">{kind if it.config else "Evaluations"} · {esc(str(it.path))}</p>'
     )
     try:
-        verdict = esc(_verdict(it) if it.results else _training_verdict(it))
+        told = esc(verdict(it.results, it.name) if it.results else _training_verdict(it))
         facts = {name: str(value) for name, value in _facts(it).items() if value}
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # a file that something else wrote
         text += f'<p class="note">config.json or a log holds odd values: {esc(str(error))}.</p>'
         return f"<header>{text}</header>\n"
     for sign in "±=":  # these stay with their number
-        verdict = verdict.replace(f" {sign} ", f"&nbsp;{sign}&nbsp;")
-    text += f'<p class="verdict">{verdict}</p>' if verdict else ""
+        told = told.replace(f" {sign} ", f"&nbsp;{sign}&nbsp;")
+    text += f'<p class="verdict">{told}</p>' if told else ""
     cells = "".join(
         f"<div{' class=wide' if len(value) > 24 else ''}><dt>{esc(name)}</dt><dd>{esc(value)}</dd></div>"
         for name, value in facts.items()
@@ -201,13 +180,13 @@ def _header(it: Run, title: str | None) -> str:
 
 def _facts(it: Run) -> dict[str, Any]:
     """What the reader asks first, without dates; empty values are left out by the caller."""
-    teacher, images, config = _dict(it.facts.get("teacher")), _dict(it.facts.get("data")), it.config
+    teacher, images, config = as_dict(it.facts.get("teacher")), as_dict(it.facts.get("data")), it.config
     if it.is_teacher:
         try:
             teacher = read_card(it.path)
         except UserError:
             teacher = {"licence": config.get("licence")}
-        network = _dict(teacher.get("network"))
+        network = as_dict(teacher.get("network"))
         images = {"images": teacher.get("images"), "size": network.get("size") or config.get("size")}
     steps, seen = it.last("step"), it.last("images_seen")
     size, parameters = images.get("size") or (), teacher.get("parameters")
@@ -250,97 +229,14 @@ def _training_verdict(it: Run) -> str:
         what = "the loss on fixed images and noise is"
     else:
         levels = _levels(it.metrics, "r2")
-        ends = ", ".join(f"{max(0.0, it.last(f'r2/{level}')):.0%} at {_stride(level)}" for level in levels)
+        ends = ", ".join(
+            f"{max(0.0, it.last(f'r2/{level}')):.0%} at {stride_name(level)}" for level in levels
+        )
         what = "the student explains this much of its teacher's features:"
     return f"After {it.last('step'):,} steps {what} {ends}." if ends else ""
 
 
-# --- results -----------------------------------------------------------------------------------------------
-
-Key = tuple[str, Any, str]  # task, labels, metric
-
-
-class Comparison(NamedTuple):
-    """Evaluation rows by result and method.
-
-    Args:
-        groups: result -> method -> values over the seeds; a row evaluated again replaces the older one.
-        methods: in the order of the columns; `ours` is first where it is known.
-        baseline: what `ours` is compared with: random weights, else the first other method.
-        apart: title of a result -> how far `ours` lies above `baseline`.
-    """
-
-    groups: dict[Key, dict[str, list[float]]]
-    methods: list[str]
-    ours: str | None
-    baseline: str | None
-    apart: dict[str, Separation]
-
-
-def _compare(it: Run) -> Comparison:
-    several = len({row["student"] for row in it.results}) > 1
-    name = "{method}, {student}" if several else "{method}"
-    rows = [{**row, "method": name.format(**row)} for row in it.results]
-    latest = {((r["task"], r["labels"], r["metric"]), r["method"], r["seed"]): r["value"] for r in rows}
-    groups: dict[Key, dict[str, list[float]]] = {}
-    for key, method, seed in sorted(latest, key=lambda k: _rank(k[0])):
-        groups.setdefault(key, {}).setdefault(method, []).append(float(latest[key, method, seed]))
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    own = [m for m in methods if m.lower().startswith("dreamteacher") or m == it.path.resolve().name]
-    unknown = [m for m in methods if not m.startswith(BASELINES)]
-    ours = own[0] if own else unknown[0] if len(unknown) == 1 else None
-    rest = sorted((m for m in methods if m != ours), key=lambda m: not m.startswith("random init"))
-    if ours is None or not rest:
-        return Comparison(groups, methods, ours, None, {})
-    methods = [ours, *(m for m in methods if m != ours)]
-    return Comparison(groups, methods, ours, rest[0], {s.title: s for s in separated(rows, ours, rest[0])})
-
-
-def _rank(key: Key) -> tuple[int, bool, int]:
-    """The order of results: by task as in TASKS, then few labels before many."""
-    tasks = list(TASKS)
-    labels = key[1] if isinstance(key[1], int) else 0
-    return tasks.index(key[0]) if key[0] in tasks else len(tasks), key[1] is None, labels
-
-
-def _words(key: Key) -> tuple[str, str, str]:
-    """Task, amount of labels and metric, in words."""
-    task, labels, metric = key
-    unit = "masks" if task in SEGMENTATION else "labels per class"
-    amount = "all labels" if labels is None else f"{labels} {unit}"
-    return TASKS.get(task, str(task)), amount, METRICS.get(metric, str(metric)).replace("iou/", "IoU of ")
-
-
-def _spread(values: Sequence[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{deviation}"
-
-
-def _apart(c: Comparison, key: Key) -> Separation | None:
-    return c.apart.get(row_title(dict(zip(("task", "labels", "metric"), key, strict=True))))
-
-
-def _deviations(found: Separation) -> str:
-    known = found.deviations is not None and math.isfinite(found.deviations)
-    return f"{found.deviations:+.1f} deviations" if known else ""
-
-
-def _verdict(it: Run) -> str:
-    """One sentence: the first result in a fixed order, and in how many results our method leads."""
-    c = _compare(it)
-    both = [k for k in c.groups if k[2] == HEADLINE.get(k[0]) and _apart(c, k)]
-    if not both or c.ours is None or c.baseline is None:
-        return ""
-    task, amount, metric = _words(both[0])
-    group, found = c.groups[both[0]], _apart(c, both[0])
-    apart = _deviations(found) if found else ""
-    text = (
-        f"With {amount}, {task}: {c.ours} reaches {_spread(group[c.ours])} {metric} against "
-        f"{_spread(group[c.baseline])} for {c.baseline}" + (f" ({apart})" if apart else "")
-    )
-    means = [{m: statistics.mean(v) for m, v in c.groups[k].items()} for k in both]
-    first = sum(m[c.ours] == max(m.values()) for m in means)
-    return text + (f"; it is the best of all in {first} of {len(both)} results." if len(both) > 1 else ".")
+# --- results and pictures ----------------------------------------------------------------------------------
 
 
 def _results(it: Run) -> str:
@@ -350,51 +246,13 @@ def _results(it: Run) -> str:
             f"{esc(str(it.path))}</code> adds them; <code>--init random</code> adds what to compare with."
         )
         return "" if it.is_teacher else f'<p class="note">{note}</p>'
-    c = _compare(it)
-    headline = [k for k in c.groups if k[2] == HEADLINE.get(k[0], k[2])]
-    others = [k for k in c.groups if k not in headline]
-    plots = ""
-    for key in headline[:12]:
-        dots = [Dots(m, c.groups[key][m], m == c.ours) for m in c.methods if m in c.groups[key]]
-        plots += dot_plot(", ".join(_words(key)), dots)
-    text = _result_table(c, headline)
-    text += f'<p class="caption">{_RESULTS_CAPTION}</p><div class="grid2">{plots}</div>'
-    if others:
-        text += (
-            f"<details><summary>Other metrics ({len(others)})</summary>{_result_table(c, others)}</details>"
-        )
-    return text
+    return results_section(it.results, it.name)
 
 
-def _result_table(c: Comparison, keys: Sequence[Key]) -> str:
-    head = "".join(f"<th{' class=ours' if m == c.ours else ''}>{esc(m)}</th>" for m in c.methods)
-    gap = f"<th>difference to<br>{esc(c.baseline)}</th>" if c.baseline else ""
-    lines = ""
-    for key in keys:
-        task, amount, metric = _words(key)
-        means = {m: f"{statistics.mean(v):.3f}" for m, v in c.groups[key].items()}
-        lines += f"<tr><td>{esc(task)}<br><small>{esc(amount)}, {esc(metric)}</small></td>"
-        for method in c.methods:
-            text = _spread(c.groups[key][method]) if method in means else "–"
-            bold = method in means and float(means[method]) == max(map(float, means.values()))
-            lines += f"<td>{f'<b>{text}</b>' if bold else text}</td>"
-        counts = sorted({len(v) for v in c.groups[key].values()})
-        lines += f"<td>{'–'.join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))}</td>"
-        if c.baseline:
-            found = _apart(c, key)
-            small = f"<br><small>{_deviations(found)}</small>" if found and _deviations(found) else ""
-            lines += f"<td>{found.difference:+.3f}{small}</td>" if found else "<td>–</td>"
-        lines += "</tr>"
-    return (
-        f'<div class="scroll"><table><thead><tr><th></th>{head}<th>seeds</th>{gap}</tr></thead>'
-        f"<tbody>{lines}</tbody></table></div>"
-    )
-
-
-_RESULTS_CAPTION = (
-    "Mean ± sample standard deviation over seeds, higher is better; the best mean of a row is bold. The last "
-    "column is in units of the larger of the two deviations. In the plots a ring is one seed, a dot the mean."
-)
+def _feature_maps(it: Run, count: int) -> str:
+    if it.is_teacher or count < 1 or not it.config:
+        return ""
+    return feature_maps(it.path, it.facts, count)
 
 
 # --- curves ------------------------------------------------------------------------------------------------
@@ -438,7 +296,7 @@ def _lines(rows: Sequence[Mapping[str, Any]], key: str) -> list[Series]:
     """One line for `key`, or one per level where it is logged as key/s4, key/s8 ..."""
     whole = _points(rows, key)
     levels = [] if whole else _levels(rows, key)
-    lines = [Series(_stride(level), _points(rows, f"{key}/{level}")) for level in levels]
+    lines = [Series(stride_name(level), _points(rows, f"{key}/{level}")) for level in levels]
     return lines or [Series(key, whole)]
 
 
@@ -456,149 +314,6 @@ def _keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _levels(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
     return [k.split("/", 1)[1] for k in _keys(rows) if k.startswith(f"{key}/s")]
-
-
-def _stride(level: str) -> str:
-    return f"stride {level[1:]}"
-
-
-# --- pictures ----------------------------------------------------------------------------------------------
-
-_MAPS_LEAD = (
-    "The first three principal components of a level's features as red, green and blue. Teacher and "
-    "regressor share one basis and one range, fitted on the teacher's whitened maps: equal colours mean "
-    "equal features. Where the regressor is paler it predicts less: it has not learned that, or it comes "
-    "from the noise that the teacher was given. The backbone, which is what is kept, has a basis of its own."
-)
-
-
-@torch.no_grad()
-def _feature_maps(it: Run, count: int) -> str:
-    if it.is_teacher or count < 1 or not it.config:
-        return ""
-    device = pick_device("auto")
-    images = _pick_images(it, count)
-    teacher = _teacher(it).to(device)
-    student = create_student(str(it.config["student"])).to(device).eval()
-    regressor = (
-        FeatureRegressor(student.specs, teacher.specs, width=int(it.config["width"])).to(device).eval()
-    )
-    weights, source = _trained(it.path)
-    checkpoint.load_exactly(student.model, _under("student.model.", weights), source)
-    checkpoint.load_exactly(regressor, _under("regressor.", weights), source)
-    x = (images.float() / 255).to(device)
-    targets = [m.float() for m in teacher.encode(x, generator=torch.Generator(device).manual_seed(0))]
-    backbone = student(x)
-    outputs = regressor(backbone, [(m.shape[-2], m.shape[-1]) for m in targets])
-    cells = _strip("image", images, "image", kind="photo")
-    for i, spec in enumerate(teacher.specs):
-        target = whiten(targets[i], it.config.get("whiten", "chw"))
-        cells += _level(spec, target, outputs[i], backbone[regressor.sources[i]])
-    return f'<div class="card scroll"><div class="maps" style="--n:{len(images)}">{cells}</div></div>'
-
-
-def _level(spec: FeatureSpec, target: Tensor, output: Tensor, features: Tensor) -> str:
-    """Three rows of maps: the whitened teacher and the regressor in one basis, the backbone in its own."""
-    name, basis = _stride(spec.name), pca_basis(target)
-    facts = (
-        f"{target.shape[-2]} × {target.shape[-1]} positions, {spec.channels} channels of the teacher, "
-        f"{features.shape[1]} of the backbone · on these images R² {metrics.r2(output, target):.2f}, cosine "
-        f"{metrics.cosine(output, target):.2f}"
-    )
-    return (
-        f"<strong>{name}<small>{facts}</small></strong>"
-        + _strip("teacher", pca_colours(target, basis), f"teacher, {name}")
-        + _strip("regressor", pca_colours(output, basis), f"regressor, {name}")
-        + _strip("backbone", pca_colours(features, pca_basis(features)), f"backbone, {name}")
-    )
-
-
-def _strip(label: str, images: Tensor, what: str, *, kind: str = "map") -> str:
-    """A row of images uint8 N x 3 x H x W; maps keep their resolution, the browser enlarges them."""
-    cells = (
-        f'<img class="{kind}" src="{data_uri(image, 256)}" alt="{what} {i + 1}">'
-        for i, image in enumerate(images)
-    )
-    return f"<span>{label}</span>{''.join(cells)}\n"
-
-
-def _pick_images(it: Run, count: int) -> Tensor:
-    """`count` readable images at even distances in the run's folder, uint8 N x 3 x H x W."""
-    if not it.config.get("images"):
-        raise UserError("This run has no image folder.", "Its teacher synthesized the images.")
-    height, width = _dict(it.facts.get("data")).get("size") or it.config["size"]
-    paths = find_images(Path(it.config["images"]))
-    found: list[Tensor] = []
-    for i in range(min(count, len(paths))):
-        first = i * len(paths) // min(count, len(paths))
-        for path in paths[first : first + 8]:  # a damaged one gives way to its neighbour
-            try:
-                found.append(read_image(path, (height, width)))
-                break
-            except BadImageError:
-                continue
-    if not found:
-        raise UserError(f"No image in '{it.config['images']}' can be read.", "")
-    return torch.stack(found)
-
-
-def _teacher(it: Run) -> Teacher:
-    """The run's teacher, as it was: same timesteps, same noise, and the same weights."""
-    facts, name = _dict(it.facts.get("teacher")), str(it.config["teacher"])
-    wanted = facts.get("sha256")
-    if wanted and sha256(teacher_folder(name) / WEIGHTS) != wanted:
-        raise UserError(f"The teacher in '{name}' is no longer the one of this run (sha256 differs).", "")
-    timesteps = tuple(facts.get("t") or it.config.get("t") or ())
-    return load_teacher(name, timesteps=timesteps, noise=it.config.get("noise", "stochastic"))
-
-
-def _trained(run: Path) -> tuple[dict[str, Tensor], Path]:
-    """student.model.* and regressor.* tensors: the exported ones, else the newest checkpoint's."""
-    files = {"student.model.": run / "backbone.safetensors", "regressor.": run / "regressor.safetensors"}
-    if all(path.is_file() for path in files.values()):
-        tensors = {p + k: v for p, path in files.items() for k, v in read_weights(path).tensors.items()}
-        return tensors, files["student.model."]
-    newest = checkpoint.latest(run)
-    if newest is None:
-        raise UserError("The run has no weights yet.", "They come with its first checkpoint.")
-    tensors, _ = checkpoint.load(newest)
-    return _under("ema/", tensors) or _under("trained/", tensors), newest
-
-
-def _samples(it: Run) -> str:
-    """The sample sheet that lies beside the teacher's weights; without one, new samples if they are cheap."""
-    if not it.is_teacher and not it.config.get("teacher"):
-        return ""
-    folder = it.path if it.is_teacher else teacher_folder(str(it.config["teacher"]))
-    if (folder / "samples.png").is_file():
-        with Image.open(folder / "samples.png") as file:
-            sheet = pil_to_tensor(file.convert("RGB"))
-        what = "Images that the teacher made from noise: what it knows is what the student can learn from it."
-    elif it.is_teacher:
-        return '<p class="note">No samples.png yet: it comes with the first validation.</p>'
-    else:
-        sheet = make_grid(_generate(_teacher(it)).cpu(), nrow=8, padding=2, pad_value=1.0)
-        sheet = (sheet.clamp(0, 1) * 255).round().to(torch.uint8)
-        what = f"{_SAMPLES} images that the teacher made from noise, in few steps: its best are better."
-    picture = f'<img src="{data_uri(sheet, 1100)}" alt="samples of the teacher">'
-    return f'<figure class="card sheet">{picture}<figcaption>{what}</figcaption></figure>'
-
-
-def _generate(teacher: Teacher) -> Tensor:
-    """New images, float RGB in [0, 1]; a UserError where they would take more than `_PATIENCE` seconds."""
-    device = pick_device("auto")
-    generator = torch.Generator(device).manual_seed(0)
-    teacher = teacher.to(device)
-    if not isinstance(teacher, DiffusionTeacher):
-        return teacher.sample(_SAMPLES, generator=generator)[0]
-    teacher.sampling_steps = 1
-    begin = time.perf_counter()
-    teacher.generate(1, generator=generator)
-    seconds = (time.perf_counter() - begin) * _SAMPLES * _SAMPLING_STEPS
-    if seconds > _PATIENCE:
-        raise UserError(f"New samples would take about {seconds / 60:.0f} minutes on this machine.", "")
-    teacher.sampling_steps = _SAMPLING_STEPS
-    return teacher.generate(_SAMPLES, generator=generator)
 
 
 # --- how to use it, how it was made ------------------------------------------------------------------------
@@ -636,14 +351,6 @@ def _flat(prefix: str, value: Any) -> list[tuple[str, str]]:
     if isinstance(value, list):
         return [(prefix, ", ".join(str(v) for v in value) or "–")]
     return [(prefix, "–" if value is None or value == {} else str(value))]
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _is_number(value: Any) -> bool:

@@ -46,9 +46,11 @@ class RunDir:
             if not place.is_dir():
                 raise UserError(f"'{place}' is a file, not a folder.", "Choose another --out.")
             if not os.access(place, os.W_OK | os.X_OK):
-                raise UserError(f"'{place}' cannot be written.", "Choose another --out, or mend its permissions.")
+                raise UserError(
+                    f"'{place}' cannot be written.", "Choose another --out, or mend its permissions."
+                )
             free = shutil.disk_usage(place).free
-            # Hidden files (the lock, a temporary) may be left of a start that was killed or found the disk full.
+            # Hidden files (the lock, a temporary) may be left of a start that was killed or out of space.
             empty = place != path or all(p.name.startswith(".") for p in path.iterdir())
         except OSError as error:
             raise UserError(
@@ -85,7 +87,7 @@ class RunDir:
             )
 
     def open(self, resolved: Mapping[str, Any]) -> Path | None:
-        """Makes and locks the folder, writes a new run's config.json; returns the checkpoint to resume from."""
+        """Makes and locks the folder, writes a new run's config.json; returns the checkpoint to resume."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until `close` or the end of the process
         try:

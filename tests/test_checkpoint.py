@@ -106,7 +106,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     assert ("the disk is full" in text) == (number != errno.EIO)
 
 
-def test_an_interrupt_leaves_the_old_file_and_nothing_else(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_the_old_file_and_nothing_else(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old = written.read_bytes()
 
     def interrupt(_tensors: Any, path: Path, _facts: Any) -> None:
@@ -234,7 +236,11 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     (tmp_path / "backbone.safetensors").touch()
     checkpoint.prune(tmp_path, 2)
     kept = sorted(p.name for p in tmp_path.iterdir())
-    assert kept == ["backbone.safetensors", "checkpoint-00000900.safetensors", "checkpoint-00001000.safetensors"]
+    assert kept == [
+        "backbone.safetensors",
+        "checkpoint-00000900.safetensors",
+        "checkpoint-00001000.safetensors",
+    ]
     checkpoint.prune(tmp_path, 5)
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -242,7 +248,9 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
 def network(layout: torch.memory_format) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(3, 20, 3), nn.BatchNorm2d(20), nn.ReLU(), nn.Conv2d(20, 24, 3), nn.Conv2d(24, 2, 1))
+        net = nn.Sequential(
+            nn.Conv2d(3, 20, 3), nn.BatchNorm2d(20), nn.ReLU(), nn.Conv2d(20, 24, 3), nn.Conv2d(24, 2, 1)
+        )
     net.register_parameter("unused", nn.Parameter(torch.ones(2, 2)))  # never has a gradient, nor a state
     return net.to(memory_format=layout)  # type: ignore[call-overload]
 
@@ -258,7 +266,9 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: in
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
-def test_k_and_k_steps_equal_2k_bitwise(tmp_path: Path, name: OptimizerName, layout: torch.memory_format) -> None:
+def test_k_and_k_steps_equal_2k_bitwise(
+    tmp_path: Path, name: OptimizerName, layout: torch.memory_format
+) -> None:
     def start() -> tuple[nn.Module, torch.optim.Optimizer]:
         net = network(layout)
         return net, build_optimizer(name, parameter_groups([net], 0.05), 1e-2, (0.9, 0.95))
@@ -305,7 +315,12 @@ def test_load_exactly_says_what_does_not_fit() -> None:
     good = {k: torch.full_like(v, 2.0) for k, v in net.state_dict().items()}
     before = {k: v.clone() for k, v in net.state_dict().items()}
     bad = {k: v for k, v in good.items() if k != "1.bias"}
-    bad |= {"0.weight": torch.zeros(5, 3), "extra.a": torch.zeros(1), "extra.b": torch.zeros(1), "extra.c": torch.zeros(1)}
+    bad |= {
+        "0.weight": torch.zeros(5, 3),
+        "extra.a": torch.zeros(1),
+        "extra.b": torch.zeros(1),
+        "extra.c": torch.zeros(1),
+    }
     with pytest.raises(UserError) as error:
         checkpoint.load_exactly(net, bad, "file.safetensors")
     text = str(error.value)

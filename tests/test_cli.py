@@ -51,7 +51,11 @@ def documentation(config: type) -> dict[str, str]:
     assert isinstance(tree, ast.ClassDef)
     told = {}
     for field, text in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+        ):
             assert isinstance(field.target, ast.Name)
             told[field.target.id] = str(text.value.value)
     _, _, listed = (inspect.getdoc(config) or "").partition("Args:\n")
@@ -79,7 +83,9 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], folder: Pa
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DREAMTEACHER_TRACEBACK", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv(
+        "COLUMNS", "90"
+    )  # one column: tyro sets groups of settings side by side when there is room
     return tmp_path
 
 
@@ -110,7 +116,11 @@ def test_what_needs_no_verb_imports_neither_torch_nor_tyro(flag: str) -> None:
 
 def test_the_module_runs_as_the_command() -> None:
     done = python("-m", "dreamteacher", "--version")
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"dreamteacher {dreamteacher.__version__}\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        0,
+        f"dreamteacher {dreamteacher.__version__}\n",
+        "",
+    )
     done = python("-m", "dreamteacher", "pretrian")
     assert (done.returncode, done.stdout) == (2, "")
     assert "Did you mean 'pretrain'?" in done.stderr
@@ -132,6 +142,9 @@ def test_a_verb_is_a_config_and_a_function_of_it(verb: str) -> None:
     config = config_of(verb)
     assert dataclasses.is_dataclass(config)
     function = getattr(importlib.import_module(VERBS[verb].module), VERBS[verb].function)
+    if verb == "export":  # also used from Python, with plain arguments: the config's fields
+        inspect.signature(function).bind(**{f.name: None for f in dataclasses.fields(config)})
+        return
     required = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
     assert len(required) == 1, f"{verb}: {function.__name__}{inspect.signature(function)}"
     assert typing.get_type_hints(function)[required[0].name] is config
@@ -157,7 +170,9 @@ def test_help_of_a_verb_lists_every_setting_with_its_text(
 # --- refusals -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("pretrian", "pretrain"), ("train_teacher", "train-teacher"), ("doktor", "doctor")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("pretrian", "pretrain"), ("train_teacher", "train-teacher"), ("doktor", "doctor")]
+)
 def test_unknown_verbs(typed: str, meant: str, capsys: pytest.CaptureFixture[str], here: Path) -> None:
     said = refused([typed, "--out", "x"], capsys, here)
     assert f"no verb '{typed}'. Did you mean '{meant}'?" in said
@@ -184,7 +199,10 @@ def bad_values() -> list[tuple[str, str]]:
     for verb in VERBS:
         for name, (hint, _) in fields_of(config_of(verb)).items():
             kinds = {hint, *typing.get_args(hint)}
-            if (kinds & {int, float} or typing.get_origin(hint) is Literal) and (verb, name) != ("list", "what"):
+            if (kinds & {int, float} or typing.get_origin(hint) is Literal) and (verb, name) != (
+                "list",
+                "what",
+            ):
                 found.append((verb, name))
     return found
 
@@ -210,13 +228,15 @@ def test_bad_values(capsys: pytest.CaptureFixture[str], here: Path) -> None:
 
 def test_bad_words_come_with_the_choices(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     said = refused(["pretrain", "--out", "x", "--optimizer", "sgd"], capsys, here)
-    assert "'adamw'" in said
-    assert "'lamb'" in said
+    assert "--optimizer cannot be 'sgd'" in said
+    assert "adamw, lamb" in said
     said = refused(["list", "studnets"], capsys, here)
-    assert "'students'" in said
+    assert "Did you mean 'students'?" in said
 
 
-def test_numbers_out_of_range_are_refused_while_parsing(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+def test_numbers_out_of_range_are_refused_while_parsing(
+    capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
     assert "steps is 0" in refused(["evaluate", "--finetune.steps", "0"], capsys, here)
 
 
@@ -227,14 +247,22 @@ def test_missing_settings_are_named(verb: str, capsys: pytest.CaptureFixture[str
 
 
 def test_stray_words(capsys: pytest.CaptureFixture[str], here: Path) -> None:
-    for arguments in (["doctor", "please"], ["list", "students", "please"], ["pretrain", "--out", "x", "please"]):
+    for arguments in (
+        ["doctor", "please"],
+        ["list", "students", "please"],
+        ["pretrain", "--out", "x", "please"],
+    ):
         assert "please" in refused(arguments, capsys, here)
 
 
 def test_underscores_and_equal_signs_are_understood() -> None:
-    config = cli.parse(config_of("pretrain"), "pretrain", ["--out=x", "--batch_size", "4", "--lr=1e-3", "--no-flip"])
+    config = cli.parse(
+        config_of("pretrain"), "pretrain", ["--out=x", "--batch_size", "4", "--lr=1e-3", "--no-flip"]
+    )
     assert (config.out, config.batch_size, config.lr, config.flip) == (Path("x"), 4, 1e-3, False)
-    config = cli.parse(config_of("pretrain"), "pretrain", ["--out", "x", "--t", "50", "100", "--size", "64", "96"])
+    config = cli.parse(
+        config_of("pretrain"), "pretrain", ["--out", "x", "--t", "50", "100", "--size", "64", "96"]
+    )
     assert (config.t, config.size) == ((50, 100), (64, 96))
     config = cli.parse(config_of("evaluate"), "evaluate", ["--finetune.steps", "7", "--segment.no-flip"])
     assert (config.finetune.steps, config.segment.flip) == (7, False)
@@ -287,7 +315,11 @@ def test_the_traceback_is_there_for_who_asks(monkeypatch: pytest.MonkeyPatch) ->
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
 def test_exit_codes(
-    error: BaseException, code: int | None, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: BaseException,
+    code: int | None,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(*_: Any) -> None:
         raise error
@@ -304,14 +336,19 @@ def test_exit_codes(
     assert said in err if said else err == ""
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
+@pytest.mark.parametrize("flag", ["--help", "doctor"])
+def test_a_reader_that_goes_away_is_no_error(flag: str) -> None:
+    code = (
+        "import sys; from dreamteacher import cli; cli.run = lambda *_: print('x' * 100_000);"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
     root = Path(dreamteacher.__file__).parent.parent
     read, write = os.pipe()
     os.close(read)
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "dreamteacher", "list", "tasks"], stdout=write, stderr=subprocess.PIPE,
-            text=True, check=False, timeout=120, env=BARE | {"PYTHONPATH": str(root)},
+            [sys.executable, "-c", code, flag], stdout=write, stderr=subprocess.PIPE, text=True, check=False,
+            timeout=120, env=BARE | {"PYTHONPATH": str(root)},
         )  # fmt: skip
     finally:
         os.close(write)

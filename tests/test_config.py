@@ -66,7 +66,8 @@ def values_of(hint: Any, checked: bool = False) -> st.SearchStrategy[Any]:
         bool: st.booleans(),
         float: st.floats(allow_nan=False),
         type(None): st.none(),
-        Path: st.text(max_size=12).map(Path) | st.sampled_from([Path("/a/b c"), Path("../ü"), Path("\udcff.png")]),
+        Path: st.text(max_size=12).map(Path)
+        | st.sampled_from([Path("/a/b c"), Path("../ü"), Path("\udcff.png")]),
     }
     return plain[hint]
 
@@ -78,8 +79,9 @@ def configs(cls: type) -> st.SearchStrategy[Any]:
 
 
 def test_every_config_of_the_package_was_found() -> None:
-    named = "Pretrain TrainTeacher Evaluate Demo Export Report List Doctor Finetune Segment".split()
-    assert {f"{n}Config" for n in named} | {"DiffusionSpec", "Preset"} <= set(CLASSES)
+    verbs = {"Pretrain", "TrainTeacher", "Evaluate", "Demo", "Export", "Report", "List", "Doctor"}
+    assert {f"{name}Config" for name in verbs | {"Finetune", "Segment"}} <= set(CLASSES)
+    assert {"DiffusionSpec", "Preset"} <= set(CLASSES)
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES))
@@ -145,7 +147,12 @@ def test_errors_name_the_setting(cls: type, values: Any, said: list[str]) -> Non
 def test_changed_keys_are_listed_with_both_values() -> None:
     old = {"lr": 0.1, "same": [1, 2], "gone": 3, "finetune": {"steps": 5, "flip": True}}
     new = {"lr": 0.2, "same": [1, 2], "new": "x", "finetune": {"steps": 6, "flip": True}}
-    assert changed_keys(old, new) == ["finetune.steps: 5 -> 6", "gone: 3 -> None", "lr: 0.1 -> 0.2", "new: None -> x"]
+    assert changed_keys(old, new) == [
+        "finetune.steps: 5 -> 6",
+        "gone: 3 -> None",
+        "lr: 0.1 -> 0.2",
+        "new: None -> x",
+    ]
 
 
 @given(st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 2)), st.sets(st.sampled_from("abcdef")))

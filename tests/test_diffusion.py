@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -244,12 +245,23 @@ def test_teacher_stays_frozen():
     assert not any(m.requires_grad for m in teacher.encode(torch.rand(1, 3, 64, 64), generator=torch.Generator()))
 
 
+def narrow(channels: tuple[int, ...], attention: tuple[int, ...]) -> DiffusionSpec:
+    preset = replace(PRESETS["cpu-128"], channels=channels, attention=attention, head=32)
+    return network_spec(preset, (64, 64), 3, "linear")
+
+
+def test_a_level_as_wide_as_a_head_has_one():
+    assert narrow((16, 16, 16, 32), ()).unet["attention_head_dim"] == 32
+
+
 @pytest.mark.parametrize(
     ("act", "words"),
     [
         (lambda: make(timesteps=(1000,)), "out of range"),
         (lambda: make(levels=2), "no decoder level"),
         (lambda: make().encode(torch.rand(1, 3, 48, 64), generator=torch.Generator()), "--size 64 64"),
+        (lambda: narrow((32, 32, 32, 16), ()), "level 3 .* no head: 16 channels, heads of 32"),
+        (lambda: narrow((32, 16, 32, 32), (1,)), "level 1 .* no head"),
     ],
 )
 def test_bad_requests_say_what_to_do(act, words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -69,10 +70,10 @@ def test_schedule_equals_the_formula(total: int, share: float, peak: float, low:
             angle = math.pi / 2 * (step - warmup) / (total - warmup)
             expected = final * math.sin(angle) ** 2 + peak * math.cos(angle) ** 2
         assert rate == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    assert 0 < min(rates)
+    assert min(rates) > 0
     assert max(rates) <= peak * (1 + 1e-12)
-    assert all(a < b for a, b in zip(rates[:warmup], rates[1:warmup], strict=False))
-    assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert all(a < b for a, b in pairwise(rates[:warmup]))
+    assert all(a >= b for a, b in pairwise(rates[warmup:]))
 
 
 def test_schedule_defaults_to_falling_to_zero() -> None:
@@ -150,3 +151,36 @@ def test_ema_starts_as_a_copy_of_its_own() -> None:
     net.load_state_dict(ema.tensors)
     weight = min(0.9, 2 / 11)
     torch.testing.assert_close(net.weight.detach(), before + (1 - weight))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_adamw_equals_a_float64_loop_in_every_layout(layout: torch.memory_format, autocast: bool) -> None:
+    """A fused kernel walks memory: weight, gradient and moments must lie alike, or it is silently wrong."""
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 6, 3), nn.Conv2d(6, 4, 1)
+    )
+    net.to(memory_format=layout)  # type: ignore[call-overload]
+    optimizer = build_optimizer("adamw", parameter_groups([net], 0.1), 0.05, (0.9, 0.95))
+    start = {k: p.detach().double().contiguous() for k, p in net.named_parameters()}
+    weights = {k: v.clone() for k, v in start.items()}
+    first, second = ({k: torch.zeros_like(v) for k, v in start.items()} for _ in range(2))
+    for n in range(1, 5):
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = net(torch.randn(2, 3, 8, 8, generator=generator))
+        out.float().square().mean().backward()
+        for key, p in net.named_parameters():
+            assert p.grad is not None
+            assert p.grad.stride() == p.stride() or p.shape[-1] == 1
+            grad = p.grad.double().contiguous()
+            first[key] = 0.9 * first[key] + 0.1 * grad
+            second[key] = 0.95 * second[key] + 0.05 * grad**2
+            decay = 0.1 if p.ndim > 1 else 0.0
+            step = (first[key] / (1 - 0.9**n)) / ((second[key] / (1 - 0.95**n)).sqrt() + 1e-8)
+            weights[key] = weights[key] * (1 - 0.05 * decay) - 0.05 * step
+        optimizer.step()
+    for key, p in net.named_parameters():
+        torch.testing.assert_close(p.detach().double().contiguous(), weights[key], rtol=1e-4, atol=1e-5)
+        assert not torch.equal(weights[key], start[key])

@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dreamteacher import figures
-from dreamteacher import report as report_module
+from dreamteacher import cli, figures, report_maps
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
 from dreamteacher.figures import Dots, Scale, Series, chart_scales, data_uri, dot_plot, line_chart, nice_ticks
@@ -249,12 +248,12 @@ def test_new_samples_are_made_where_they_are_cheap(
     facts = json.loads((run / "config.json").read_text())
     facts["config"]["teacher"] = str(teacher)
     (run / "config.json").write_text(json.dumps(facts))
-    monkeypatch.setattr(report_module, "_SAMPLES", 3)
-    monkeypatch.setattr(report_module, "_SAMPLING_STEPS", 2)
+    monkeypatch.setattr(report_maps, "_SAMPLES", 3)
+    monkeypatch.setattr(report_maps, "_SAMPLING_STEPS", 2)
     page = Page(write_report(run, images=0).read_text())
     assert decoded(page.images[0]["src"]).size == (3 * 66 + 2, 68)
     assert "3 images that the teacher made" in page.text
-    monkeypatch.setattr(report_module, "_PATIENCE", 0.0)
+    monkeypatch.setattr(report_maps, "_PATIENCE", 0.0)
     assert "New samples would take" in Page(write_report(run, images=0).read_text()).text
 
 
@@ -298,6 +297,21 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "train-teacher"])
+def test_a_finished_run_does_not_fail_for_its_report(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, function = cli.VERBS[verb].module, cli.VERBS[verb].function
+    monkeypatch.setattr(f"{module}.{function}", lambda config: config.out)  # a folder that holds no run
+    assert cli.main([verb, "--images", "i", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        f"No report: '{tmp_path}' holds no run: neither config.json nor metrics.jsonl nor results.jsonl "
+        "can be read."
+    ]
+    assert said.err == ""
 
 
 # --- figures -----------------------------------------------------------------------------------------------
@@ -392,7 +406,7 @@ def test_teacher_and_regressor_share_a_basis() -> None:
     spec = FeatureSpec("s8", 6, 8)
 
     def sources(output: torch.Tensor) -> dict[str, str]:
-        text = report_module._level(spec, target, output, target[:, :3])
+        text = report_maps._level(spec, target, output, target[:, :3])
         return {alt: src for src, alt in re.findall('src="(.*?)" alt="(.*?)"', text)}
 
     same, other = sources(target.clone()), sources(-target)

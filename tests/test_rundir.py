@@ -101,7 +101,9 @@ def test_unwritable_places_are_refused(unwritable: Path) -> None:
         assert f"'{unwritable}' cannot be written" in refusal(path)
 
 
-def test_places_that_may_not_be_looked_at_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places_that_may_not_be_looked_at_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def forbidden(_self: Path) -> bool:
         raise PermissionError(13, "Permission denied")
 
@@ -133,7 +135,9 @@ def test_foreign_folders_are_refused(tmp_path: Path, name: str, content: str | N
 
 def test_a_run_of_another_verb_is_refused(tmp_path: Path) -> None:
     started(tmp_path / "a")
-    assert "holds a run of 'pretrain', not of 'train-teacher'" in refusal(tmp_path / "a", resolved("train-teacher"))
+    assert "holds a run of 'pretrain', not of 'train-teacher'" in refusal(
+        tmp_path / "a", resolved("train-teacher")
+    )
     started(tmp_path / "b", steps=())  # no checkpoint, but perhaps results
     assert "holds a run of 'pretrain'" in refusal(tmp_path / "b", resolved("demo"))
 
@@ -232,7 +236,9 @@ def test_a_run_that_ended_in_an_error_frees_its_folder(tmp_path: Path) -> None:
     run.close()
 
 
-HOLD = "import fcntl,sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+HOLD = (
+    "import fcntl,sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+)
 
 
 def test_one_writer_among_processes_until_it_is_killed(tmp_path: Path) -> None:
@@ -302,13 +308,20 @@ def test_the_first_signal_is_noted_and_the_second_acts(number: signal.Signals) -
 
 def test_handlers_are_restored_after_an_error() -> None:
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(ZeroDivisionError), Signals():
-        assert signal.getsignal(signal.SIGINT) != before[0]
-        1 / 0  # noqa: B018
+
+    def fail() -> None:
+        with Signals():
+            assert signal.getsignal(signal.SIGINT) != before[0]
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_progress_rates_and_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_rates_and_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = [100.0]
     monkeypatch.setattr("dreamteacher.rundir.time.perf_counter", lambda: clock[0])
     progress = Progress(total=40, first=20, batch=8, title="pretrain", every=30.0)
@@ -319,7 +332,9 @@ def test_progress_rates_and_lines(capsys: pytest.CaptureFixture[str], monkeypatc
     assert progress.rates() == {"images_per_s": 8.0, "data_wait": 0.25, "seconds": 10.0}
     clock[0] += 30
     progress.update(35, "loss 2")
-    assert capsys.readouterr().out.startswith("pretrain: step 35/40, 3 images/s, data wait 6%, loss 2, 13 s left")
+    assert capsys.readouterr().out.startswith(
+        "pretrain: step 35/40, 3 images/s, data wait 6%, loss 2, 13 s left"
+    )
     clock[0] += 1
     progress.update(40, "loss 3")
     assert "step 40/40" in capsys.readouterr().out

@@ -261,9 +261,7 @@ def _budgets(task: str, config: EvaluateConfig) -> tuple[int | None, ...]:
     return config.mask_counts if task in SEGMENTATION else config.labels
 
 
-def evaluate(
-    config: EvaluateConfig, *, log: Callable[[str], None] = print
-) -> list[Row]:
+def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> list[Row]:
     """Evaluates one backbone on folders of images; every check comes before any work.
 
     Args:

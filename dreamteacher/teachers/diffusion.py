@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, ResnetUpsampleBlock2D, UpBlock2D
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
@@ -99,7 +99,7 @@ def decoder_maps(unet: UNet2DModel, x: Tensor, t: Tensor, count: int) -> list[Te
         x = unet.mid_block(x, emb)
     maps = []
     for i in range(count):
-        up = unet.up_blocks[i]
+        up = cast(UpBlock2D | AttnUpBlock2D | ResnetUpsampleBlock2D, unet.up_blocks[i])
         attentions = up.attentions if isinstance(up, AttnUpBlock2D) else [None] * len(up.resnets)
         for resnet, attention in zip(up.resnets, attentions, strict=True):
             x = resnet(torch.cat([x, skips[-1]], dim=1), emb)
@@ -108,7 +108,7 @@ def decoder_maps(unet: UNet2DModel, x: Tensor, t: Tensor, count: int) -> list[Te
                 x = attention(x)
         maps.append(x)
         if i + 1 < count:
-            for upsampler in up.upsamplers:
+            for upsampler in cast(nn.ModuleList, up.upsamplers):
                 with_time = isinstance(up, ResnetUpsampleBlock2D) or (
                     isinstance(up, AttnUpBlock2D) and up.upsample_type == "resnet"
                 )
@@ -133,6 +133,7 @@ class DiffusionTeacher(Teacher):
 
     family = "diffusion"
     modes = frozenset({"encode", "sample"})
+    alpha_bar: Tensor
 
     def __init__(
         self,
@@ -161,7 +162,7 @@ class DiffusionTeacher(Teacher):
                     f"'{name}' has a decoder block of type {type(block).__name__}.",
                     "UpBlock2D, AttnUpBlock2D and ResnetUpsampleBlock2D can be read.",
                 )
-        channels = list(reversed(unet.config.block_out_channels))
+        channels = list(reversed(unet.config["block_out_channels"]))
         self.multiple = spec.patch * 2 ** (len(channels) - 1)
         # up_blocks[i] runs at stride patch * 2^(levels - 1 - i) until its upsampler.
         self._levels = [

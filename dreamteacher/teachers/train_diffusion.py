@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -135,8 +135,18 @@ class TrainTeacherConfig:
 
 
 def network_spec(preset: Preset, size: tuple[int, int], image_channels: int, schedule: str) -> DiffusionSpec:
-    """The DiffusionSpec of a preset at a size."""
+    """The DiffusionSpec of a preset at a size.
+
+    Raises:
+        UserError: where attention would get no head. The coarsest level always has attention.
+    """
     levels = range(len(preset.channels))
+    for i in {*preset.attention, levels[-1]}:
+        if preset.channels[i] < preset.head:
+            raise UserError(
+                f"Attention at level {i} would have no head: {preset.channels[i]} channels, heads of {preset.head}.",
+                f"Widen the level, or make `head` at most {preset.channels[i]}.",
+            )
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if preset.resample else ("DownBlock2D", "UpBlock2D")
     channels = image_channels * preset.patch**2
     kind = "resnet" if preset.resample else "conv"
@@ -253,7 +263,7 @@ class _Training:
     ) -> None:  # fmt: skip
         self.config, self.spec, self.images, self.run, self.device = config, spec, images, run, device
         self.steps, self.batch, self.lr = steps, batch, lr
-        self.unet = unet.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self.unet = unet.to(device, memory_format=torch.channels_last).train()  # type: ignore[arg-type]
         self.ema = optim.Ema(self.unet, preset.ema)
         groups = optim.parameter_groups([self.unet], weight_decay=0.0)
         self.optimizer = optim.build_optimizer("adamw", groups, lr, (0.9, 0.99))

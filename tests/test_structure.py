@@ -1,0 +1,280 @@
+"""The shape of the package: imports point down, few dependencies, no foreign code runs, all is documented."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dreamteacher
+
+PACKAGE = Path(dreamteacher.__file__).parent
+ROOT = PACKAGE.parent
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(p): p for p in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+
+# Lower layers first. A module may import from lower layers, and from its own as long as no cycle arises.
+LAYERS = [
+    {"dreamteacher"},
+    {"errors"},
+    {"config", "features", "distributed", "metrics"},
+    {"losses", "regressor", "optim", "checkpoint", "rundir", "data", "masks", "images"},
+    {"students", "teachers"},
+    {"feature_dataset"},
+    {"pretrain", "downstream"},
+    {"export", "figures", "report"},
+    {"demo", "catalogue", "testing"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def part(module: str) -> str:
+    """The name by which the layers know a module: a folder is one part, report_results belongs to report."""
+    names = module.split(".")
+    top = names[1] if len(names) > 1 else names[0]
+    known = set().union(*LAYERS)
+    while top not in known and "_" in top:
+        top = top.rpartition("_")[0]
+    return top
+
+
+def layer(module: str) -> int:
+    found = [i for i, names in enumerate(LAYERS) if part(module) in names]
+    assert len(found) == 1, f"{module} is in no layer: say in tests/test_structure.py where it belongs"
+    return found[0]
+
+
+def imports_of(tree: ast.AST, module: str) -> Iterator[tuple[str, ast.stmt]]:
+    """Every module that a tree imports, wherever in it: absolute names, submodules resolved."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno}: a relative import"
+            assert node.module is not None
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield (whole if whole in FILES else node.module), node
+
+
+def own_imports(module: str, tree: ast.AST | None = None) -> set[str]:
+    """The modules of this package that a module (or a part of it) imports."""
+    found = {name for name, _ in imports_of(tree or TREES[module], module)}
+    return {name for name in found if name.split(".")[0] == "dreamteacher"} - {module}
+
+
+OWN = {module: own_imports(module) for module in FILES}
+
+
+def at_top(module: str) -> ast.Module:
+    """What runs when the module is imported: no bodies of functions."""
+
+    class Cut(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+            return None
+
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    return Cut().visit(tree)
+
+
+# --- imports ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_point_down(module: str) -> None:
+    for name in OWN[module]:
+        assert name in FILES, f"{module} imports {name}, which does not exist"
+        assert layer(name) <= layer(module), f"{module} imports {name}, which lies above it"
+
+
+FORBIDDEN = [
+    ("losses", {"students", "teachers", "regressor"}),
+    ("teachers", {"students"}),
+    ("students", {"teachers"}),
+    ("downstream", {"teachers", "feature_dataset", "pretrain"}),
+    ("regressor", {"students", "teachers", "losses"}),
+    ("metrics", {"students", "teachers", "losses"}),
+    ("pretrain", {"downstream"}),
+    ("figures", {"report", "export"}),
+]
+
+
+@pytest.mark.parametrize(("who", "whom"), FORBIDDEN, ids=[who for who, _ in FORBIDDEN])
+def test_some_never_know_of_each_other(who: str, whom: set[str]) -> None:
+    """Not even by way of others."""
+    modules = [m for m in FILES if part(m) == who]
+    assert modules
+    for module in modules:
+        reached = reachable(module)
+        assert not {part(m) for m in reached} & whom, f"{module} reaches {sorted(reached)}"
+
+
+def reachable(module: str) -> set[str]:
+    seen: set[str] = set()
+    todo = [module]
+    while todo:
+        for name in OWN[todo.pop()]:
+            if name not in seen:
+                seen.add(name)
+                todo.append(name)
+    return seen
+
+
+def test_there_is_no_import_cycle() -> None:
+    for module in FILES:
+        assert module not in reachable(module), f"{module} comes back to itself through its imports"
+
+
+def test_the_catalogue_and_the_command_line_import_lazily() -> None:
+    light = {"dreamteacher", "dreamteacher.errors", "dreamteacher.config", "dreamteacher.distributed"}
+    assert own_imports("dreamteacher.catalogue", at_top("dreamteacher.catalogue")) <= light
+    assert own_imports("dreamteacher.cli", at_top("dreamteacher.cli")) == set()
+    for module in ("dreamteacher", "dreamteacher.cli", "dreamteacher.errors", "dreamteacher.config"):
+        for name, node in imports_of(at_top(module), module):
+            top = name.split(".")[0]
+            assert top in sys.stdlib_module_names | {"dreamteacher"}, f"{module}:{node.lineno} imports {name}"
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import dreamteacher, sys; print(dreamteacher.__version__, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [dreamteacher.__version__, "False"]
+
+
+# --- dependencies -------------------------------------------------------------------------------------------
+
+IMPORT_NAMES = {"pillow": "PIL"}
+
+
+def declared(requirements: list[str]) -> set[str]:
+    names = [re.split(r"[<>=!~\[ ;]", r)[0] for r in requirements]
+    return {IMPORT_NAMES.get(name, name) for name in names}
+
+
+def test_core_imports_only_declared_dependencies() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    core = declared(project["dependencies"])
+    assert len(core) <= 8
+    optional = declared(project["optional-dependencies"]["tensorboard"]) | {"tensorboard"}
+    used = set()
+    for module, tree in TREES.items():
+        for name, node in imports_of(tree, module):
+            top = name.split(".")[0]
+            if top in sys.stdlib_module_names or top == "dreamteacher":
+                continue
+            used.add(top)
+            assert top in core | optional, f"{module}:{node.lineno} imports {name}, which is not declared"
+            assert top in core or node not in at_top(module).body, (
+                f"{module}:{node.lineno}: {name} is optional"
+            )
+    assert used >= core, f"declared and never imported: {sorted(core - used)}"
+
+
+def test_every_dependency_has_a_lower_bound() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for requirement in project["dependencies"]:
+        assert re.fullmatch(r"[a-z-]+>=[\d.]+", requirement), requirement
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_files_stay_short(module: str) -> None:
+    lines = len(FILES[module].read_text(encoding="utf-8").splitlines())
+    assert lines <= 450, f"{module} has {lines} lines"
+
+
+def test_no_file_is_a_drawer_for_everything() -> None:
+    names = {word for module in FILES for word in re.split(r"[._]", module)}
+    assert not names & {"utils", "util", "common", "helpers", "helper", "misc"}
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_nothing_read_from_a_file_can_run_code(module: str) -> None:
+    forbidden = {"eval", "exec", "compile", "__import__", "os.system", "os.popen"}
+    for name, node in calls(TREES[module]):
+        place = f"{module}:{node.lineno}"
+        assert name not in forbidden, f"{place} calls {name}"
+        assert name.split(".")[-1] not in {"extractall", "unpack_archive"}, f"{place} calls {name}"
+        keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        assert keywords.get("allow_pickle") in (None, "False"), place
+        assert keywords.get("shell") in (None, "False"), place
+        assert keywords.get("weights_only") in (None, "True"), place
+        if name == "torch.load":
+            assert keywords.get("weights_only") == "True", f"{place} loads without weights_only=True"
+    for name, node in imports_of(TREES[module], module):
+        unsafe = {"dill", "joblib", "cloudpickle", "shelve", "marshal"}
+        assert name.split(".")[0] not in unsafe, f"{module}:{node.lineno}"
+        assert name != "pickle" or isinstance(node, ast.Import), f"{module}:{node.lineno}"
+    for node in ast.walk(TREES[module]):  # only its error is of use: what torch raises for a foreign file
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
+            assert node.attr == "UnpicklingError", f"{module}:{node.lineno}"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_nothing_draws_from_the_global_generator_of_python(module: str) -> None:
+    assert "random" not in {name for name, _ in imports_of(TREES[module], module)}
+
+
+# --- documentation ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_everything_public_has_a_docstring(module: str) -> None:
+    tree = TREES[module]
+    assert ast.get_docstring(tree), f"{module} has no docstring"
+    bare = [
+        f"{node.name} (line {node.lineno})"
+        for node in tree.body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
+    assert not bare, f"{module}: without a docstring: {', '.join(bare)}"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_everything_public_is_typed(module: str) -> None:
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.FunctionDef):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            bare = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+            assert not bare, f"{module}:{node.lineno} {node.name}: without a type: {bare}"
+            assert node.returns is not None, f"{module}:{node.lineno} {node.name} has no return type"
+
+
+@pytest.mark.parametrize("module", [m for m in FILES if not m.endswith("__main__")])
+def test_examples_in_docstrings_are_true(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(module))
+    assert result.failed == 0
+
+
+def test_there_are_examples() -> None:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    modules = [importlib.import_module(m) for m in FILES if not m.endswith("__main__")]
+    count = sum(len(test.examples) for m in modules for test in finder.find(m))
+    assert count > 10
