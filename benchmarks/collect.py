@@ -1,6 +1,6 @@
 """results.jsonl of a run -> results.csv and environment.json of a benchmark.
 
-    python benchmarks/collect.py runs/demo/results.jsonl benchmarks/demo --command "make demo"
+python benchmarks/collect.py runs/demo/results.jsonl benchmarks/demo --command "make demo"
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Writes the benchmark tables into README.md and docs, between `<!-- table: NAME -->` and `<!-- end -->`.
 
-    python benchmarks/tables.py            # writes
-    python benchmarks/tables.py --check    # exits with 1 when a document is stale
+python benchmarks/tables.py            # writes
+python benchmarks/tables.py --check    # exits with 1 when a document is stale
 """
 
 from __future__ import annotations

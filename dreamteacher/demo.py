@@ -17,9 +17,9 @@ from typing import Any
 
 from dreamteacher import checkpoint, data
 from dreamteacher.config import to_json
-from dreamteacher.downstream import labelled_data, separated, summary_table
+from dreamteacher.downstream import labelled_data, summary_table
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
-from dreamteacher.downstream.segmentation import SegmentationData, split_masks
+from dreamteacher.downstream.segmentation import split_masks
 from dreamteacher.errors import UserError
 from dreamteacher.masks import load_segmentation
 from dreamteacher.pretrain import PretrainConfig, pretrain
@@ -108,12 +108,18 @@ def demo(config: DemoConfig) -> Path:
         )
     text = "".join(json.dumps(row) + "\n" for row in rows)
     checkpoint.write_text(config.out / "results.jsonl", text)
-    checkpoint.write_text(config.out / "config.json", json.dumps({"verb": "demo", "config": to_json(config)}, indent=2))
+    checkpoint.write_text(
+        config.out / "config.json", json.dumps({"verb": "demo", "config": to_json(config)}, indent=2)
+    )
     page = write_report(runs[config.seeds[0]], rows=rows, title="DreamTeacher on chest X-rays")
     shutil.copyfile(page, config.out / "report.html")
     print(summary_table(rows))
-    print("Random init: the same network untrained (frozen tasks) or trained with the labels only (fine-tuned).")
-    print(f"Seeds: {len(config.seeds)} pretrainings and as many random inits, each with its own draw of labels.")
+    print(
+        "Random init: the same network untrained (frozen tasks) or trained with the labels only (fine-tuned)."
+    )
+    print(
+        f"Seeds: {len(config.seeds)} pretrainings and as many random inits, each with its own draw of labels."
+    )
     print(f"Done in {time.perf_counter() - start:.0f} s. Report: {config.out / 'report.html'}")
     return config.out / "report.html"
 

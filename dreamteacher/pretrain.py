@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ from dreamteacher import __version__, checkpoint, data, feature_dataset, metrics
 from dreamteacher.config import describe, to_json
 from dreamteacher.distributed import Precision, autocast, pick_device, resolve_precision
 from dreamteacher.errors import UserError
+from dreamteacher.estimate import disk_bytes, dry_run, millions
 from dreamteacher.feature_dataset import DatasetKind, FeatureBatch
 from dreamteacher.losses import AtReduction, WhitenAxes, feature_loss, whiten
 from dreamteacher.regressor import FeatureRegressor
@@ -133,13 +131,14 @@ def pretrain(config: PretrainConfig) -> Path | None:
             f"A batch of {config.batch_size} is more than the {epoch} readable images.",
             f"Use --batch-size {max(2, epoch // 4)}, or add images.",
         )
+    regressor = FeatureRegressor(student.specs, teacher.specs, width=config.width, seed=config.seed)
+    disk = disk_bytes(student, regressor, ema=bool(config.ema), keep=config.keep)
     resolved = {"verb": "pretrain", "version": __version__, "config": to_json(config)} | _facts(
         config, teacher, images, size
     )
-    RunDir.check(config.out, resolved, needed_bytes=0 if config.dry_run else _disk_bytes(config, student, teacher))
+    RunDir.check(config.out, resolved, needed_bytes=0 if config.dry_run else disk)
 
     # --- what is trained ---------------------------------------------------------------------------------
-    regressor = FeatureRegressor(student.specs, teacher.specs, width=config.width, seed=config.seed)
     teacher.to(device)
     training = Training(config, student.to(device), regressor.to(device), steps_of(config, epoch))
     print(describe(f"pretrain {config.student} <- {teacher.name}", {
@@ -147,14 +146,18 @@ def pretrain(config: PretrainConfig) -> Path | None:
         "skipped": len(bad), "size": size, "dataset": config.dataset, "t": getattr(teacher, "timesteps", None),
         "levels": [f"{s.name}:{s.channels}" for s in teacher.specs], "batch": config.batch_size,
         "steps": training.steps, "epochs": config.epochs, "lr": config.lr, "optimizer": config.optimizer,
-        "parameters": f"{_millions(student)} + regressor {_millions(regressor)} + teacher {_millions(teacher)}",
+        "parameters": f"{millions(student)} + regressor {millions(regressor)} + teacher {millions(teacher)}",
         "device": device, "precision": str(resolve_precision(device, config.precision)).removeprefix("torch."),
         "out": config.out,
     }), flush=True)  # fmt: skip
     for path, reason in bad[:3]:
         print(f"  skipped {path}: {reason}")
     if config.dry_run:
-        print(training.dry_run(teacher, size, device, _disk_bytes(config, student, teacher)))
+        part = config.batch_size // config.accumulate
+        print(dry_run(
+            teacher, student, regressor, size=size, batch=config.batch_size, part=part, steps=training.steps,
+            disk=disk, precision=config.precision,
+        ))  # fmt: skip
         return None
 
     # --- begin or resume ---------------------------------------------------------------------------------
@@ -219,7 +222,9 @@ class Training:
         # Sums since the last log line, on the device: total, gradient norm, count, MSE and AT of each level.
         self.sums = torch.zeros(3 + 2 * len(self.levels), device=self.device)
 
-    def step(self, index: int, stream: Iterator[FeatureBatch], progress: Progress) -> tuple[FeatureBatch, list[Tensor]]:
+    def step(
+        self, index: int, stream: Iterator[FeatureBatch], progress: Progress
+    ) -> tuple[FeatureBatch, list[Tensor]]:
         """One optimizer step (number `index`, from 0); returns the last part's batch and the student's maps."""
         c = self.config
         self.trained.train()
@@ -279,7 +284,9 @@ class Training:
         features = []
         for part in order.split(128):
             with autocast(self.device, self.config.precision):
-                features.append(self.student.pooled(images.get(part).to(self.device).float() / 255).float().cpu())
+                features.append(
+                    self.student.pooled(images.get(part).to(self.device).float() / 255).float().cpu()
+                )
         x = torch.cat(features)
         row = {"rankme": metrics.rankme(x)}
         if images.labels is not None:
@@ -332,41 +339,6 @@ class Training:
                 folder / f"{name}.safetensors", lambda path, tensors=tensors: save_file(tensors, path, about)
             )
 
-    def dry_run(self, teacher: Teacher, size: tuple[int, int], device: torch.device, disk: int) -> str:
-        """What a run will take, from one real step on a few random images (nothing is written)."""
-        n = min(8, self.config.batch_size // self.config.accumulate)
-        saved: dict[int, int] = {}
-
-        def count(tensor: Tensor) -> Tensor:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        generator = torch.Generator().manual_seed(0)
-        images = torch.rand(n, 3, *size, generator=generator).to(device)
-        own = torch.Generator(device).manual_seed(0)
-        parameters = {p.untyped_storage().data_ptr() for p in self.trained.parameters()}
-        for _ in range(2):  # the second one is warm
-            begin = time.perf_counter()
-            with autocast(device, self.config.precision):
-                targets = teacher.encode(images, generator=own)
-                with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-                    maps = self.regressor(self.student(images), [tuple(m.shape[-2:]) for m in targets])
-            feature_loss(maps, targets).total.backward()
-            seconds = (time.perf_counter() - begin) / n
-        activations = sum(v for k, v in saved.items() if k not in parameters) / 2 / n
-        part = self.config.batch_size // self.config.accumulate
-        memory = sum(p.numel() for p in self.trained.parameters()) * 16 + activations * part
-        memory += sum(p.numel() for p in teacher.parameters()) * 4
-        hours = seconds * self.steps * self.config.batch_size / 3600
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 * (1 if sys.platform == "linux" else 1e-3)
-        return describe("dry run: nothing was written; one small step was measured", {
-            "parameters": f"student {_millions(self.student)}, regressor {_millions(self.regressor)}, "
-            f"teacher {_millions(teacher)}", "steps": self.steps, "images seen": self.steps * self.config.batch_size,
-            "memory of a step": f"{memory / 1e9:.2f} GB ({activations / 1e6:.1f} MB an image)",
-            "process now": f"{peak:.2f} GB", "time": f"about {hours:.2f} h at {1 / seconds:.0f} images/s",
-            "disk": f"{disk / 1e6:.0f} MB",
-        })  # fmt: skip
-
 
 def _images(config: PretrainConfig, size: tuple[int, int]) -> data.ImageSet | None:
     if config.images is not None:
@@ -386,7 +358,12 @@ def _list_skipped(folder: Path, images: data.ImageSet | None) -> None:
 
 
 def _stream(
-    config: PretrainConfig, teacher: Teacher, images: data.ImageSet | None, first: int, steps: int, device: torch.device
+    config: PretrainConfig,
+    teacher: Teacher,
+    images: data.ImageSet | None,
+    first: int,
+    steps: int,
+    device: torch.device,
 ) -> Iterator[FeatureBatch]:
     part, last = config.batch_size // config.accumulate, steps * config.accumulate
     if config.dataset == "synthesized":
@@ -415,7 +392,8 @@ def _check_numbers(config: PretrainConfig) -> None:
     for name in ("lr", "epochs", "log_every", "save_every", "keep"):
         if getattr(config, name) <= 0:
             raise UserError(
-                f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}.", "Give a larger one."
+                f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}.",
+                "Give a larger one.",
             )
 
 
@@ -435,16 +413,6 @@ def _facts(
             "classes": list(images.classes) if images else [], "size": list(size),
         },
     }  # fmt: skip
-
-
-def _disk_bytes(config: PretrainConfig, student: nn.Module, teacher: Teacher) -> int:
-    """Upper estimate of what a run writes: weights, two moments and an average per checkpoint, and exports."""
-    floats = sum(p.numel() for p in student.parameters()) + 4 * config.width * 9 * config.width * 6
-    return 4 * floats * ((4 if config.ema else 3) * (config.keep + 1) + 1) + 20_000_000
-
-
-def _millions(module: nn.Module) -> str:
-    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
 
 
 def _finite(value: float) -> bool:

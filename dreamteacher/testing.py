@@ -30,7 +30,8 @@ def check_teacher(teacher: Teacher, *, batch: int = 2) -> None:
     teacher.train()
     assert not any(m.training for m in teacher.modules()), "train() must leave a teacher in evaluation mode"
     assert not any(p.requires_grad for p in teacher.parameters()), "a teacher's parameters must be frozen"
-    assert teacher.modes and teacher.modes <= {"encode", "sample"}, f"unknown modes {set(teacher.modes)}"
+    assert teacher.modes, "a teacher must declare what it can do"
+    assert teacher.modes <= {"encode", "sample"}, f"unknown modes {set(teacher.modes)}"
     strides = [s.stride for s in teacher.specs]
     assert strides == sorted(set(strides)), f"levels must go fine to coarse, not {strides}"
     height, width = teacher.size
@@ -82,8 +83,11 @@ def check_student(student: Student, *, size: tuple[int, int] = (64, 96), batch: 
         assert m.shape == expected, f"{spec.name}: {tuple(m.shape)} instead of {expected}"
     sum(m.square().mean() for m in maps).backward()
     grads = [p.grad for p in student.parameters() if p.grad is not None]
-    assert grads and all(bool(torch.isfinite(g).all()) for g in grads), "gradients are missing or not finite"
-    assert all(k.startswith("model.") for k in student.state_dict()), "a student holds the timm model and no more"
+    assert grads, "nothing has a gradient"
+    assert all(bool(torch.isfinite(g).all()) for g in grads), "gradients are not finite"
+    assert all(k.startswith("model.") for k in student.state_dict()), (
+        "a student holds the timm model and no more"
+    )
     student.zero_grad()
 
 
@@ -99,7 +103,8 @@ def check_task(task: Callable[[Student], Iterable[tuple[str, float]]], backbone:
     assert results, "a task must yield at least one (metric, value)"
     for name, value in results:
         assert isinstance(name, str), f"a metric's name must be text, not {name!r}"
-        assert isinstance(value, float) and math.isfinite(value), f"{name} must be a finite float, not {value!r}"
+        assert isinstance(value, float), f"{name} must be a finite float, not {value!r}"
+        assert math.isfinite(value), f"{name} must be a finite float, not {value!r}"
     changed = [k for k, v in backbone.state_dict().items() if not torch.equal(v, before[k])]
     assert not changed, f"the task changed the backbone: {changed[:3]}"
     assert backbone.training == mode, "the task left the backbone in another mode"

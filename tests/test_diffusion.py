@@ -28,7 +28,15 @@ KINDS = {
 }
 
 
-def make(kind: str = "conv", *, patch: int = 1, grey: bool = False, levels: int = 6, layers: int = 1, **options: Any):
+def make(
+    kind: str = "conv",
+    *,
+    patch: int = 1,
+    grey: bool = False,
+    levels: int = 6,
+    layers: int = 1,
+    **options: Any,
+):
     down, up, resample = KINDS[kind]
     attention = (levels - 2, levels - 1)
     channels = patch**2 * (1 if grey else 3)
@@ -242,7 +250,9 @@ def test_teacher_stays_frozen():
     teacher.train()
     assert not any(m.training for m in teacher.modules())
     assert not any(p.requires_grad for p in teacher.parameters())
-    assert not any(m.requires_grad for m in teacher.encode(torch.rand(1, 3, 64, 64), generator=torch.Generator()))
+    assert not any(
+        m.requires_grad for m in teacher.encode(torch.rand(1, 3, 64, 64), generator=torch.Generator())
+    )
 
 
 def narrow(channels: tuple[int, ...], attention: tuple[int, ...]) -> DiffusionSpec:

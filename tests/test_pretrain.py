@@ -67,7 +67,9 @@ def test_kill_and_resume_is_bitwise(config, optimizer):
     config = dataclasses.replace(config, optimizer=optimizer, ema=0.9, accumulate=2, clip=1.0)
     whole = pretrain(dataclasses.replace(config, out=config.out.with_name("whole")))
     process = subprocess.Popen(
-        [sys.executable, "-c", RUN, json.dumps(to_json(config))], stdout=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, "-c", RUN, json.dumps(to_json(config))],
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
     )
     while not list(config.out.glob("checkpoint-0000000[48]*")) and process.poll() is None:
         time.sleep(0.002)
@@ -115,10 +117,14 @@ def test_loss_falls_and_metrics_mean_something(config):
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
     for name in ("s4", "s8", "s16", "s32"):
         assert rows[-1][f"mse/{name}"] < rows[0][f"mse/{name}"]
-        assert rows[-1][f"loss/{name}"] == pytest.approx(rows[-1][f"mse/{name}"] + 10 * rows[-1][f"at/{name}"])
+        assert rows[-1][f"loss/{name}"] == pytest.approx(
+            rows[-1][f"mse/{name}"] + 10 * rows[-1][f"at/{name}"]
+        )
         assert rows[-1][f"r2/{name}"] <= 1
         assert -1 <= rows[-1][f"cosine/{name}"] <= 1
-    assert rows[-1]["loss"] == pytest.approx(sum(rows[-1][f"loss/s{s}"] for s in (4, 8, 16, 32)) / 4, rel=1e-5)
+    assert rows[-1]["loss"] == pytest.approx(
+        sum(rows[-1][f"loss/s{s}"] for s in (4, 8, 16, 32)) / 4, rel=1e-5
+    )
     assert rows[-1]["knn"] >= 0.9  # bright and dark are easy
     assert 1 <= rows[-1]["rankme"] <= 16
 
@@ -195,7 +201,11 @@ def test_damaged_files_are_counted_and_listed(config, image_folder, tmp_path, ca
     pretrain(dataclasses.replace(strict, strict=False, batch_size=50))
     listed = (config.out / "skipped.txt").read_text().splitlines()
     assert len(listed) == 30
-    assert {Path(line.split(": ")[0]).name[:4].rstrip("0123456789") for line in listed} == {"zero", "text", "cut"}
+    assert {Path(line.split(": ")[0]).name[:4].rstrip("0123456789") for line in listed} == {
+        "zero",
+        "text",
+        "cut",
+    }
     assert "30 images could not be read" in capsys.readouterr().out
     assert read_rows(config.out / "metrics.jsonl")[-1]["step"] == 4
     facts = json.loads((config.out / "config.json").read_text())

@@ -35,7 +35,7 @@ LAYERS = [
     {"config", "features", "distributed", "metrics"},
     {"losses", "regressor", "optim", "checkpoint", "rundir", "data", "masks", "images"},
     {"students", "teachers"},
-    {"feature_dataset"},
+    {"feature_dataset", "estimate"},
     {"pretrain", "downstream"},
     {"export", "figures", "report"},
     {"demo", "catalogue", "testing"},

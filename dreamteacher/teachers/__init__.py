@@ -111,6 +111,7 @@ def _weights(folder: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def sha256(path: Path) -> str:
+    """The hex digest of a file, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, cast
 
 import torch
@@ -61,7 +62,7 @@ def alphas_cumprod(schedule: Schedule, steps: int = 1000) -> Tensor:
         beta = torch.linspace(scale * 1e-4, scale * 0.02, steps, dtype=torch.float64)
     else:
         bar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
-        betas = [min(1 - b / a, 0.999) for a, b in zip(bar[:-1], bar[1:], strict=True)]
+        betas = [min(1 - b / a, 0.999) for a, b in pairwise(bar)]
         beta = torch.tensor(betas, dtype=torch.float64)
     return torch.cumprod(1 - beta, dim=0)
 
@@ -171,7 +172,9 @@ class DiffusionTeacher(Teacher):
             if (s := spec.patch * 2 ** (len(channels) - 1 - i)) in STRIDES
         ]
         if not self._levels:
-            raise UserError(f"'{name}' has no decoder level at stride 4, 8, 16 or 32.", "Use a deeper network.")
+            raise UserError(
+                f"'{name}' has no decoder level at stride 4, 8, 16 or 32.", "Use a deeper network."
+            )
         self.specs = tuple(level for _, level in reversed(self._levels))
         self.freeze()
 
@@ -199,7 +202,9 @@ class DiffusionTeacher(Teacher):
             noisy = torch.cat([self.invert(x0, t) for t in self.timesteps])
         else:
             noise = self._draw(x0, generator)
-            noisy = torch.cat([q_sample(x0, a.expand(len(x0)).to(x0.dtype), noise) for a in self.alpha_bar[steps]])
+            noisy = torch.cat(
+                [q_sample(x0, a.expand(len(x0)).to(x0.dtype), noise) for a in self.alpha_bar[steps]]
+            )
         maps = decoder_maps(self.unet, noisy, steps.repeat_interleave(len(x0)), count)
         wanted = [maps[i] for i, _ in reversed(self._levels)]
         if len(self.timesteps) == 1:
@@ -220,7 +225,7 @@ class DiffusionTeacher(Teacher):
         """
         times = torch.linspace(0, t, self.inversion_steps + 1).round().long().unique().tolist()
         one, x = x0.new_ones(()), x0
-        for now, then in zip(times[:-1], times[1:], strict=True):
+        for now, then in pairwise(times):
             x = self._ddim(x, now, self.alpha_bar[now] if now else one, self.alpha_bar[then], clip=False)
         return x
 

@@ -147,7 +147,11 @@ def network_spec(preset: Preset, size: tuple[int, int], image_channels: int, sch
                 f"Attention at level {i} would have no head: {preset.channels[i]} channels, heads of {preset.head}.",
                 f"Widen the level, or make `head` at most {preset.channels[i]}.",
             )
-    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if preset.resample else ("DownBlock2D", "UpBlock2D")
+    plain = (
+        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+        if preset.resample
+        else ("DownBlock2D", "UpBlock2D")
+    )
     channels = image_channels * preset.patch**2
     kind = "resnet" if preset.resample else "conv"
     unet: dict[str, Any] = {
@@ -211,7 +215,8 @@ def train_teacher(config: TrainTeacherConfig) -> Path | None:
     )
     if batch > len(images):
         raise UserError(
-            f"A batch of {batch} is more than the {len(images)} readable images.", f"Use --batch-size {len(images)}."
+            f"A batch of {batch} is more than the {len(images)} readable images.",
+            f"Use --batch-size {len(images)}.",
         )
     grey = config.channels == "grey" or (config.channels == "auto" and _all_grey(images))
     spec = network_spec(preset, size, 1 if grey else 3, config.schedule)
@@ -298,7 +303,9 @@ class _Training:
                 progress.update(step, f"loss {losses[-1]:.4f}")
                 if step % 50 == 0 or step == self.steps:
                     mean = sum(losses) / len(losses)
-                    self.run.append("metrics.jsonl", {"step": step, "images_seen": step * self.batch, "loss": mean})
+                    self.run.append(
+                        "metrics.jsonl", {"step": step, "images_seen": step * self.batch, "loss": mean}
+                    )
                     self.run.append("timing.jsonl", {"step": step, **progress.rates()})
                     losses.clear()
                 if step % self.config.sample_every == 0 or step == self.steps:
@@ -346,7 +353,9 @@ class _Training:
             for t in (50, 100, 250, 500):
                 noise = torch.randn(x0.shape, generator=generator).to(x0)
                 times = torch.full((count,), t, device=self.device)
-                row[f"loss/t{t}"] = epsilon_loss(self.eyes.unet, x0, times, noise, self.eyes.alpha_bar).mean().item()
+                row[f"loss/t{t}"] = (
+                    epsilon_loss(self.eyes.unet, x0, times, noise, self.eyes.alpha_bar).mean().item()
+                )
             sheet = self.eyes.generate(64, generator=torch.Generator(self.device).manual_seed(0))
         self.run.append("metrics.jsonl", row)
         picture = to_pil_image(make_grid(sheet.cpu(), nrow=8, padding=2, pad_value=1.0))
