@@ -92,7 +92,7 @@ def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             if "dreamteacher" not in facts:
                 raise UserError(
                     f"'{path}' is a safetensors file, but not one that dreamteacher wrote.",
-                    "Give a run folder, or a file from `dreamteacher export` where weights are wanted.",
+                    "Remove it from the run folder; where weights are wanted, give a file from `dreamteacher export`.",
                 )
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
         if "sha256" in facts and facts["sha256"] != _digest(tensors, facts["dreamteacher"]):
@@ -198,10 +198,10 @@ def load_exactly(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], p
         if k in tensors and tensors[k].shape != own[k].shape
     ]
     if missing or unexpected or shapes:
+        found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+        parts = [f"{len(keys)} {what} ({shorten(keys, 2)})" for what, keys in found.items() if keys]
         raise UserError(
-            f"'{path}' does not fit the network: {len(missing)} keys missing ({shorten(missing, 2)}), "
-            f"{len(unexpected)} unexpected ({shorten(unexpected, 2)}), {len(shapes)} of another shape "
-            f"({shorten(shapes, 1)}).",
+            f"'{path}' does not fit the network ({len(own)} tensors): {'; '.join(parts)}.",
             "It was made for another architecture: name the one that it was made with.",
         )
     module.load_state_dict(dict(tensors))

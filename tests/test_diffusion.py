@@ -256,7 +256,7 @@ def test_teacher_stays_frozen():
 
 
 def narrow(channels: tuple[int, ...], attention: tuple[int, ...]) -> DiffusionSpec:
-    preset = replace(PRESETS["cpu-128"], channels=channels, attention=attention, head=32)
+    preset = replace(PRESETS["cpu-64"], patch=4, channels=channels, attention=attention, head=32)
     return network_spec(preset, (64, 64), 3, "linear")
 
 

@@ -100,7 +100,7 @@ def write_rows(path: Path, rows: list[Any]) -> None:
 
 def tiny_teacher(folder: Path) -> Path:
     """A U-Net of a few thousand weights with levels at strides 4 to 32, of 64 x 64 grey images."""
-    small = replace(PRESETS["cpu-128"], channels=(16, 16, 16, 16), attention=(), head=8, groups=4)
+    small = replace(PRESETS["cpu-64"], patch=4, channels=(16, 16, 16, 16), attention=(), head=8, groups=4)
     spec = network_spec(small, (64, 64), 1, "linear")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)

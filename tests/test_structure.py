@@ -32,8 +32,8 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 LAYERS = [
     {"dreamteacher"},
     {"errors"},
-    {"config", "features", "distributed", "metrics"},
-    {"losses", "regressor", "optim", "checkpoint", "rundir", "data", "masks", "images"},
+    {"config", "features", "distributed", "metrics", "images"},
+    {"losses", "regressor", "optim", "checkpoint", "rundir", "data", "masks"},
     {"students", "teachers"},
     {"feature_dataset", "estimate"},
     {"pretrain", "downstream"},

@@ -24,7 +24,7 @@ from dreamteacher.rundir import Progress, RunDir, Signals
 from dreamteacher.teachers import save_teacher
 from dreamteacher.teachers.diffusion import DiffusionSpec, DiffusionTeacher, build_unet, q_sample
 
-PresetName = Literal["cpu-64", "cpu-128", "gpu-64", "adm-256", "adm-imagenet-256", "adm-bdd100k"]
+PresetName = Literal["cpu-64", "gpu-64", "adm-256", "adm-imagenet-256", "adm-bdd100k"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +67,6 @@ _CPU_64 = Preset(
 PRESETS: dict[PresetName, Preset] = {
     # An hour on two CPU cores. Strides 2 to 32; attention at 8 and below.
     "cpu-64": _CPU_64,
-    # The same cost at twice the size: four-pixel patches, strides 4 to 32.
-    "cpu-128": replace(
-        _CPU_64, channels=(48, 96, 128, 160), attention=(2, 3), patch=4, size=(128, 128), timestep=150
-    ),
     # Hours on one GPU.
     "gpu-64": replace(
         _ADM_256, channels=(128, 256, 256, 384, 384), attention=(2, 3, 4), patch=2, size=(64, 64),
@@ -277,6 +273,7 @@ class _Training:
         self.eyes.to(device)
         self.resolved = resolved
         self.first = 0
+        self.losses: list[float] = []  # since the last line of metrics
 
     def _teacher(self, unet: UNet2DModel) -> DiffusionTeacher:
         return DiffusionTeacher(unet, self.spec, name="in training", licence="-")
@@ -291,23 +288,22 @@ class _Training:
             last_step=self.steps, flip=self.config.flip, workers=self.config.workers,
         )  # fmt: skip
         progress = Progress(self.steps, self.first, self.batch, "train-teacher")
-        losses: list[float] = []
         with Signals() as signals:
             step = self.first
             while step < self.steps:
                 begin = time.perf_counter()
                 images = next(stream).images.to(self.device, non_blocking=True)
                 progress.wait(time.perf_counter() - begin)
-                losses.append(self._step(step, images))
+                self.losses.append(self._step(step, images))
                 step += 1
-                progress.update(step, f"loss {losses[-1]:.4f}")
+                progress.update(step, f"loss {self.losses[-1]:.4f}")
                 if step % 50 == 0 or step == self.steps:
-                    mean = sum(losses) / len(losses)
+                    mean = sum(self.losses) / len(self.losses)
                     self.run.append(
                         "metrics.jsonl", {"step": step, "images_seen": step * self.batch, "loss": mean}
                     )
                     self.run.append("timing.jsonl", {"step": step, **progress.rates()})
-                    losses.clear()
+                    self.losses.clear()
                 if step % self.config.sample_every == 0 or step == self.steps:
                     self._validate(step)
                 if step % self.config.save_every == 0 or step == self.steps or signals.number:
@@ -365,7 +361,8 @@ class _Training:
         tensors, scalars = checkpoint.pack_optimizer(self.optimizer)
         tensors |= {f"unet/{k}": v for k, v in self.unet.state_dict().items()}
         tensors |= {f"ema/{k}": v for k, v in self.ema.tensors.items()}
-        meta = {"kind": "train-teacher", "step": step, "optimizer": scalars, "ema_updates": self.ema.updates}
+        meta = {"kind": "train-teacher", "step": step, "optimizer": scalars, "losses": self.losses}
+        meta["ema_updates"] = self.ema.updates
         checkpoint.save(checkpoint.checkpoint_path(self.run.path, step), tensors, meta)
         checkpoint.prune(self.run.path, keep=2)
 
@@ -377,7 +374,7 @@ class _Training:
             value.copy_(tensors[f"ema/{key}"])
         self.ema.updates = meta["ema_updates"]
         checkpoint.unpack_optimizer(self.optimizer, tensors, meta["optimizer"])
-        self.first = meta["step"]
+        self.first, self.losses = meta["step"], meta["losses"]
         for name in ("metrics.jsonl", "timing.jsonl"):
             self.run.rewind(name, self.first)
         print(f"Resuming from step {self.first} ({json.dumps(path.name)}).", flush=True)
