@@ -325,7 +325,7 @@ def test_load_exactly_says_what_does_not_fit() -> None:
         checkpoint.load_exactly(net, bad, "file.safetensors")
     text = str(error.value)
     for words in (
-        "'file.safetensors'", "1 keys missing (1.bias)", "3 unexpected (extra.a, extra.b (+1 more))",
+        "'file.safetensors'", "1 missing (1.bias)", "3 unexpected (extra.a, extra.b (+1 more))",
         "1 of another shape (0.weight (5, 3) != (4, 3))",
     ):  # fmt: skip
         assert words in text

@@ -144,10 +144,7 @@ def test_loss_falls_and_the_command_writes_all(
     assert checks[-1]["loss/t500"] < 0.7
     first, last = (row["loss"] for row in rows if "loss" in row)
     assert last < first
-    assert picture(config.out / "samples.png").size == (
-        8 * 66 + 2,
-        8 * 66 + 2,
-    )  # 64 samples and their frames
+    assert picture(config.out / "samples.png").size == (8 * 66 + 2, 8 * 66 + 2)  # 64, each in a frame
 
 
 def test_the_folder_rebuilds_the_network(config: TrainTeacherConfig, image_folder: Path) -> None:
