@@ -37,7 +37,7 @@ class DemoConfig:
     """Folder for the runs, the results and report.html."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One pretraining, one random initialisation and one draw of labels for each."""
-    epochs: float = 2.0
+    epochs: float = 2.5
     """Passes over the 2,532 training images in each pretraining."""
     student: str = "resnet18"
     """timm name of the backbone."""
@@ -134,7 +134,7 @@ def demo_recipe(config: DemoConfig, train: Path, seed: int) -> PretrainConfig:
         epochs=config.epochs,
         warmup_epochs=config.epochs / 10,
         batch_size=32,
-        lr=2e-3,
+        lr=4e-3,
         width=128,
         seed=seed,
         log_every=10,

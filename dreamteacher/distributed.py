@@ -24,7 +24,7 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"Device '{name}' cannot be used: {str(error).splitlines()[0]}.",
+            f"Device '{name}' cannot be used: {str(error).splitlines()[0][:60]}...",
             "Use auto, cpu, cuda or cuda:1; `dreamteacher doctor` lists what is here.",
         ) from None
     return device

@@ -92,7 +92,7 @@ def load_segmentation(
         raise UserError(
             f"The masks in '{masks_folder}' hold the ids {shorten(map(str, masks.unique().tolist()))}; "
             f"{ignore_index} is ignored, and at least two classes from 0 are needed.",
-            "If they are black and white pictures, load them as binary masks.",
+            "If they are black and white pictures, use --binary-masks.",
         )
     names = tuple(f"class {i}" for i in range(classes))
     return SegmentationSet(images=images, masks=masks, classes=classes, names=names, unpaired=unpaired)
@@ -147,7 +147,7 @@ def _check_pairs(
         raise UserError(
             f"{len(coloured)} of {len(pairs)} masks in '{masks_folder}' have no class ids: "
             f"{shorten(coloured)}.",
-            "Save ids as grey or palette PNG; or, if these are black and white, load them as binary masks.",
+            "Save ids as grey or palette PNG; or, if these are black and white, use --binary-masks.",
         )
     if oblong:
         raise UserError(

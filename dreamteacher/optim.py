@@ -28,7 +28,8 @@ def build_optimizer(
     if name == "lamb":
         from timm.optim import Lamb
 
-        return Lamb(groups, lr=lr, betas=betas)
+        # timm's LAMB would clip at norm 1 by itself: clipping is the loop's setting.
+        return Lamb(groups, lr=lr, betas=betas, max_grad_norm=None)
     # Fused: one pass over memory; unfused, AdamW takes a third of a small step on a CPU.
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 

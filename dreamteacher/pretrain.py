@@ -321,7 +321,8 @@ class Training:
         checkpoint.load_exactly(self.trained, _under("trained/", tensors), path)
         self.sums.copy_(tensors["sums"])
         if self.ema:
-            self.ema.tensors = {k: v.to(self.device) for k, v in _under("ema/", tensors).items()}
+            for key, value in _under("ema/", tensors).items():
+                self.ema.tensors[key].copy_(value)  # in place: the memory layout stays
             self.ema.updates = meta["ema_updates"]
         checkpoint.unpack_optimizer(self.optimizer, tensors, meta["optimizer"])
         for name in ("metrics.jsonl", "timing.jsonl"):

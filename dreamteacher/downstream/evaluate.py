@@ -127,13 +127,13 @@ class Bench:
     def labelled(self) -> ClassificationData:
         """The labelled images, or a UserError."""
         if self.classification is None:
-            raise UserError("knn, linear and finetune need labelled images.", "Give train and test.")
+            raise UserError("knn, linear and finetune need labelled images.", "Give --train and --test.")
         return self.classification
 
     def masked(self) -> SegmentationData:
         """The images with masks, or a UserError."""
         if self.segmentation is None:
-            raise UserError("The segmentation tasks need masks.", "Give images and masks.")
+            raise UserError("The segmentation tasks need masks.", "Give --images and --masks.")
         return self.segmentation
 
     def features(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -332,25 +332,25 @@ def check_config(config: EvaluateConfig) -> tuple[str, ...]:
     if not tasks:
         raise UserError(
             "There is nothing to evaluate on.",
-            "Give train and test (one folder per class), or images and masks.",
+            "Give --train and --test (one folder per class), or --images and --masks.",
         )
     if set(tasks) & set(CLASSIFICATION):
         if config.train is None or config.test is None:
-            raise UserError("knn, linear and finetune need labelled images.", "Give both train and test.")
+            raise UserError("knn, linear and finetune need labelled images.", "Give both --train and --test.")
         drawn = set(tasks) & {"linear", "finetune"}
         check_classes(config.train, config.test, max(config.labels) if drawn else 1)
     if set(tasks) & set(SEGMENTATION):
         if config.images is None or config.masks is None:
-            raise UserError("The segmentation tasks need masks.", "Give both images and masks.")
+            raise UserError("The segmentation tasks need masks.", "Give both --images and --masks.")
         if (config.test_images is None) != (config.test_masks is None):
-            raise UserError("Only one of test_images and test_masks is given.", "Give both, or neither.")
+            raise UserError("Only one of --test-images and --test-masks is given.", "Give both, or neither.")
         for folder in (config.images, config.masks, config.test_images, config.test_masks):
             if folder is not None:
                 find_images(folder)
     for place in (config.out, *config.out.parents) if config.out is not None else ():
         if place.exists():
             if not place.is_dir() or not os.access(place, os.W_OK):
-                raise UserError(f"'{place}' is no folder that can be written.", "Choose another out.")
+                raise UserError(f"'{place}' is no folder that can be written.", "Choose another --out.")
             break
     return tasks
 
