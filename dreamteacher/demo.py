@@ -37,7 +37,7 @@ class DemoConfig:
     """Folder for the runs, the results and report.html."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One pretraining, one random initialisation and one draw of labels for each."""
-    epochs: float = 2.5
+    epochs: float = 2.0
     """Passes over the 2,532 training images in each pretraining."""
     student: str = "resnet18"
     """timm name of the backbone."""
