@@ -18,7 +18,7 @@ from typing import Any
 from dreamteacher import checkpoint, data
 from dreamteacher.config import to_json
 from dreamteacher.downstream import labelled_data, summary_table
-from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
+from dreamteacher.downstream.evaluate import EvaluateConfig, check_config, evaluate_student
 from dreamteacher.downstream.segmentation import split_masks
 from dreamteacher.errors import UserError
 from dreamteacher.masks import load_segmentation
@@ -87,6 +87,7 @@ def demo(config: DemoConfig) -> Path:
         size=(64, 64), labels=config.labels, mask_counts=config.mask_counts, seeds=config.seeds,
         tasks=("knn", "linear", "finetune", "segment-frozen", "segment-finetune"),
     )  # fmt: skip
+    check_config(evaluation)
     classification = labelled_data(data.load_images(train, (64, 64)), data.load_images(test, (64, 64)))
     segmentation = split_masks(load_segmentation(lungs, masks, (64, 64), binary=True))
 

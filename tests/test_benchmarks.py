@@ -26,7 +26,7 @@ def test_step_benchmark_runs(tiny_teacher, tmp_path, monkeypatch, capsys):
         "test_resnet", "--batch-size", "4", "--width", "8", "--rounds", "3", "--steps", "1",
         monkeypatch=monkeypatch,
     )  # fmt: skip
-    (row,) = csv.DictReader(out.open())
+    (row,) = csv.DictReader(out.read_text().splitlines())
     assert float(row["ratio_median"]) > 0.3
     assert float(row["step_ms"]) > float(row["teacher_ms"]) > 0
     assert "ratio_median" in capsys.readouterr().out
@@ -55,7 +55,7 @@ def test_results_table_against_a_hand_calculation(tmp_path):
 
 def test_committed_results_have_their_seeds_and_baselines():
     for name in ("demo", "camvid"):
-        rows = list(csv.DictReader((BENCHMARKS / name / "results.csv").open()))
+        rows = list(csv.DictReader((BENCHMARKS / name / "results.csv").read_text().splitlines()))
         seeds = {(r["method"], r["task"]): set() for r in rows}
         for r in rows:
             seeds[r["method"], r["task"]].add(r["seed"])

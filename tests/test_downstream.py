@@ -588,8 +588,8 @@ def test_configs_round_trip(folders: Path) -> None:
     [
         ({"tasks": ("knnn",)}, "Did you mean 'knn'"),
         ({"tasks": (), "train": None, "test": None, "images": None, "masks": None}, "nothing to evaluate"),
-        ({"test": None}, "Give both train and test"),
-        ({"masks": None}, "Give both images and masks"),
+        ({"test": None}, "Give both --train and --test"),
+        ({"masks": None}, "Give both --images and --masks"),
         ({"labels": (4, 9)}, "9 labels per class asked for; class"),
         ({"labels": ()}, "labels = nothing"),
         ({"mask_counts": (1,)}, "at least 2"),
@@ -625,7 +625,7 @@ def test_wrong_folders_fail_before_anything_is_made(folders: Path, tmp_path: Pat
     assert "blue, green in one of them only" in problem(test=tmp_path / "renamed")
     (tmp_path / "file").write_text("")
     assert "no folder that can be written" in problem(out=tmp_path / "file" / "out")
-    assert "Only one of test_images and test_masks" in problem(test_images=folders / "images")
+    assert "Only one of --test-images and --test-masks" in problem(test_images=folders / "images")
 
 
 @pytest.mark.parametrize("change", [{"steps": 0}, {"batch_size": 1}, {"lr": 0.0}])

@@ -236,7 +236,7 @@ SECTIONS: dict[str, list[Case]] = {
             "Other classes to test on", classify(test="animals"), "Classes of 'photos' and 'animals' differ"
         ),
         case("More masks than there are", segment(mask_counts="100"), "100 masks asked for"),
-        case("No masks given", segment(masks=""), "Give both images and masks"),
+        case("No masks given", segment(masks=""), "Give both --images and --masks"),
         case("A mask without an image", segment(masks="masks-alone"), "lonely.png"),
         case("A mask of another shape", segment(masks="masks-oblong"), "64 x 64 and its mask 32 x 64"),
         case("Masks in colours", segment(masks="masks-rgb"), "no class ids", "RGB"),

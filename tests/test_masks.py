@@ -170,7 +170,7 @@ def test_masks_that_do_not_fit(tmp_path: Path) -> None:
     grey(mask_of(1, 60, 40)).save(masks / "a" / "1.png")
     refused(load, "1 of 4", "a/1.png 60 x 40 and its mask 40 x 60")
     grey(mask_of(1, 40, 60)).convert("RGB").save(masks / "a" / "1.png")
-    refused(load, "a/1.png (PNG, RGB)", "binary masks", "palette")
+    refused(load, "a/1.png (PNG, RGB)", "--binary-masks", "palette")
     (masks / "a" / "1.png").write_bytes(good)
     cut(masks / "a" / "1.png", 0.7)
     refused(load, "1 images or masks", "1.png (truncated)")
@@ -178,7 +178,7 @@ def test_masks_that_do_not_fit(tmp_path: Path) -> None:
     refused(load, "1.png (empty file)")
     (masks / "a" / "1.png").unlink()
     grey(mask_of(1, 40, 60)).save(masks / "a" / "1.jpg")
-    refused(load, "a/1.jpg (JPEG, L)", "binary masks")
+    refused(load, "a/1.jpg (JPEG, L)", "--binary-masks")
     refused(lambda: load_segmentation(images, tmp_path / "no", (8, 8)), "does not exist")
 
 
@@ -186,7 +186,7 @@ def test_black_and_white_masks_taken_for_ids(tmp_path: Path) -> None:
     images, masks = pair(tmp_path, range(2))
     for seed in range(2):
         grey(mask_of(seed, 40, 60, classes=2) * 255).save(masks / "a" / f"{seed}.png")
-    refused(lambda: load_segmentation(images, masks, (40, 60)), "0, 255", "binary masks")
+    refused(lambda: load_segmentation(images, masks, (40, 60)), "0, 255", "--binary-masks")
     assert load_segmentation(images, masks, (40, 60), binary=True).classes == 2
 
 
