@@ -18,9 +18,9 @@ TASKS = {
     "knn": "kNN accuracy, frozen",
     "linear": "linear probe accuracy, frozen",
     "finetune": "fine-tuned accuracy",
-    "segment-frozen": "lung mIoU, frozen backbone",
-    "segment-linear": "lung mIoU, frozen, linear per pixel",
-    "segment-finetune": "lung mIoU, fine-tuned",
+    "segment-frozen": "segmentation mIoU, frozen backbone",
+    "segment-linear": "segmentation mIoU, frozen, linear per pixel",
+    "segment-finetune": "segmentation mIoU, fine-tuned",
 }
 HEADLINE = {"knn": "accuracy", "linear": "accuracy", "finetune": "accuracy"}
 
