@@ -22,9 +22,8 @@ from dreamteacher.losses import AtReduction, WhitenAxes, feature_loss, whiten
 from dreamteacher.regressor import FeatureRegressor
 from dreamteacher.rundir import Progress, RunDir, Signals
 from dreamteacher.students import Student, create_student
-from dreamteacher.teachers import WEIGHTS, load_teacher, sha256, teacher_folder
-from dreamteacher.teachers.base import Teacher
-from dreamteacher.teachers.diffusion import Noise
+from dreamteacher.teachers import fingerprint, load_teacher
+from dreamteacher.teachers.base import Noise, Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,11 +401,10 @@ def _facts(
     config: PretrainConfig, teacher: Teacher, images: data.ImageSet | None, size: tuple[int, int]
 ) -> dict[str, Any]:
     """What the config only implies, for the model card and the report."""
-    weights = teacher_folder(config.teacher) / WEIGHTS
     return {
         "teacher": {
             "name": teacher.name, "family": teacher.family, "licence": teacher.licence,
-            "sha256": sha256(weights), "t": list(getattr(teacher, "timesteps", ())),
+            "sha256": fingerprint(config.teacher), "t": list(getattr(teacher, "timesteps", ())),
             "levels": {s.name: s.channels for s in teacher.specs},
         },
         "data": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +16,18 @@ from safetensors.torch import load_file, save_file
 from dreamteacher import checkpoint
 from dreamteacher.config import from_json, to_json
 from dreamteacher.errors import UserError, did_you_mean
-from dreamteacher.teachers.base import Teacher
-from dreamteacher.teachers.diffusion import DiffusionSpec, DiffusionTeacher, Noise, build_unet
+from dreamteacher.teachers.base import Noise, Teacher
 
 WEIGHTS = "teacher.safetensors"
 SPEC = "teacher.json"
+# The families: the module and the dataclass that rebuilds a network together with its weights.
+SPECS = {
+    "diffusion": ("diffusion", "DiffusionSpec"),
+    "stable-diffusion": ("stable_diffusion", "StableDiffusionSpec"),
+    "stylegan2": ("stylegan2", "StyleGan2Spec"),
+    "biggan": ("biggan", "BigGanSpec"),
+    "vae": ("vae", "VaeSpec"),
+}
 EMBEDDED = {p.name: p for p in sorted((Path(__file__).parent.parent / "weights").glob("*")) if p.is_dir()}
 
 
@@ -62,39 +70,76 @@ def load_teacher(
     *,
     timesteps: tuple[int, ...] = (),
     noise: Noise = "stochastic",
+    psi: float = 1.0,
     device: torch.device | str = "cpu",
 ) -> Teacher:
-    """A frozen teacher from an embedded name or a folder.
+    """A frozen teacher from an embedded or fetched name, a folder, or a Python file of one's own.
 
     Args:
         timesteps: t of a diffusion teacher's features; empty for the one its card recommends.
         noise: how a diffusion teacher noises images.
+        psi: truncation of a GAN's samples (1: none, as the paper's feature datasets).
 
     Raises:
         UserError: for unknown names, damaged or altered weights, or settings the teacher does not have.
     """
+    if is_python(name):
+        from dreamteacher.teachers.module import teacher_from_file
+
+        return teacher_from_file(name).to(device)
     folder = teacher_folder(name)
     card = read_card(folder)
+    spec = read_spec(folder, card)
+    weights = _weights(folder, card)
+    named: Any = {"name": card.get("name", folder.name), "licence": card.get("licence", "not recorded")}
+    where = folder / WEIGHTS
+    teacher: Teacher
     match card["family"]:
         case "diffusion":
-            spec = from_json(DiffusionSpec, card["network"])
-            with torch.random.fork_rng(devices=[]):  # fresh weights are drawn before ours replace them
-                unet = build_unet(spec)
-            checkpoint.load_exactly(unet, _weights(folder, card), folder / WEIGHTS)
-            teacher = DiffusionTeacher(
-                unet,
-                spec,
-                name=card.get("name", folder.name),
-                licence=card.get("licence", "not recorded"),
-                timesteps=timesteps,
-                noise=noise,
-            )
-            return teacher.to(device)
-        case family:
-            raise UserError(
-                f"'{folder}' holds a teacher of the family '{family}', which this version does not know.",
-                "Known: diffusion. Update dreamteacher, or name another teacher.",
-            )
+            from dreamteacher.teachers import diffusion
+
+            teacher = diffusion.load(weights, spec, where, timesteps=timesteps, noise=noise, **named)
+        case "stable-diffusion":
+            from dreamteacher.teachers import stable_diffusion
+
+            teacher = stable_diffusion.load(weights, spec, where, timesteps=timesteps, noise=noise, **named)
+        case "stylegan2":
+            from dreamteacher.teachers import stylegan2
+
+            teacher = stylegan2.load(weights, spec, where, psi=psi, **named)
+        case "biggan":
+            from dreamteacher.teachers import biggan
+
+            teacher = biggan.load(weights, spec, where, psi=psi, **named)
+        case "vae":
+            from dreamteacher.teachers import vae
+
+            teacher = vae.load(weights, spec, where, **named)
+    return teacher.to(device)
+
+
+def spec_class(family: str) -> type:
+    """The dataclass that a family keeps in teacher.json under "network".
+
+    Raises:
+        KeyError: for a family that this version does not know.
+    """
+    module, name = SPECS[family]
+    return getattr(importlib.import_module(f"dreamteacher.teachers.{module}"), name)
+
+
+def read_spec(folder: Path, card: Mapping[str, Any]) -> Any:
+    """The network's spec from a card.
+
+    Raises:
+        UserError: for a family that this version does not know, or settings that do not fit it.
+    """
+    if card["family"] not in SPECS:
+        raise UserError(
+            f"'{folder}' holds a teacher of the family '{card['family']}', which this version does not know.",
+            f"Known: {', '.join(SPECS)}. Update dreamteacher, or name another teacher.",
+        )
+    return from_json(spec_class(card["family"]), card["network"])
 
 
 def _weights(folder: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -105,7 +150,7 @@ def _weights(folder: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor]:
             "It is damaged or was replaced: copy the whole folder again.",
         )
     try:
-        return {k: v.float() for k, v in load_file(path).items()}
+        return {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"'{path}' cannot be read: {error}.", "Copy the whole folder again.") from None
 
@@ -117,14 +162,37 @@ def sha256(path: Path) -> str:
 
 
 def save_teacher(
-    folder: Path, weights: Mapping[str, torch.Tensor], spec: DiffusionSpec, card: Mapping[str, Any]
+    folder: Path,
+    weights: Mapping[str, torch.Tensor],
+    spec: Any,
+    card: Mapping[str, Any],
+    *,
+    half: bool = True,
 ) -> None:
-    """Writes teacher.safetensors (float16, as rounding is far below the noise of training) and teacher.json.
+    """Writes teacher.safetensors and teacher.json.
 
     Args:
-        card: "name", "licence" and whatever tells how it was trained.
+        spec: of one of the families of SPECS.
+        card: "name", "licence" and whatever tells how it was trained, or where it is from.
+        half: store floating-point weights as float16 (rounding is far below the noise of training);
+            otherwise as they come, so that converted weights stay exactly what was published.
     """
-    half = {k: v.detach().cpu().half().contiguous() for k, v in weights.items()}
-    checkpoint.atomic_write(folder / WEIGHTS, lambda temporary: save_file(half, temporary))
-    full = {"family": "diffusion", **card, "sha256": sha256(folder / WEIGHTS), "network": to_json(spec)}
+    module = type(spec).__module__.rpartition(".")[2]
+    family = next(f for f, (m, n) in SPECS.items() if (m, n) == (module, type(spec).__name__))
+    kept = {
+        k: (v.half() if half and v.is_floating_point() else v).detach().cpu().contiguous().clone()
+        for k, v in weights.items()
+    }
+    checkpoint.atomic_write(folder / WEIGHTS, lambda temporary: save_file(kept, temporary))
+    full = {"family": family, **card, "sha256": sha256(folder / WEIGHTS), "network": to_json(spec)}
     checkpoint.write_text(folder / SPEC, json.dumps(full, indent=2) + "\n")
+
+
+def is_python(name: str) -> bool:
+    """Whether a teacher's name means a function of a Python file of one's own: FILE.py:FUNCTION."""
+    return name.rpartition(":")[0].endswith(".py")
+
+
+def fingerprint(name: str) -> str:
+    """sha256 of what decides a teacher's maps: its weights, or the Python file that builds it."""
+    return sha256(Path(name.rpartition(":")[0]) if is_python(name) else teacher_folder(name) / WEIGHTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
+from typing import Literal
 
 import torch
 from torch import nn
@@ -10,12 +11,15 @@ from torch import nn
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
 
+Noise = Literal["stochastic", "fixed", "inversion", "none"]
+STRIDES = (4, 8, 16, 32)
+
 
 class Teacher(nn.Module, ABC):
     """A frozen generative model that gives feature maps of images. Never a submodule of what is trained.
 
     Attributes:
-        name: what the user calls it; family: the kind of model ("diffusion").
+        name: what the user calls it; family: the kind of model ("diffusion", "stylegan2" ...).
         licence: of its weights, shown at run start and in model cards.
         specs: levels, fine to coarse; a level that the model lacks is absent.
         modes: what it can do, of "encode" and "sample".
@@ -54,6 +58,10 @@ class Teacher(nn.Module, ABC):
     def sample(self, n: int, *, generator: torch.Generator) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """n new images (float RGB in [0, 1]) and their feature maps."""
         raise self._cannot("sample")
+
+    def keep_only(self, mode: str) -> None:
+        """Frees the weights that `mode` ("encode" or "sample") never runs; nothing else is possible then."""
+        self.modes = frozenset({mode})
 
     def _cannot(self, mode: str) -> UserError:
         able = " and ".join(sorted(self.modes))

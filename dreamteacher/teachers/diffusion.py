@@ -6,8 +6,10 @@ The network is diffusers' `UNet2DModel` (ADM, DDPM and what `train-teacher` trai
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -16,13 +18,12 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, ResnetUpsampleBlock2D, UpBlock2D
 from torch import Tensor, nn
 
+from dreamteacher import checkpoint
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
-from dreamteacher.teachers.base import Teacher
+from dreamteacher.teachers.base import STRIDES, Noise, Teacher
 
 Schedule = Literal["linear", "cosine"]
-Noise = Literal["stochastic", "fixed", "inversion"]
-STRIDES = (4, 8, 16, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,3 +273,20 @@ def build_unet(spec: DiffusionSpec) -> UNet2DModel:
         raise UserError(
             f"The U-Net cannot be built: {str(error).splitlines()[0]}", "Mend 'network' in teacher.json."
         ) from None
+
+
+def load(
+    weights: Mapping[str, Tensor],
+    spec: DiffusionSpec,
+    where: Path,
+    *,
+    name: str,
+    licence: str,
+    timesteps: tuple[int, ...] = (),
+    noise: Noise = "stochastic",
+) -> DiffusionTeacher:
+    """The teacher of a state dict; `where` is named when the weights do not fit the spec."""
+    with torch.random.fork_rng(devices=[]):  # fresh weights are drawn before ours replace them
+        unet = build_unet(spec)
+    checkpoint.load_exactly(unet, dict(weights), where)
+    return DiffusionTeacher(unet, spec, name=name, licence=licence, timesteps=timesteps, noise=noise)
