@@ -1,4 +1,4 @@
-"""Feature datasets, online: pairs of (images, teacher maps), encoded from real images or synthesized."""
+"""Feature datasets, online: pairs of (images, teacher maps), encoded from real images, synthesized, or both."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from dreamteacher.distributed import Precision, autocast
 from dreamteacher.errors import UserError
 from dreamteacher.teachers.base import Teacher
 
-DatasetKind = Literal["encoded", "synthesized"]
+DatasetKind = Literal["encoded", "synthesized", "mixture"]
+MODES = {"encoded": {"encode"}, "synthesized": {"sample"}, "mixture": {"encode", "sample"}}
 
 
 class FeatureBatch(NamedTuple):
     """Images (float RGB in [0, 1], N x 3 x H x W) and the teacher's maps of exactly these images.
 
-    `waited` is the time in seconds that was spent waiting for images, the teacher's work not counted.
+    `waited` is the time in seconds that was spent waiting for images, the teacher's work not counted; `step`
+    counts batches from 0.
     """
 
     images: Tensor
     maps: list[Tensor]
     waited: float
+    step: int
 
 
 def device_generator(seed: int, step: int, stream: str, device: torch.device) -> torch.Generator:
@@ -33,15 +36,39 @@ def device_generator(seed: int, step: int, stream: str, device: torch.device) ->
     return torch.Generator(device).manual_seed(data.step_generator(seed, step, stream).initial_seed())
 
 
-def check_mode(teacher: Teacher, kind: DatasetKind) -> None:
-    """Raises UserError when the teacher cannot serve this kind of dataset."""
-    mode = "encode" if kind == "encoded" else "sample"
-    if mode not in teacher.modes:
-        able = {"encode": "encoded", "sample": "synthesized"}
+def check_mode(teacher: Teacher, kind: DatasetKind, size: tuple[int, int]) -> None:
+    """Raises UserError when the teacher cannot serve this kind of dataset, or not at this size in pixels."""
+    if not MODES[kind] <= teacher.modes:
+        able = [f"--dataset {other}" for other, modes in MODES.items() if modes <= teacher.modes]
         raise UserError(
-            f"The teacher '{teacher.name}' ({teacher.family}) cannot make a dataset that is {kind}.",
-            f"Use --dataset {' or '.join(sorted(able[m] for m in teacher.modes))}.",
+            f"The teacher '{teacher.name}' ({teacher.family}) cannot make a dataset that is {_WORDS[kind]}.",
+            f"Use {' or '.join(able)}.",
         )
+    if "sample" in MODES[kind] and size != teacher.size:
+        height, width = teacher.size
+        raise UserError(
+            f"The teacher '{teacher.name}' makes images of {height} x {width}, not {size[0]} x {size[1]}.",
+            "Leave out --size" + (", or use --dataset encoded." if "encode" in teacher.modes else "."),
+        )
+    teacher.check_size(*size)
+
+
+_WORDS = {"encoded": "encoded", "synthesized": "synthesized", "mixture": "a mixture"}
+
+
+def synthesized_part(batch_size: int, share: float) -> int:
+    """How many images of a mixture's batch the teacher makes.
+
+    Raises:
+        UserError: when a batch would hold none of one kind.
+    """
+    made = round(share * batch_size)
+    if not 0 < made < batch_size:
+        raise UserError(
+            f"--share {share:g} of a batch of {batch_size} leaves no room for one of the two kinds.",
+            "Use a --share nearer 0.5, a larger --batch-size, or --dataset encoded or synthesized.",
+        )
+    return made
 
 
 def encoded(
@@ -61,7 +88,7 @@ def encoded(
         generator = device_generator(seed, batch.step, "teacher", device)
         with autocast(device, precision):
             maps = teacher.encode(images, generator=generator)
-        yield FeatureBatch(images, maps, waited)
+        yield FeatureBatch(images, maps, waited, batch.step)
 
 
 def synthesized(
@@ -76,4 +103,20 @@ def synthesized(
         generator = device_generator(seed, step, "teacher", device)
         with autocast(device, precision):
             images, maps = teacher.sample(batch_size, generator=generator)
-        yield FeatureBatch(images.float(), maps, 0.0)
+        yield FeatureBatch(images.float(), maps, 0.0, step)
+
+
+def mixture(
+    teacher: Teacher, batches: Iterator[data.Batch], *, made: int, seed: int, device: torch.device,
+    precision: Precision,
+) -> Iterator[FeatureBatch]:  # fmt: skip
+    """Batches of real images and, behind them, `made` of the teacher's own, with the maps of all.
+
+    Source: ours; the paper reports either kind alone. A teacher that can both encode and sample serves it.
+    """
+    for real in encoded(teacher, batches, seed=seed, device=device, precision=precision):
+        generator = device_generator(seed, real.step, "samples", device)
+        with autocast(device, precision):
+            images, maps = teacher.sample(made, generator=generator)
+        both = [torch.cat([a, b.to(a.dtype)]) for a, b in zip(real.maps, maps, strict=True)]
+        yield FeatureBatch(torch.cat([real.images, images.float()]), both, real.waited, real.step)

@@ -36,13 +36,15 @@ class PretrainConfig:
     out: Path
     """Run folder; the same command resumes a run that was stopped."""
     teacher: str = "chest-xray-64"
-    """An embedded teacher's name, or a folder made by `train-teacher`."""
+    """A name of `list teachers`, a folder made by `train-teacher` or `get-teacher`, or FILE.py:FUNCTION."""
     student: str = "resnet50"
     """timm name of the backbone: any convolutional family with a pyramid."""
     init: str = "random"
     """random, imagenet (timm's weights) or a file or run folder to start from."""
     dataset: DatasetKind = "encoded"
-    """encoded: maps of real images; synthesized: the teacher's own images and maps."""
+    """encoded: maps of real images; synthesized: the teacher's own images and maps; mixture: some of each."""
+    share: float = 0.5
+    """Of a mixture: the share of each batch that the teacher makes."""
     samples: int = 50_000
     """Images that make an epoch of a synthesized dataset."""
     size: tuple[int, int] | None = None
@@ -50,7 +52,9 @@ class PretrainConfig:
     t: tuple[int, ...] = ()
     """Timesteps of a diffusion teacher; none: the one its card recommends."""
     noise: Noise = "stochastic"
-    """stochastic (fresh at every step), fixed (one for all) or inversion (DDIM, deterministic)."""
+    """stochastic (fresh at every step), fixed (one for all), inversion (DDIM, deterministic) or none."""
+    psi: float = 1.0
+    """Truncation of a GAN teacher's samples; 1: none."""
     whiten: WhitenAxes = "chw"
     """LayerNorm axes of eq. 1: chw (per image) or c (per position)."""
     at_weight: float = 10.0
@@ -117,10 +121,9 @@ def pretrain(config: PretrainConfig) -> Path | None:
     # --- what is asked for, checked ----------------------------------------------------------------------
     device = pick_device(config.device)
     _check_numbers(config)
-    teacher = load_teacher(config.teacher, timesteps=config.t, noise=config.noise)
-    feature_dataset.check_mode(teacher, config.dataset)
+    teacher = load_teacher(config.teacher, timesteps=config.t, noise=config.noise, psi=config.psi)
     size = config.size or teacher.size
-    teacher.check_size(*size)
+    feature_dataset.check_mode(teacher, config.dataset, size)
     student = create_student(config.student, init=config.init, seed=config.seed)
     images = _images(config, size)
     bad = images.bad if images else ()
@@ -138,11 +141,13 @@ def pretrain(config: PretrainConfig) -> Path | None:
     RunDir.check(config.out, resolved, needed_bytes=0 if config.dry_run else disk)
 
     # --- what is trained ---------------------------------------------------------------------------------
+    if config.dataset != "mixture":
+        teacher.keep_only("encode" if config.dataset == "encoded" else "sample")
     teacher.to(device)
     training = Training(config, student.to(device), regressor.to(device), steps_of(config, epoch))
     print(describe(f"pretrain {config.student} <- {teacher.name}", {
         "teacher": f"{teacher.family}, licence: {teacher.licence}", "images": epoch,
-        "skipped": len(bad), "size": size, "dataset": config.dataset, "t": getattr(teacher, "timesteps", None),
+        "skipped": len(bad), "size": size, "dataset": config.dataset, "t": teacher.timesteps,
         "levels": [f"{s.name}:{s.channels}" for s in teacher.specs], "batch": config.batch_size,
         "steps": training.steps, "epochs": config.epochs, "lr": config.lr, "optimizer": config.optimizer,
         "parameters": f"{millions(student)} + regressor {millions(regressor)} + teacher {millions(teacher)}",
@@ -345,8 +350,11 @@ def _images(config: PretrainConfig, size: tuple[int, int]) -> data.ImageSet | No
         return data.load_images(
             config.images, size, strict=config.strict, cache_gb=config.cache_gb, workers=config.workers
         )
-    if config.dataset == "encoded":
-        raise UserError("An encoded dataset needs images.", "Give --images FOLDER, or --dataset synthesized.")
+    if config.dataset != "synthesized":
+        raise UserError(
+            "An encoded dataset needs images." if config.dataset == "encoded" else "A mixture needs images.",
+            "Give --images FOLDER, or --dataset synthesized.",
+        )
     return None
 
 
@@ -372,10 +380,15 @@ def _stream(
             precision=config.precision,
         )  # fmt: skip
     assert images is not None  # checked at the start
+    made = feature_dataset.synthesized_part(part, config.share) if config.dataset == "mixture" else 0
     batches = data.batches(
-        images, batch_size=part, seed=config.seed, first_step=first, last_step=last, flip=config.flip,
+        images, batch_size=part - made, seed=config.seed, first_step=first, last_step=last, flip=config.flip,
         workers=config.workers,
     )  # fmt: skip
+    if config.dataset == "mixture":
+        return feature_dataset.mixture(
+            teacher, batches, made=made, seed=config.seed, device=device, precision=config.precision
+        )
     return feature_dataset.encoded(
         teacher, batches, seed=config.seed, device=device, precision=config.precision
     )
@@ -389,6 +402,8 @@ def _check_numbers(config: PretrainConfig) -> None:
         )
     if config.batch_size // config.accumulate < 2:
         raise UserError("BatchNorm needs at least 2 images in a part of a batch.", "Lower --accumulate.")
+    if config.dataset == "mixture":
+        feature_dataset.synthesized_part(config.batch_size // config.accumulate, config.share)
     for name in ("lr", "epochs", "log_every", "save_every", "keep"):
         if getattr(config, name) <= 0:
             raise UserError(
@@ -404,7 +419,7 @@ def _facts(
     return {
         "teacher": {
             "name": teacher.name, "family": teacher.family, "licence": teacher.licence,
-            "sha256": fingerprint(config.teacher), "t": list(getattr(teacher, "timesteps", ())),
+            "sha256": fingerprint(config.teacher), "t": list(teacher.timesteps),
             "levels": {s.name: s.channels for s in teacher.specs},
         },
         "data": {

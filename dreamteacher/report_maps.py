@@ -22,7 +22,7 @@ from dreamteacher.images import BadImageError, find_images, read_image
 from dreamteacher.losses import whiten
 from dreamteacher.regressor import FeatureRegressor
 from dreamteacher.students import create_student, read_weights
-from dreamteacher.teachers import WEIGHTS, load_teacher, sha256, teacher_folder
+from dreamteacher.teachers import fingerprint, is_python, load_teacher, teacher_folder
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.diffusion import DiffusionTeacher
 
@@ -47,15 +47,20 @@ def feature_maps(run: Path, facts: Mapping[str, Any], count: int) -> str:
     """
     config = as_dict(facts.get("config"))
     device = pick_device("auto")
-    images = _pick_images(facts, count)
     teacher = _teacher(facts).to(device)
     student = create_student(str(config["student"])).to(device).eval()
     regressor = FeatureRegressor(student.specs, teacher.specs, width=int(config["width"])).to(device).eval()
     weights, source = _trained(run)
     checkpoint.load_exactly(student.model, _under("student.model.", weights), source)
     checkpoint.load_exactly(regressor, _under("regressor.", weights), source)
-    x = (images.float() / 255).to(device)
-    targets = [m.float() for m in teacher.encode(x, generator=torch.Generator(device).manual_seed(0))]
+    generator = torch.Generator(device).manual_seed(0)
+    if "encode" in teacher.modes and config.get("images"):
+        images = _pick_images(facts, count)
+        x = (images.float() / 255).to(device)
+        targets = [m.float() for m in teacher.encode(x, generator=generator)]
+    else:  # on images of the teacher's own
+        x, maps = teacher.sample(count, generator=generator)
+        images, targets = (x * 255).round().to(torch.uint8).cpu(), [m.float() for m in maps]
     backbone = student(x)
     outputs = regressor(backbone, [(m.shape[-2], m.shape[-1]) for m in targets])
     cells = _strip("image", images, "image", kind="photo")
@@ -93,8 +98,6 @@ def _strip(label: str, images: Tensor, what: str, *, kind: str = "map") -> str:
 def _pick_images(facts: Mapping[str, Any], count: int) -> Tensor:
     """`count` readable images at even distances in the run's folder, uint8 N x 3 x H x W."""
     config = as_dict(facts.get("config"))
-    if not config.get("images"):
-        raise UserError("This run has no image folder.", "Its teacher synthesized the images.")
     height, width = as_dict(facts.get("data")).get("size") or config["size"]
     paths = find_images(Path(config["images"]))
     found: list[Tensor] = []
@@ -115,10 +118,12 @@ def _teacher(facts: Mapping[str, Any]) -> Teacher:
     """The run's teacher, as it was: same timesteps, same noise, and the same weights."""
     config, card = as_dict(facts.get("config")), as_dict(facts.get("teacher"))
     name, wanted = str(config["teacher"]), card.get("sha256")
-    if wanted and sha256(teacher_folder(name) / WEIGHTS) != wanted:
+    if wanted and fingerprint(name) != wanted:
         raise UserError(f"The teacher in '{name}' is no longer the one of this run (sha256 differs).", "")
     timesteps = tuple(card.get("t") or config.get("t") or ())
-    return load_teacher(name, timesteps=timesteps, noise=config.get("noise", "stochastic"))
+    return load_teacher(
+        name, timesteps=timesteps, noise=config.get("noise", "stochastic"), psi=config.get("psi", 1.0)
+    )
 
 
 def _trained(run: Path) -> tuple[dict[str, Tensor], Path]:
@@ -146,8 +151,9 @@ def teacher_samples(run: Path, facts: Mapping[str, Any]) -> str:
     config, is_teacher = as_dict(facts.get("config")), facts.get("verb") == "train-teacher"
     if not is_teacher and not config.get("teacher"):
         return ""
-    folder = run if is_teacher else teacher_folder(str(config["teacher"]))
-    if (folder / "samples.png").is_file():
+    name = str(config.get("teacher"))
+    folder = run if is_teacher else None if is_python(name) else teacher_folder(name)
+    if folder and (folder / "samples.png").is_file():
         with Image.open(folder / "samples.png") as file:
             sheet = pil_to_tensor(file.convert("RGB"))
         what = "Images that the teacher made from noise: what it knows is what the student can learn from it."
@@ -166,6 +172,8 @@ def _generate(teacher: Teacher) -> Tensor:
     device = pick_device("auto")
     generator = torch.Generator(device).manual_seed(0)
     teacher = teacher.to(device)
+    if "sample" not in teacher.modes:
+        raise UserError(f"The teacher '{teacher.name}' makes no images.", "")
     if not isinstance(teacher, DiffusionTeacher):
         return teacher.sample(_SAMPLES, generator=generator)[0]
     teacher.sampling_steps = 1

@@ -25,6 +25,7 @@ class Teacher(nn.Module, ABC):
         modes: what it can do, of "encode" and "sample".
         size: (height, width) that it was trained at.
         multiple: heights and widths must be multiples of this.
+        timesteps: t of a diffusion model's maps; empty for others.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Teacher(nn.Module, ABC):
     modes: frozenset[str]
     size: tuple[int, int]
     multiple: int
+    timesteps: tuple[int, ...] = ()
 
     def freeze(self) -> None:
         """Call at the end of a constructor: no gradients, evaluation mode for good, channels_last."""

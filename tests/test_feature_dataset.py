@@ -1,0 +1,115 @@
+"""Feature datasets: encoded, synthesized and mixtures come through one interface, repeat, and resume."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from dreamteacher import data, feature_dataset
+from dreamteacher.errors import UserError
+from dreamteacher.features import FeatureSpec
+from dreamteacher.pretrain import PretrainConfig, pretrain
+from dreamteacher.rundir import read_rows
+from dreamteacher.teachers import load_teacher
+from dreamteacher.teachers.base import Teacher
+
+CPU = torch.device("cpu")
+
+
+class Echo(Teacher):
+    """Maps are the image, averaged: what a map belongs to can be seen. Samples are brighter than 1/2."""
+
+    name, family, licence, size, multiple = "echo", "test", "-", (64, 64), 4
+    modes = frozenset({"encode", "sample"})
+    specs = (FeatureSpec("s4", 3, 4),)
+
+    def __init__(self, modes=("encode", "sample")) -> None:
+        super().__init__()
+        self.modes = frozenset(modes)
+        self.freeze()
+
+    def encode(self, images, *, generator):
+        return [torch.nn.functional.avg_pool2d(images, 4)]
+
+    def sample(self, n, *, generator):
+        images = 0.5 + torch.rand(n, 3, *self.size, generator=generator) / 2
+        return images, self.encode(images, generator=generator)
+
+
+def stream(kind: str, folder, first: int = 0):
+    images = data.load_images(folder, (64, 64))
+    common = {"seed": 3, "device": CPU, "precision": "float32"}
+    if kind == "synthesized":
+        return feature_dataset.synthesized(Echo(), batch_size=6, first_step=first, last_step=4, **common)
+    made = feature_dataset.synthesized_part(6, 1 / 3) if kind == "mixture" else 0
+    batches = data.batches(images, batch_size=6 - made, seed=3, first_step=first, last_step=4, flip=True)
+    if kind == "encoded":
+        return feature_dataset.encoded(Echo(), batches, **common)
+    return feature_dataset.mixture(Echo(), batches, made=made, **common)
+
+
+@pytest.mark.parametrize("kind", ["encoded", "synthesized", "mixture"])
+def test_maps_belong_to_the_images_and_a_resumed_stream_repeats(kind, image_folder):
+    whole, rest = list(stream(kind, image_folder)), list(stream(kind, image_folder, first=2))
+    assert [b.step for b in whole] == [0, 1, 2, 3]
+    for batch in whole:
+        assert batch.images.shape == (6, 3, 64, 64)
+        torch.testing.assert_close(batch.maps[0], torch.nn.functional.avg_pool2d(batch.images, 4))
+    for a, b in zip(whole[2:], rest, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.maps[0], b.maps[0])
+    assert not torch.equal(whole[0].images, whole[1].images)
+
+
+def test_a_mixture_holds_its_share_of_samples(image_folder):
+    for batch in stream("mixture", image_folder):
+        grey = (batch.images[:, 0] == batch.images[:, 1]).flatten(1).all(1)  # the folder's images are grey
+        assert grey.tolist() == [True] * 4 + [False] * 2
+    real = [b.images[:4] for b in stream("mixture", image_folder)]
+    alone = data.batches(
+        data.load_images(image_folder, (64, 64)), batch_size=4, seed=3, first_step=0, last_step=4, flip=True
+    )
+    assert all(torch.equal(a, b.images) for a, b in zip(real, alone, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("modes", "kind", "size", "words"),
+    [
+        (("encode",), "synthesized", (64, 64), "Use --dataset encoded."),
+        (("sample",), "encoded", (64, 64), "Use --dataset synthesized."),
+        (("sample",), "mixture", (64, 64), "a mixture.*\nUse --dataset synthesized"),
+        (("sample",), "synthesized", (64, 96), "images of 64 x 64, not 64 x 96"),
+        (("encode", "sample"), "mixture", (32, 32), "or use --dataset encoded"),
+        (("encode",), "encoded", (62, 64), "multiples of 4"),
+    ],
+)
+def test_what_a_teacher_cannot_serve_is_refused(modes, kind, size, words):
+    with pytest.raises(UserError, match=words):
+        feature_dataset.check_mode(Echo(modes), kind, size)
+    feature_dataset.check_mode(Echo(("encode", "sample")), kind, (64, 64))
+
+
+def test_a_share_that_leaves_nothing_is_refused():
+    assert feature_dataset.synthesized_part(8, 0.25) == 2
+    for share in (0.0, 0.01, 0.99, 1.0):
+        with pytest.raises(UserError, match="--share"):
+            feature_dataset.synthesized_part(8, share)
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_a_mixture(image_folder, tiny_teacher, tmp_path, monkeypatch):
+    monkeypatch.setitem(type(load_teacher(str(tiny_teacher))).__init__.__kwdefaults__, "sampling_steps", 2)
+    config = PretrainConfig(
+        images=image_folder, out=tmp_path / "run", teacher=str(tiny_teacher), student="test_resnet", width=8,
+        batch_size=8, epochs=4, warmup_epochs=1, lr=2e-3, device="cpu", precision="float32", log_every=1,
+        dataset="mixture", share=0.25, probe_every=0,
+    )  # fmt: skip
+    pretrain(config)
+    rows = read_rows(config.out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    with pytest.raises(UserError, match="--share 0 of a batch of 8"):
+        pretrain(dataclasses.replace(config, share=0.0, out=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
