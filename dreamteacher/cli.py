@@ -40,6 +40,10 @@ VERBS = {
     ),
     "export": Verb("dreamteacher.export", "ExportConfig", "export", "native timm weights and a model card"),
     "report": Verb("dreamteacher.report", "ReportConfig", "report", "one HTML page about a run"),
+    "inspect": Verb(
+        "dreamteacher.inspection", "InspectConfig", "inspect_teacher",
+        "which timestep and which level of a teacher: maps and a ranking",
+    ),
     "list": Verb("dreamteacher.catalogue", "ListConfig", "print_list", "teachers, students, presets, tasks"),
     "doctor": Verb("dreamteacher.catalogue", "DoctorConfig", "doctor", "versions, devices, what is missing"),
 }  # fmt: skip

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize, to_pil_image
 
+from dreamteacher import __version__
+
 # Drawn for cards about 340 px wide, so that text on a page is as large as written here.
 WIDTH, HEIGHT = 340.0, 210.0
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 10.0, 8.0, 24.0
@@ -312,6 +314,19 @@ def _deviation(values: Sequence[float]) -> float:
 
 def _count(values: Sequence[float]) -> str:
     return f"{len(values)} seed{'s' if len(values) != 1 else ''}"
+
+
+def page(title: str, body: str) -> str:
+    """A whole HTML page of one file: no script, no network; `title` is escaped here, `body` is HTML."""
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style></head>\n<body><main>\n{body}\n"
+        f"<footer>Written by dreamteacher {__version__}. This page needs no network.</footer>\n"
+        "</main></body></html>\n"
+    )
 
 
 STYLE = """

@@ -9,10 +9,10 @@ from html import escape as esc
 from pathlib import Path
 from typing import Any
 
-from dreamteacher import __version__, checkpoint
+from dreamteacher import checkpoint
 from dreamteacher.errors import UserError
 from dreamteacher.export import load_snippet
-from dreamteacher.figures import STYLE, Series, line_chart
+from dreamteacher.figures import Series, line_chart, page
 from dreamteacher.report_maps import MAPS_LEAD, as_dict, feature_maps, stride_name, teacher_samples
 from dreamteacher.report_results import results_section, verdict
 from dreamteacher.rundir import RunDir, read_rows
@@ -95,17 +95,8 @@ def write_report(
         ("Settings", "", lambda: _settings(it)),
     ]
     body = _header(it, title) + "".join(_section(*section) for section in sections)
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{esc(title or _title(it))}</title>\n<style>{STYLE}</style></head>\n<body><main>\n{body}\n"
-        f"<footer>Written by dreamteacher {__version__}. This page needs no network.</footer>\n"
-        "</main></body></html>\n"
-    )
     path = run / "report.html"
-    checkpoint.write_text(path, page)
+    checkpoint.write_text(path, page(title or _title(it), body))
     return path
 
 
