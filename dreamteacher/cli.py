@@ -31,8 +31,8 @@ VERBS = {
         "a folder of images and a teacher -> a backbone",
     ),
     "train-teacher": Verb(
-        "dreamteacher.teachers.train_diffusion", "TrainTeacherConfig", "train_teacher",
-        "a diffusion teacher on your own images",
+        "dreamteacher.teachers.train", "TrainTeacherConfig", "train_teacher",
+        "a diffusion model or a StyleGAN2 on your own images",
     ),
     "evaluate": Verb(
         "dreamteacher.downstream.evaluate", "EvaluateConfig", "evaluate",

@@ -155,6 +155,77 @@ def feature_loss(
     return FeatureLoss(levels.mean(), mse_levels, at_levels)
 
 
+def dice_loss(logits: Tensor, target: Tensor, *, ignore_index: int = 255) -> Tensor:
+    """One minus the soft Dice coefficient, averaged over the classes that occur in the batch; a scalar.
+
+    For class c, with p its probability and y its indicator: 1 - 2 sum(p y) / (sum p + sum y), the sums over all
+    images and positions that are not ignored. Classes that the batch lacks have no term: there the coefficient
+    is 0 whatever is predicted. A batch without any labelled position gives 0.
+
+    Args:
+        logits: N x K x H x W (or N x K); target: class ids N x H x W (or N), int64.
+        ignore_index: id of positions that do not count.
+
+    Source: Milletari et al. 2016 (arXiv 1606.04797) in its soft, per-class form; eq. 4 does not say which.
+    """
+    p = _exact(logits).softmax(1).movedim(1, -1).flatten(0, -2)
+    y = target.flatten()
+    counts = (y != ignore_index).to(p.dtype).unsqueeze(1)
+    truth = torch.nn.functional.one_hot(y.where(counts.squeeze(1) > 0, 0), p.shape[1]).to(p.dtype) * counts
+    p = p * counts
+    sizes = truth.sum(0)
+    terms = 1 - 2 * (p * truth).sum(0) / (p.sum(0) + sizes).clamp_min(torch.finfo(p.dtype).tiny)
+    present = (sizes > 0).to(p.dtype)
+    return (terms * present).sum() / present.sum().clamp_min(1)
+
+
+def interpreter_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    dice_weight: float = 3.0,
+    ignore_index: int = 255,
+    class_weights: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy plus weighted Dice loss of the interpreter, a scalar; 0 where nothing is labelled.
+
+    Args:
+        logits, target: as in `dice_loss`.
+        class_weights: K factors of the classes in the cross-entropy; None: 1 for each.
+
+    Source: eq. 4, CE + 3.0 Dice.
+    """
+    total = torch.nn.functional.cross_entropy(
+        _exact(logits), target, weight=class_weights, ignore_index=ignore_index, reduction="sum"
+    )
+    valid = target != ignore_index
+    if class_weights is None:
+        size = valid.sum().to(total.dtype)
+    else:
+        size = (class_weights[target.where(valid, 0)] * valid).sum()
+    entropy = total / size.clamp_min(torch.finfo(total.dtype).tiny)
+    return entropy + dice_weight * dice_loss(logits, target, ignore_index=ignore_index)
+
+
+def label_distillation(student_logits: Tensor, teacher_logits: Tensor, *, tau: float = 4.0) -> Tensor:
+    """Soft cross-entropy of two distributions over classes at temperature tau, averaged over positions.
+
+    No factor tau^2 is put before it: the paper states none, so gradients shrink by tau against plain
+    cross-entropy (and by about tau^2 once the two agree).
+
+    Args:
+        student_logits, teacher_logits: N x K x H x W or N x K; the teacher's carry no gradient.
+
+    Source: eq. 5, H(P_tau of the interpreter, P_tau of the student).
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"{tuple(student_logits.shape)} student logits, {tuple(teacher_logits.shape)} teacher logits"
+        )
+    target = (_exact(teacher_logits.detach()) / tau).softmax(1)
+    return -(target * (_exact(student_logits) / tau).log_softmax(1)).sum(1).mean()
+
+
 def _unit_energy(f: Tensor, p: float) -> Tensor:
     """The energy map as a vector of length 1 per image, N x HW; a map of zeros stays zero."""
     return torch.nn.functional.normalize(energy(f, p).flatten(1), dim=1)

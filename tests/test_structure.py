@@ -33,7 +33,7 @@ LAYERS = [
     {"dreamteacher"},
     {"errors"},
     {"config", "features", "distributed", "metrics", "images"},
-    {"losses", "regressor", "optim", "checkpoint", "rundir", "data", "masks", "fetch"},
+    {"losses", "regressor", "interpreter", "optim", "checkpoint", "rundir", "data", "masks", "fetch"},
     {"students", "teachers"},
     {"feature_dataset", "estimate"},
     {"pretrain", "downstream"},

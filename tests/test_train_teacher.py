@@ -23,16 +23,11 @@ from dreamteacher.pretrain import PretrainConfig, pretrain
 from dreamteacher.rundir import read_rows
 from dreamteacher.teachers import load_teacher, read_card, sha256, train_diffusion
 from dreamteacher.teachers.diffusion import DiffusionSpec, DiffusionTeacher, alphas_cumprod, build_unet
-from dreamteacher.teachers.train_diffusion import (
-    PRESETS,
-    Preset,
-    TrainTeacherConfig,
-    epsilon_loss,
-    train_teacher,
-)
+from dreamteacher.teachers.train import PRESETS, TrainTeacherConfig, train_teacher
+from dreamteacher.teachers.train_diffusion import DiffusionPreset, epsilon_loss
 
 # Strides 2 to 32 as in cpu-64, in a network that takes milliseconds.
-TINY = Preset(
+TINY = DiffusionPreset(
     channels=(8, 8, 8, 8, 8), layers=1, attention=(4,), head=8, patch=2, groups=4, resample=False,
     dropout=0.0, size=(64, 64), batch_size=8, lr=4e-3, steps=10, ema=0.8, timestep=100,
 )  # fmt: skip
@@ -40,13 +35,14 @@ TINY = Preset(
 RUN = """
 import sys, json
 from dreamteacher.config import from_json
-from dreamteacher.teachers import train_diffusion
+from dreamteacher.teachers import train
 from dreamteacher.teachers.diffusion import DiffusionTeacher
+from dreamteacher.teachers.train_diffusion import DiffusionPreset
 import torch
 torch.set_num_threads(1)
-train_diffusion.PRESETS["cpu-64"] = from_json(train_diffusion.Preset, json.loads(sys.argv[2]))
+train.PRESETS["cpu-64"] = from_json(DiffusionPreset, json.loads(sys.argv[2]))
 DiffusionTeacher.__init__.__kwdefaults__["sampling_steps"] = 2
-train_diffusion.train_teacher(from_json(train_diffusion.TrainTeacherConfig, json.loads(sys.argv[1])))
+train.train_teacher(from_json(train.TrainTeacherConfig, json.loads(sys.argv[1])))
 """
 
 
