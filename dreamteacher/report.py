@@ -59,6 +59,10 @@ class Run:
     def name(self) -> str:
         return self.path.resolve().name
 
+    @property
+    def is_gan(self) -> bool:
+        return self.is_teacher and str(self.config.get("preset")).startswith("stylegan2")
+
     def last(self, key: str) -> Any:
         """The last logged value of a metric, or None."""
         return next((row[key] for row in reversed(self.metrics) if key in row), None)
@@ -149,7 +153,9 @@ def _teacher_name(it: Run) -> str:
 def _header(it: Run, title: str | None) -> str:
     heading = esc(title or _title(it)).replace("← ", '<span class="from">← ', 1)
     heading += "</span>" * heading.count("<span")
-    kind = "A diffusion teacher" if it.is_teacher else "An image backbone, taught without labels"
+    kind = "An image backbone, taught without labels"
+    if it.is_teacher:
+        kind = "A StyleGAN2 teacher" if it.is_gan else "A diffusion teacher"
     text = (
         f'<h1>{heading}</h1><p class="lead">{kind if it.config else "Evaluations"} · {esc(str(it.path))}</p>'
     )
@@ -257,6 +263,9 @@ _CHARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cosine": ("Cosine similarity", "Of the channel vectors of regressor and teacher.", {}),
     "rankme": ("Effective rank, RankMe", "Directions in use in the backbone's pooled features.", {}),
     "knn": ("kNN accuracy", "An image's class from its neighbours, leave one out: labels watch only.", {}),
+    "real_sign": ("Sign of real logits", "Mean; near 1 the discriminator knows the images by heart.", {}),
+    "r1": ("R1 penalty", "Squared gradient of the discriminator at real images.", {"log": True}),
+    "ada_p": ("Augmentation", "Probability of each disturbance of what the discriminator sees.", {}),
     "lr": ("Learning rate", "Linear warm-up, then a cosine.", {}),
 }  # fmt: skip
 
@@ -275,6 +284,12 @@ def _curves(it: Run) -> str:
     ]
     what = "Averaged weights on fixed images and noise: comparable from step to step."
     charts.append(line_chart("Loss at fixed timesteps", fixed, what, log=True))
+    duel = [
+        Series(who, points)
+        for key, who in (("loss/g", "generator"), ("loss/d", "discriminator"))
+        if (points := _points(it.metrics, key))
+    ]
+    charts.append(line_chart("Losses", duel, "Each against the other: their balance counts, not their height."))
     for key, (title, caption, how) in _CHARTS.items():
         charts.append(line_chart(title, _lines(it.metrics, key), caption, **how))
     charts.append(
@@ -312,7 +327,8 @@ def _levels(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
 
 def _usage(it: Run) -> str:
     if it.is_teacher:
-        command = f"dreamteacher pretrain --teacher {it.path} --images FOLDER --out runs/student"
+        data = "--dataset synthesized --samples 50000" if it.is_gan else "--images FOLDER"
+        command = f"dreamteacher pretrain --teacher {it.path} {data} --out runs/student"
         return f"<p>Teach a backbone with it:</p><pre>{esc(command)}</pre>"
     if not it.config.get("student"):
         return ""

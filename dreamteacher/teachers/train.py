@@ -136,7 +136,8 @@ def train_teacher(config: TrainTeacherConfig) -> Path | None:
         "version": __version__, **trainee.facts(),
     }  # fmt: skip
     save_teacher(config.out, trainee.weights(), spec, card)
-    print(f"Teacher in '{config.out}'. Use it: dreamteacher pretrain --teacher {config.out} --images ...")
+    data_flags = "--dataset synthesized" if isinstance(preset, StyleGan2Preset) else "--images ..."
+    print(f"Teacher in '{config.out}'. Use it: dreamteacher pretrain --teacher {config.out} {data_flags}")
     return config.out
 
 
