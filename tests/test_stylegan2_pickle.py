@@ -169,7 +169,7 @@ def test_control_the_payloads_are_live(name):
     texts = [argument for op, argument, _ in operations if "UNICODE" in op.name]
     asked = {argument for op, argument, _ in operations if op.name == "GLOBAL"}
     if name == "storage_blob":
-        asked = {argument for op, argument in of_blob(blobs[0]) if op == "GLOBAL"}
+        asked = {argument for op, argument in itertools.islice(of_blob(blobs[0]), 50) if op == "GLOBAL"}
         assert asked & {"builtins exec", "__builtin__ exec"}
         assert b"PWNED" in blobs[0]
     elif name == "module_src":
@@ -182,8 +182,9 @@ def test_control_the_payloads_are_live(name):
 
 
 def of_blob(blob: bytes) -> Iterator[tuple[str, Any]]:
+    """The operations of the five small pickles that a storage begins with (fewer in the hostile one)."""
     stream = io.BytesIO(blob)
-    for _ in range(4):
+    for _ in range(5):
         yield from ((op.name, argument) for op, argument, _ in pickletools.genops(stream))
 
 
@@ -680,9 +681,11 @@ def outside_of_tensors(content: bytes) -> Tensor:
     outside = torch.ones(len(content), dtype=torch.bool)
     for op, argument, position in pickletools.genops(content):
         if op.name.endswith("BINBYTES") and len(argument) > 100:
-            first = position + (2 if op.name.startswith("SHORT") else 5)
-            head = argument.rindex(b"a.") + 2 + 8  # the end of the list of keys, and the count of values
-            outside[first + head : first + len(argument)] = False
+            end = position + (2 if op.name.startswith("SHORT") else 5) + len(argument)
+            stream = io.BytesIO(argument)
+            for _ in range(5):
+                list(pickletools.genops(stream))
+            outside[end - len(stream.read()) + 8 : end] = False  # the first eight are the count of values
     return outside
 
 
@@ -708,7 +711,7 @@ def read_mutations(folder: Path) -> dict[str, Any]:
     watching = False
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        reads = event == "open" and arguments[:2] == (str(path), "rb")
+        reads = event == "open" and arguments[:2] == (str(path), "r")
         if watching and event not in SILENT and not reads:
             events.append(f"{event} {arguments}"[:200])
 

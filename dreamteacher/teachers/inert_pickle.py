@@ -48,6 +48,8 @@ _LAYOUTS = {
 _OPERATIONS = {code: (name, _LAYOUTS[name]) for code, name in _NAMES.items() if name in _LAYOUTS}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _FRESH: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set}
+_PUTS, _GETS = {"BINPUT", "LONG_BINPUT", "MEMOIZE"}, {"BINGET", "LONG_BINGET"}
+_VALUES = {*_COUNTED, "BININT", "BININT1", "BININT2", "BINFLOAT"}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -171,34 +173,31 @@ class _Machine:
     def step(self, name: str, argument: Any) -> None:
         """One operation that takes or leaves single values; containers and calls are in `combine`."""
         stack = self.stack
-        match name:
-            case "BINGET" | "LONG_BINGET":
-                if argument not in self.memo:
-                    raise ValueError(f"it recalls value {argument}, which it has not kept")
-                stack.append(self.memo[argument])
-            case "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = stack[-1]
-            case "MEMOIZE":
-                self.memo[len(self.memo)] = stack[-1]
-            case "MARK":
-                self.below.append(stack)
-                self.stack = []
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = _TUPLES[name]
-                items = [stack.pop() for _ in range(count)]
-                stack.append(tuple(reversed(items)))
-            case "PROTO" | "FRAME":
-                pass  # the version says nothing that the operations do not; frames are for reading ahead
-            case "GLOBAL":
-                stack.append(self.named(argument))
-            case _ if name in _CONSTANTS:
-                stack.append(_CONSTANTS[name])
-            case _ if name in _FRESH:
-                stack.append(_FRESH[name]())
-            case _ if name in _NUMBERS or name in _COUNTED:
-                stack.append(argument)
-            case _:
-                self.combine(name)
+        if name in _PUTS:
+            self.memo[len(self.memo) if name == "MEMOIZE" else argument] = stack[-1]
+        elif name in _GETS:
+            if argument not in self.memo:
+                raise ValueError(f"it recalls value {argument}, which it has not kept")
+            stack.append(self.memo[argument])
+        elif name in _VALUES:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _FRESH:
+            stack.append(_FRESH[name]())
+        elif name in _TUPLES:
+            items = [stack.pop() for _ in range(_TUPLES[name])]
+            stack.append(tuple(reversed(items)))
+        elif name == "MARK":
+            self.below.append(stack)
+            self.stack = []
+        elif name == "GLOBAL":
+            stack.append(self.named(argument))
+        elif name not in (
+            "PROTO",
+            "FRAME",
+        ):  # the version tells nothing that the operations do not, frames neither
+            self.combine(name)
 
     def combine(self, name: str) -> None:
         """One operation that puts values into a container or gives them to one of our functions."""
@@ -335,6 +334,8 @@ def flat_storage(blob: bytes) -> Tensor:
             raise ValueError(f"a tensor's bytes use the operation {name}")
         if name == "GLOBAL" and argument not in _STORAGES:
             raise ValueError(f"a tensor's bytes ask for '{ascii(argument.replace(' ', '.', 1))[1:-1][:80]}'")
+        if name == "PROTO" and argument != 2:  # the one that torch.save uses
+            raise ValueError(f"a tensor's bytes are of protocol {argument}")
         large = type(argument) is int and not 0 <= argument <= max(len(blob), 1001)  # 1001: the version
         if large and argument != _MAGIC:
             raise ValueError("a tensor's bytes claim more than they hold")

@@ -83,15 +83,16 @@ class ModuleTeacher(Teacher):
         module.requires_grad_(False).train(False)
         self._reader: Reader | None = None
         self._places: dict[int, str] = {}
-        if isinstance(levels, Mapping):
-            self._places = dict(levels)
-            self._check_strides(self._places)
-            self.whole: nn.Module = _traced(module, self._places, name, whole=True)
-            self.pruned: nn.Module = _traced(module, self._places, name, whole=False)
-        else:
-            self._reader, self.whole, self.pruned = levels, module, module
-        self.freeze()
-        self.specs = self._dry_run(module)
+        with torch.random.fork_rng(devices=[]):
+            if isinstance(levels, Mapping):
+                self._places = dict(levels)
+                self._check_strides(self._places)
+                self.whole: nn.Module = _traced(module, self._places, name, whole=True)
+                self.pruned: nn.Module = _traced(module, self._places, name, whole=False)
+            else:
+                self._reader, self.whole, self.pruned = levels, module, module
+            self.freeze()
+            self.specs = self._dry_run(module)
         self.multiple = self.specs[-1].stride
         if len(self.modes) == 1:
             self.keep_only(next(iter(self.modes)))
@@ -172,8 +173,8 @@ class ModuleTeacher(Teacher):
             first: Any = torch.full((1, 3, *self.size), 0.5, device=device) if mode == "encode" else 1
             x = make(first, generator)
             output, maps = self._read(self.whole, x)
+            plain = module(x) if self._reader is None else None
             if not torch.equal(state, torch.get_rng_state()):
-                torch.set_rng_state(state)
                 raise UserError(
                     f"'{self.name}' draws from the global random generator, so its maps could not be repeated.",
                     "Draw in `sample` and `encode`, from the generator they get, and hand it in with the input.",
@@ -181,7 +182,7 @@ class ModuleTeacher(Teacher):
             self._check_strides(maps)
             ordered = self._checked(maps, 1, self.size)
             if self._reader is None:
-                self._check_trace(module, x, output, maps)
+                self._check_trace(plain, output, maps, self._read(self.pruned, x)[1])
             if mode == "sample":
                 self._check_images(output if self._to_images is None else self._to_images(output))
             strides = sorted(maps)
@@ -196,10 +197,10 @@ class ModuleTeacher(Teacher):
             )
         return next(iter(found.values()))
 
-    def _check_trace(self, module: nn.Module, x: Tensor, output: Any, maps: Mapping[int, Tensor]) -> None:
+    def _check_trace(
+        self, plain: Any, output: Any, maps: Mapping[int, Tensor], cut: Mapping[int, Tensor]
+    ) -> None:
         """What torch.fx recorded must compute what the module does, whole and cut."""
-        plain = module(x)
-        _, cut = self._read(self.pruned, x)
         same = not isinstance(plain, Tensor) or torch.equal(plain, output)
         if not same or not all(torch.equal(cut[s], maps[s]) for s in maps):
             raise UserError(
@@ -297,7 +298,8 @@ def teacher_from_file(name: str) -> Teacher:
         except Exception as error:
             raise _failed(file, path, error) from error
         if not callable(found.get(function)):
-            functions = [k for k, v in found.items() if isinstance(v, FunctionType) and not k.startswith("_")]
+            own = [k for k, v in found.items() if isinstance(v, FunctionType) and not k.startswith("_")]
+            functions = [k for k in own if found[k].__module__ == found["__name__"]]
             raise UserError(
                 f"'{file}' has no function '{function}'.{did_you_mean(function, functions)}",
                 f"It has: {shorten(functions, 5)}." if functions else "Define one that returns a Teacher.",

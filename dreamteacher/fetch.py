@@ -1,0 +1,335 @@
+"""Files from elsewhere: downloads that go on where they stopped, and files of a model hub.
+
+Nothing here runs without having been asked for; what cannot be had is told with the place where to put it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from typing import IO
+
+from tqdm import tqdm
+
+from dreamteacher.errors import UserError, shorten
+
+TIMEOUT = 30.0  # seconds without an answer
+TRIES, PAUSE = 4, 2.0  # connections in a row that bring nothing, and the seconds between two
+_PIECE = 1 << 20
+_SPARE = 64_000_000  # bytes that must stay free beside what is written
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+HUB_HOST = "huggingface.co"
+
+
+def cache_folder() -> Path:
+    """Where downloads and fetched teachers lie: $DREAMTEACHER_CACHE, else ~/.cache/dreamteacher."""
+    given = os.environ.get("DREAMTEACHER_CACHE", "")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "dreamteacher"
+
+
+def check_space(place: Path, needed: int) -> None:
+    """Raises UserError when the disk of `place` (which need not exist yet) has fewer bytes free than needed."""
+    there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed + _SPARE:
+        raise UserError(
+            f"'{place}' needs {amount(needed)} more, and its disk has {amount(free)} free.",
+            "Free space, or name another place by the environment variable DREAMTEACHER_CACHE.",
+        )
+
+
+def amount(count: int) -> str:
+    """A number of bytes for the screen.
+
+    Example:
+        >>> amount(2_210_000_000), amount(4_900_000)
+        ('2.2 GB', '4.9 MB')
+    """
+    return f"{count / 1e9:.1f} GB" if count >= 5e7 else f"{count / 1e6:.1f} MB"
+
+
+# --- one file over HTTP -------------------------------------------------------------------------------------
+
+
+def download(url: str, target: Path, *, sha256: str | None = None, size: int | None = None) -> Path:
+    """Brings a file to `target`; one that is there already is only checked, one that was begun goes on.
+
+    The bytes come into `target` + ".part", which is renamed when it is whole. A server that sends no parts, or
+    whose file has changed in the meantime, starts it over.
+
+    Args:
+        sha256: hex digest that the whole file must have; None: not known.
+        size: its bytes where they are known; else what the server says.
+
+    Raises:
+        UserError: no connection, an address that has no such file, a full disk, a file that is not whole or not
+            the one that was meant. Only a part that can go on is left behind.
+    """
+    if target.is_file():
+        _check_whole(target, sha256, size, "Delete it, then run the same command.")
+        return target
+    if not url.startswith(("https://", "http://")):
+        raise UserError(f"'{url}' is no address of a file.", "It must begin with https:// or http://.")
+    part = target.with_name(target.name + ".part")
+    with _alone(part) as file:
+        _fill(file, url, target, size)
+        try:
+            _check_whole(part, sha256, size, f"What came was deleted. Is it the right address? {url}")
+        except UserError:
+            file.truncate(0)
+            raise
+        os.fsync(file.fileno())
+        os.replace(part, target)
+    return target
+
+
+@contextlib.contextmanager
+def _alone(part: Path) -> Iterator[IO[bytes]]:
+    """The part's file, opened to append and locked: two processes must not write into one."""
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        file = open(part, "ab")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(
+            f"'{part}' cannot be written: {error.strerror}.",
+            "Name another place by the environment variable DREAMTEACHER_CACHE.",
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"Another process is bringing '{part}' right now.", "Wait for it, then run the same command."
+            ) from None
+        try:
+            yield file
+        finally:
+            file.flush()
+            if not part.is_file() or not part.stat().st_size:  # renamed, or nothing came
+                part.unlink(missing_ok=True)
+                _notes(part).unlink(missing_ok=True)
+
+
+def _notes(part: Path) -> Path:
+    """Where it is written which file a part is of."""
+    return part.with_name(part.name + ".json")
+
+
+def _fill(file: IO[bytes], url: str, target: Path, size: int | None) -> None:
+    """Appends to the part until it is whole. A connection that breaks is opened anew, if it brought something."""
+    barren = TRIES  # nothing has come yet: the first failure is the last
+    while True:
+        before = _length(file)
+        try:
+            request = urllib.request.Request(url, headers=_headers(file, url))
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                total = _begin(file, answer, url, target, size)
+                before = _length(file)
+                _copy(file, answer, total, target.name)
+            if total is None or _length(file) >= total:
+                return
+            reason = f"the connection ended after {amount(_length(file))} of {amount(total)}"
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and before:  # nothing follows what is here: it is whole, or of another file
+                if error.headers.get("Content-Range", "").endswith(f"*/{before}"):
+                    return
+                file.truncate(0)
+                continue
+            reason = f"the server answers {error.code} {error.reason}"
+        except (OSError, HTTPException) as error:
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise
+            reason = str(getattr(error, "reason", error)) or type(error).__name__
+        barren = 0 if _length(file) > before else barren + 1
+        if barren > TRIES:
+            raise _unreachable(url, target, reason)
+        time.sleep(PAUSE if barren else 0)
+
+
+def _length(file: IO[bytes]) -> int:
+    file.flush()
+    return os.fstat(file.fileno()).st_size
+
+
+def _headers(file: IO[bytes], url: str) -> dict[str, str]:
+    """Asks for what follows the part, provided that the server's file is still the one that the part is of."""
+    headers = {"User-Agent": "dreamteacher", "Accept-Encoding": "identity"}
+    try:
+        notes = json.loads(_notes(Path(file.name)).read_text("utf-8"))
+        known = notes["url"] == url and notes["validator"]
+    except (OSError, ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        file.truncate(0)
+    if count := _length(file):
+        headers |= {"Range": f"bytes={count}-", "If-Range": known}
+    return headers
+
+
+def _begin(file: IO[bytes], answer: HTTPResponse, url: str, target: Path, size: int | None) -> int | None:
+    """Reads the head of an answer and makes the part fit it; the bytes of the whole file, if the server says.
+
+    Raises:
+        UserError: for a web page, a file of another size than expected, or too little space.
+    """
+    kind, final = answer.headers.get("Content-Type", ""), answer.geturl()
+    if kind.startswith("text/html"):
+        raise _unreachable(url, target, "a web page came, not a file")
+    if url.startswith("https:") and not final.startswith("https:"):
+        raise _unreachable(url, target, "it leads on to an address without encryption")
+    begins = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+    if answer.status == 206 and begins and int(begins[1]) == _length(file):
+        total: int | None = int(begins[2])
+    elif answer.status == 206:
+        raise _unreachable(url, target, "the server sends another part than it was asked for")
+    else:
+        file.truncate(0)  # it sends no parts, or has another file now
+        length = answer.headers.get("Content-Length")
+        total = int(length) if length is not None and length.isdigit() else None
+    if size is not None and total not in (None, size):
+        raise _unreachable(url, target, f"the file there has {total} bytes, not {size}")
+    check_space(target.parent, (total or size or 0) - _length(file))
+    tag = answer.headers.get("ETag", "")  # a weak one (W/) does not promise the same bytes
+    validator = tag if tag.startswith('"') else answer.headers.get("Last-Modified", "")
+    notes = {"url": url, "validator": validator, "bytes": total}
+    _notes(Path(file.name)).write_text(json.dumps(notes) + "\n", "utf-8")
+    return total
+
+
+def _copy(file: IO[bytes], answer: HTTPResponse, total: int | None, name: str) -> None:
+    with tqdm(
+        total=total, initial=_length(file), desc=name, unit="B", unit_scale=True,
+        disable=not sys.stderr.isatty(),
+    ) as bar:  # fmt: skip
+        while piece := answer.read(_PIECE):
+            file.write(piece)
+            bar.update(len(piece))
+
+
+def _check_whole(path: Path, sha256: str | None, size: int | None, way_out: str) -> None:
+    found = path.stat().st_size
+    if size is not None and found != size:
+        raise UserError(f"'{path}' has {found} bytes; the file that was meant has {size}.", way_out)
+    if sha256 is not None:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != sha256.lower():
+            raise UserError(
+                f"'{path}' is not the file that was meant: its sha256 is {digest}, not {sha256.lower()}.",
+                way_out,
+            )
+
+
+def _unreachable(url: str, target: Path, reason: str) -> UserError:
+    return UserError(
+        f"'{url}' cannot be downloaded: {reason}.",
+        f"Get the file {target.name} in another way, put it here, and run the same command:\n{target}",
+    )
+
+
+# --- files of a model hub -----------------------------------------------------------------------------------
+
+
+def hub_folder(
+    repository: str, files: Sequence[str], place: Path, *, size: int = 0, local_files_only: bool = False
+) -> Path:
+    """A folder that holds files of a hub repository: `place` if they lie there, else the hub's own cache.
+
+    Args:
+        repository: "owner/name".
+        files: paths in it; "a|b" stands for a, or b where the repository has no a.
+        place: where a user without a network puts them, under the same paths.
+        size: bytes of all of them, roughly: for the check of the disk.
+        local_files_only: no network is used.
+
+    Raises:
+        UserError: naming the repository, its files and `place`; or the extra to install.
+    """
+    wanted = [tuple(entry.split("|")) for entry in files]
+    if all(any((place / name).is_file() for name in names) for names in wanted):
+        return place
+    try:
+        from huggingface_hub import constants
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    except ImportError:
+        raise UserError(
+            f"Files of {HUB_HOST}/{repository} need the package huggingface_hub, which is not installed.",
+            f"pip install 'dreamteacher[hub]', or put {shorten(_first(wanted), 9)} into\n{place}",
+        ) from None
+    try:
+        folder = _from_hub(repository, wanted, local_files_only=True)  # all there already?
+        if folder is None and not (local_files_only or constants.HF_HUB_OFFLINE):
+            check_space(Path(constants.HF_HUB_CACHE), size)
+            folder = _from_hub(repository, wanted, local_files_only=False)
+        reason = "no network may be used" if folder is None else ""
+    except GatedRepoError:
+        folder, reason = None, "its licence must be accepted there first, with your account (`hf auth login`)"
+    except RepositoryNotFoundError:
+        folder, reason = None, "there is none of this name, or it is private"
+    except OSError as error:  # also what the hub raises for a network that is not there
+        if error.errno in _FULL:
+            raise
+        folder, reason = (
+            None,
+            (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip("."),
+        )
+    if folder is None:
+        raise UserError(
+            f"Repository '{repository}' of {HUB_HOST} cannot be read: {reason}.",
+            f"Put its files {shorten(_first(wanted), 12)}, under these names, here and run the same command:\n{place}",
+        )
+    return folder
+
+
+def _first(wanted: Sequence[Sequence[str]]) -> list[str]:
+    return [names[0] for names in wanted]
+
+
+def _from_hub(repository: str, wanted: Sequence[Sequence[str]], *, local_files_only: bool) -> Path | None:
+    """The snapshot folder with all the files, of one commit; None where a local one is not complete.
+
+    Raises:
+        UserError: for a file that the repository does not have.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    commit: str | None = None
+    folder: Path | None = None
+    for names in wanted:
+        found: Path | None = None
+        for name in names:
+            try:
+                found = Path(
+                    hf_hub_download(repository, name, revision=commit, local_files_only=local_files_only)
+                )
+            except LocalEntryNotFoundError:
+                if not local_files_only:
+                    raise
+            except EntryNotFoundError:
+                pass
+            if found is not None:
+                folder = found.parents[name.count("/")]
+                commit = folder.name
+                break
+        if found is None and local_files_only:
+            return None
+        if found is None:
+            raise UserError(
+                f"Repository '{repository}' of {HUB_HOST} has no file {' or '.join(names)}.",
+                "It has changed since this was written: name its present files by --file FOLDER.",
+            )
+    return folder

@@ -1,0 +1,152 @@
+"""Archives of others (tar, tar.gz and the like, zip), taken apart by hand: only wanted regular files, nowhere else."""
+
+from __future__ import annotations
+
+import fnmatch
+import gzip
+import os
+import re
+import shutil
+import stat
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from lzma import LZMAError
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
+
+from dreamteacher.errors import UserError, shorten
+from dreamteacher.fetch import check_space
+
+MOST_MEMBERS = 20_000
+_PIECE = 1 << 20
+
+
+class _Member(NamedTuple):
+    """A member of an archive, and how to read it; `regular`: neither a link nor a device nor anything else."""
+
+    name: str
+    size: int
+    regular: bool
+    open: Callable[[], IO[bytes] | None]
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file's name says that it is an archive. PyTorch's own ".pth.tar" files are none."""
+    name = path.name.lower()
+    return name.endswith((".zip", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2")) or (
+        name.endswith(".tar") and not name.endswith((".pth.tar", ".pt.tar"))
+    )
+
+
+def extract(archive: Path, folder: Path, wanted: Sequence[str], *, most: int) -> list[Path]:
+    """Writes the wanted members of an archive below a folder, which appears only once all of them are whole.
+
+    Links, devices and directories are never written. One name that leads out of the folder, wanted or not, is
+    enough to refuse the archive: who packed it so meant harm.
+
+    Args:
+        folder: must not exist yet.
+        wanted: patterns of file names ("*G_ema*.pth"), matched with the last part of a member's name.
+        most: bytes that all members together may declare, and may really have.
+
+    Returns: the files, sorted.
+
+    Raises:
+        UserError: for a damaged, encrypted or hostile archive, one that is too large, or without a wanted file.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        written = _write_all(archive, temporary, wanted, most)
+        os.replace(temporary, folder)
+        return sorted(folder / path.relative_to(temporary) for path in written)
+    except (
+        tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, LZMAError, EOFError, ValueError,
+        RuntimeError, NotImplementedError,
+    ) as error:  # fmt: skip
+        raise UserError(
+            f"'{archive}' cannot be taken apart: {str(error).splitlines()[0][:120] if str(error) else 'damaged'}.",
+            "It is truncated, encrypted or no archive: download it again, or give the file inside by --file.",
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_all(archive: Path, folder: Path, wanted: Sequence[str], most: int) -> list[Path]:
+    written, seen = [], []
+    for member in _members(archive, most):
+        place = _safe(member.name, archive)
+        seen.append(place.name)
+        if not member.regular or not any(fnmatch.fnmatchcase(place.name, pattern) for pattern in wanted):
+            continue
+        source = member.open()
+        if source is None:
+            raise ValueError(f"'{member.name}' has no content")
+        target = folder.joinpath(*place.parts)
+        if target.exists():
+            raise ValueError(f"'{member.name}' occurs twice")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        check_space(target, member.size)
+        with source, open(target, "xb") as file:
+            _copy(source, file, member, archive)
+        written.append(target)
+    if not written:
+        raise UserError(
+            f"'{archive}' holds no file {' or '.join(wanted)}; it has {shorten(seen) or 'nothing'}.",
+            "It is not the archive that was expected; give the weights inside by --file.",
+        )
+    return written
+
+
+def _members(archive: Path, most: int) -> Iterator[_Member]:
+    """Every member in turn; what they declare is added up before anything of the next one is read."""
+    total = 0
+    for count, member in enumerate(_zip(archive) if zipfile.is_zipfile(archive) else _tar(archive)):
+        total += member.size
+        if total > most or count >= MOST_MEMBERS:
+            raise UserError(
+                f"'{archive}' declares more than {most / 1e9:.1f} GB or {MOST_MEMBERS} files.",
+                "Nothing of it was kept. If you trust it, unpack it yourself and give the weights by --file.",
+            )
+        yield member
+
+
+def _zip(archive: Path) -> Iterator[_Member]:
+    with zipfile.ZipFile(archive) as content:
+        for info in content.infolist():
+            kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the packer recorded none
+            regular = not info.is_dir() and kind in (0, stat.S_IFREG)
+            yield _Member(info.filename, info.file_size, regular, partial(content.open, info))
+
+
+def _tar(archive: Path) -> Iterator[_Member]:
+    with tarfile.open(archive, "r:*") as content:
+        for info in content:
+            yield _Member(info.name, info.size, info.isreg(), partial(content.extractfile, info))
+
+
+def _safe(name: str, archive: Path) -> PurePosixPath:
+    """A member's path inside the folder; "." (the packed folder itself) has no name and is never a file."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or re.search(r"\\|\0|^[A-Za-z]:", name):
+        raise UserError(
+            f"'{archive}' has a member {ascii(name)[:80]}, which leads out of its folder.",
+            "Nothing of it was kept. Get the archive from its publisher.",
+        )
+    return path
+
+
+def _copy(source: IO[bytes], file: IO[bytes], member: _Member, archive: Path) -> None:
+    """Copies a member; more bytes than it declared are a bomb, fewer a truncated archive."""
+    left = member.size
+    while piece := source.read(min(_PIECE, left + 1)):
+        left -= len(piece)
+        if left < 0:
+            raise ValueError(f"'{member.name}' is larger than it declares")
+        file.write(piece)
+    if left:
+        raise ValueError(f"'{member.name}' ends early")
