@@ -9,7 +9,6 @@ import re
 import shutil
 import stat
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -58,9 +57,9 @@ def extract(archive: Path, folder: Path, wanted: Sequence[str], *, most: int) ->
     Raises:
         UserError: for a damaged, encrypted or hostile archive, one that is too large, or without a wanted file.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
+        temporary.mkdir(parents=True)
         written = _write_all(archive, temporary, wanted, most)
         os.replace(temporary, folder)
         return sorted(folder / path.relative_to(temporary) for path in written)
@@ -105,7 +104,13 @@ def _write_all(archive: Path, folder: Path, wanted: Sequence[str], most: int) ->
 def _members(archive: Path, most: int) -> Iterator[_Member]:
     """Every member in turn; what they declare is added up before anything of the next one is read."""
     total = 0
-    for count, member in enumerate(_zip(archive) if zipfile.is_zipfile(archive) else _tar(archive)):
+    with open(
+        archive, "rb"
+    ) as file:  # a tar may end in a zip (PyTorch's files are zips): the beginning counts
+        zipped = file.read(4) == b"PK\x03\x04"
+    for count, member in enumerate(_zip(archive) if zipped else _tar(archive)):
+        if member.size < 0:
+            raise ValueError(f"'{member.name}' declares {member.size} bytes")
         total += member.size
         if total > most or count >= MOST_MEMBERS:
             raise UserError(

@@ -32,6 +32,32 @@ def test_step_benchmark_runs(tiny_teacher, tmp_path, monkeypatch, capsys):
     assert "ratio_median" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_early_exit_benchmark_runs(tmp_path, monkeypatch):
+    out = tmp_path / "early.csv"
+    run(
+        BENCHMARKS / "early_exit" / "run.py", "--out", str(out), "--preset", "cpu-64", "--rounds", "2",
+        "--device", "cpu", monkeypatch=monkeypatch,
+    )  # fmt: skip
+    (row,) = csv.DictReader(out.read_text().splitlines())
+    assert float(row["max_abs_difference"]) == 0.0
+    assert float(row["gmacs_ratio"]) == pytest.approx(1.4165, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_teachers_benchmark_runs(tmp_path, monkeypatch):
+    out = tmp_path / "teachers.csv"
+    run(
+        BENCHMARKS / "teachers" / "run.py", "--out", str(out), "--networks", "VAE, TAESD", "--size", "32",
+        "--rounds", "1", "--batch-size", "1", "--device", "cpu", monkeypatch=monkeypatch,
+    )  # fmt: skip
+    (row,) = csv.DictReader(out.read_text().splitlines())
+    assert row["levels"] == "4:64 8:64"
+    assert float(row["images_per_s"]) > 0
+    assert float(row["kept_m"]) < float(row["parameters_m"])
+    assert 0.1 < float(row["peak_gb"]) < 8
+
+
 def test_documents_show_what_the_benchmarks_hold(monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run(BENCHMARKS / "tables.py", "--check", monkeypatch=monkeypatch)

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -28,9 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dreamteacher import __version__
 from dreamteacher.distributed import autocast, pick_device, resolve_precision
+from dreamteacher.teachers import biggan as big
 from dreamteacher.teachers.base import Teacher
-from dreamteacher.teachers.biggan import BigGanSpec, BigGanTeacher, build_network
 from dreamteacher.teachers.diffusion import DiffusionSpec, DiffusionTeacher, build_unet
+from dreamteacher.teachers.stable_diffusion import StableDiffusionSpec, StableDiffusionTeacher, build_network
 from dreamteacher.teachers.stylegan2 import Generator, StyleGan2Spec, StyleGan2Teacher
 from dreamteacher.teachers.train_diffusion import PRESETS, network_spec
 from dreamteacher.teachers.vae import CLASSES, VaeSpec, VaeTeacher
@@ -38,6 +39,12 @@ from dreamteacher.teachers.vae import CLASSES, VaeSpec, VaeTeacher
 KL_F8: dict[str, Any] = {
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
+}  # fmt: skip
+SD_1: dict[str, Any] = {
+    "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "cross_attention_dim": 768, "attention_head_dim": 8,
 }  # fmt: skip
 
 
@@ -86,14 +93,14 @@ def stylegan2(size: int) -> Teacher:
 
 
 def biggan(channels: tuple[int, ...], attention: int, features: int) -> Teacher:
-    spec = BigGanSpec(
+    spec = big.BigGanSpec(
         channels=channels, attention=(attention,), latent=20 if features == 0 else 17, features=features,
         feature_width=512 if features else 0, classes=0 if features else 1, class_width=0 if features else 128,
     )  # fmt: skip
     with torch.device("meta"):
-        network = build_network(spec)
+        network = big.build_network(spec)
     bank = torch.nn.functional.normalize(torch.rand(16, features), dim=1) if features else None
-    return BigGanTeacher(random_weights(network), name="biggan", licence="-", bank=bank)
+    return big.BigGanTeacher(random_weights(network), name="biggan", licence="-", bank=bank)
 
 
 def vae(kind: str, config: dict[str, Any], size: int) -> Teacher:
@@ -103,8 +110,14 @@ def vae(kind: str, config: dict[str, Any], size: int) -> Teacher:
     return VaeTeacher(random_weights(network), spec, name=f"vae-{kind}", licence="-")
 
 
-def stable_diffusion(kind: str, size: int) -> Teacher:
-    raise NotImplementedError
+def stable_diffusion(kind: Literal["kl", "tiny"], size: int) -> Teacher:
+    spec = StableDiffusionSpec(
+        unet=SD_1, vae=KL_F8 if kind == "kl" else {}, vae_kind=kind, size=(size, size),
+        scaling_factor=0.18215 if kind == "kl" else 1.0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        network = build_network(spec)
+    return StableDiffusionTeacher(random_weights(network), spec, name=f"sd-{kind}", licence="-")
 
 
 NETWORKS: dict[str, tuple[str, Callable[[int], Teacher]]] = {

@@ -171,7 +171,7 @@ class _Machine:
         return self.stack[0]
 
     def step(self, name: str, argument: Any) -> None:
-        """One operation that takes or leaves single values; containers and calls are in `combine`."""
+        """One operation that takes or leaves single values; those on containers are in `combine`."""
         stack = self.stack
         if name in _PUTS:
             self.memo[len(self.memo) if name == "MEMOIZE" else argument] = stack[-1]
@@ -188,6 +188,9 @@ class _Machine:
         elif name in _TUPLES:
             items = [stack.pop() for _ in range(_TUPLES[name])]
             stack.append(tuple(reversed(items)))
+        elif name == "REDUCE" or name == "NEWOBJ":
+            arguments, callee = stack.pop(), stack.pop()
+            stack.append(called(callee, arguments))
         elif name == "MARK":
             self.below.append(stack)
             self.stack = []
@@ -200,7 +203,7 @@ class _Machine:
             self.combine(name)
 
     def combine(self, name: str) -> None:
-        """One operation that puts values into a container or gives them to one of our functions."""
+        """One operation that puts values into a container, or puts a name together."""
         match name:
             case "TUPLE":
                 items = self.since_mark()
@@ -221,14 +224,6 @@ class _Machine:
             case "STACK_GLOBAL":
                 attribute, module = _texts([self.stack.pop(), self.stack.pop()])
                 self.stack.append(self.named(f"{module} {attribute}"))
-            case "REDUCE" | "NEWOBJ":
-                arguments, callee = self.stack.pop(), self.stack.pop()
-                if type(callee) is not Name or type(arguments) is not tuple:
-                    raise ValueError("it calls something that is no name")
-                try:
-                    self.stack.append(callee.build(arguments))
-                except ValueError as error:
-                    raise ValueError(f"{callee.name}: {_line(error)}") from None
             case "BUILD":
                 state = self.stack.pop()
                 settle(self.top(DType), state)
@@ -261,6 +256,16 @@ class _Machine:
                 "Convert it with the official PyTorch repository (stylegan2-ada-pytorch) first, then give the result.",
             )
         raise UserError(f"'{self.where}' asks for '{shown}': refused, and nothing of it was run.", DISTRUST)
+
+
+def called(callee: Any, arguments: Any) -> Any:
+    """What one of our functions builds of a call's arguments. Raises ValueError when it is none of ours."""
+    if type(callee) is not Name or type(arguments) is not tuple:
+        raise ValueError("it calls something that is no name")
+    try:
+        return callee.build(arguments)
+    except ValueError as error:
+        raise ValueError(f"{callee.name}: {_line(error)}") from None
 
 
 def _texts(values: list[Any]) -> list[str]:

@@ -9,56 +9,32 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
-from diffusers.models.unets.unet_2d_blocks import (
-    CrossAttnDownBlock2D,
-    CrossAttnUpBlock2D,
-    DownBlock2D,
-    UNetMidBlock2D,
-    UNetMidBlock2DCrossAttn,
-    UpBlock2D,
-)
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from dreamteacher import checkpoint
 from dreamteacher.config import from_json
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
-from dreamteacher.teachers.adm import read_weights
 from dreamteacher.teachers.base import STRIDES, Noise, Teacher
 from dreamteacher.teachers.diffusion import Schedule, alphas_cumprod, noised
 from dreamteacher.teachers.stable_diffusion_files import (
-    check_parts,
+    check_pipeline,
     embed_prompt,
     part_weights,
     read_config,
+    read_file,
+    read_vae,
     schedule_steps,
 )
-from dreamteacher.teachers.vae import ORIGINAL, modern_attention, tiny_from_original
+from dreamteacher.teachers.stable_diffusion_network import Kind, Network, decoder_maps, time_ids
 from dreamteacher.teachers.vae import latents as vae_latents
 
-UpBlock = UpBlock2D | CrossAttnUpBlock2D
-TOKENS = 77  # of a prompt, padded
-TIME_IDS = 6  # what SDXL is told of its image: height and width, crop, height and width again
+TIMESTEP = 150  # ours: the paper does not state it for Stable Diffusion; its t for ImageNet
 CLEAN_TIMESTEP = 261  # at which CleanDIFT's networks take images without noise
-# Arguments of the U-Net that change its forward; all published Stable Diffusion networks have these values.
-PLAIN: dict[str, Any] = {
-    "center_input_sample": False,
-    "time_embedding_type": "positional",
-    "time_embedding_act_fn": None,
-    "time_cond_proj_dim": None,
-    "class_embed_type": None,
-    "num_class_embeds": None,
-    "encoder_hid_dim": None,
-    "dual_cross_attention": False,
-    "attention_type": "default",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +57,13 @@ class StableDiffusionSpec:
 
     unet: dict[str, Any]
     vae: dict[str, Any]
-    vae_kind: Literal["kl", "tiny"] = "kl"
+    vae_kind: Kind = "kl"
     scaling_factor: float = 0.18215
     enlarge: int = 2
     size: tuple[int, int] = (256, 256)
     schedule: Schedule = "scaled_linear"
     steps: int = 1000
-    timestep: int = 150
+    timestep: int = TIMESTEP
     clean: bool = False
     prompt: str = ""
 
@@ -115,158 +91,41 @@ class StableDiffusionSettings:
     enlarge: int = 2
 
 
-def decoder_maps(
-    unet: UNet2DConditionModel,
-    x: Tensor,
-    t: Tensor,
-    context: Tensor,
-    count: int,
-    added: tuple[Tensor, Tensor] | None = None,
-) -> list[Tensor]:
-    """The maps of the first `count` decoder levels, each BEFORE its upsampler, coarse to fine.
+def levels_of(network: Network, enlarge: int) -> tuple[list[tuple[int, FeatureSpec]], int]:
+    """The levels that a teacher takes, and what its heights and widths must be multiples of.
 
-    The walk stops there: nothing after the last wanted map is computed.
-
-    Args:
-        x: noisy latents, N x C x h x w; t: timesteps (N,); context: the prompt's embedding, N x 77 x D.
-        count: decoder levels to take, counted from the coarsest.
-        added: for SDXL the pooled prompt (N, P) and the six sizes (N, 6); see `time_ids`.
-
-    Test: equal (0.0) to what the network's own full forward computes at those places.
-    """
-    emb = unet.time_embedding(unet.time_proj(t).to(x.dtype))
-    if added is not None:
-        pooled, sizes = added
-        parts = unet.add_time_proj(sizes.flatten()).reshape(len(sizes), -1)
-        emb = emb + unet.add_embedding(torch.cat([pooled, parts], dim=-1).to(emb.dtype))
-    x = unet.conv_in(x)
-    skips = [x]
-    for down in unet.down_blocks:
-        if isinstance(down, CrossAttnDownBlock2D):
-            x, new = down(hidden_states=x, temb=emb, encoder_hidden_states=context)
-        else:
-            x, new = down(hidden_states=x, temb=emb)
-        skips += new
-    if isinstance(unet.mid_block, UNetMidBlock2DCrossAttn):
-        x = unet.mid_block(x, emb, encoder_hidden_states=context)
-    elif unet.mid_block is not None:
-        x = unet.mid_block(x, emb)
-    maps: list[Tensor] = []
-    for i in range(count):
-        up = cast(UpBlock, unet.up_blocks[i])
-        attentions = up.attentions if isinstance(up, CrossAttnUpBlock2D) else [None] * len(up.resnets)
-        for resnet, attention in zip(up.resnets, attentions, strict=True):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
-            if attention is not None:
-                x = attention(x, encoder_hidden_states=context, return_dict=False)[0]
-        maps.append(x)
-        if i + 1 < count and up.upsamplers is not None:
-            for upsampler in up.upsamplers:
-                x = upsampler(x)
-    return maps
-
-
-def time_ids(height: int, width: int, like: Tensor) -> Tensor:
-    """What SDXL is told of an image that is neither resized nor cropped: (1, 6), sizes in pixels."""
-    return like.new_tensor([[height, width, 0, 0, height, width]])
-
-
-def levels_of(spec: StableDiffusionSpec) -> tuple[list[tuple[int, FeatureSpec]], int]:
-    """(place among the decoder levels, FeatureSpec) of every level that is taken, coarse to fine; and the number
-    that heights and widths must be multiples of.
+    Returns: (place among the decoder's levels, FeatureSpec), coarse to fine; the multiple, in pixels.
 
     Raises:
         UserError: where no level lies at stride 4, 8, 16 or 32 of the image.
     """
-    widths = list(reversed(spec.unet.get("block_out_channels", (320, 640, 1280, 1280))))
-    if spec.vae_kind == "tiny":
-        halvings = len(spec.vae.get("num_encoder_blocks", (1, 3, 3, 3))) - 1
-    else:
-        halvings = len(spec.vae.get("block_out_channels", (64,))) - 1
-    coarse = 2 ** (halvings + len(widths) - 1)  # stride of the coarsest level in the enlarged image
-    taken, strides = [], [coarse / 2**i / spec.enlarge for i in range(len(widths))]
+    widths = list(reversed(network.unet.config["block_out_channels"]))
+    coarse = network.latent_stride * 2 ** (len(widths) - 1)  # stride of the coarsest in the enlarged image
+    taken, strides = [], [coarse / 2**i / enlarge for i in range(len(widths))]
     for i, (stride, channels) in enumerate(zip(strides, widths, strict=True)):
         if stride in STRIDES:
             taken.append((i, FeatureSpec(f"s{int(stride)}", channels, int(stride))))
     if not taken:
         raise UserError(
-            f"With images enlarged by {spec.enlarge}, no level lies at stride 4, 8, 16 or 32: "
+            f"With images enlarged by {enlarge}, no level lies at stride 4, 8, 16 or 32: "
             f"{', '.join(f'{s:g}' for s in strides)}.",
             "Stable Diffusion's own is enlarge 2.",
         )
-    return taken, coarse // math.gcd(coarse, spec.enlarge)
+    return taken, coarse // math.gcd(coarse, enlarge)
 
 
-class Network(nn.Module):
-    """The parts that run: U-Net without what follows its last wanted level, encoder, embedding of the prompt.
-
-    Args:
-        spec: what to build; its weights are drawn as any module's.
+def build_network(spec: StableDiffusionSpec) -> Network:
+    """The networks of a spec with fresh weights, cut after the last level that is taken.
 
     Raises:
-        UserError: when diffusers refuses the settings, or for networks whose forward is not the one written here.
+        UserError: when diffusers refuses the settings, or the networks cannot be read.
     """
-
-    prompt: Tensor
-    pooled: Tensor
-
-    def __init__(self, spec: StableDiffusionSpec) -> None:
-        super().__init__()
-        kind: type[AutoencoderKL | AutoencoderTiny]
-        kind = AutoencoderTiny if spec.vae_kind == "tiny" else AutoencoderKL
-        try:
-            unet, vae = UNet2DConditionModel(**spec.unet), kind(**spec.vae)
-        except (ValueError, TypeError, RuntimeError, LookupError, ZeroDivisionError) as error:
-            raise UserError(
-                f"The networks cannot be built: {type(error).__name__} {str(error).splitlines()[0]}",
-                "Mend 'network' in teacher.json, or convert the published files again.",
-            ) from None
-        _check_walkable(unet, vae)
-        levels, _ = levels_of(spec)
-        unet.up_blocks = unet.up_blocks[: levels[-1][0] + 1]
-        cast(UpBlock, unet.up_blocks[-1]).upsamplers = None  # type: ignore[assignment]
-        unet.conv_norm_out = unet.conv_out = None  # type: ignore[assignment]
-        del vae.decoder
-        if isinstance(vae, AutoencoderKL):
-            vae.post_quant_conv = None
-        self.unet, self.vae = unet, vae
-        width = unet.config["cross_attention_dim"]
-        width = width if isinstance(width, int) else width[0]
-        self.register_buffer("prompt", torch.zeros(1, TOKENS, width))
-        if unet.config["addition_embed_type"] == "text_time":
-            sizes = TIME_IDS * unet.config["addition_time_embed_dim"]
-            wide = unet.config["projection_class_embeddings_input_dim"] - sizes
-            self.register_buffer("pooled", torch.zeros(1, wide))
-
-    @property
-    def xl(self) -> bool:
-        """Whether the U-Net is told of sizes and the pooled prompt (SDXL)."""
-        return self.unet.config["addition_embed_type"] == "text_time"
-
-
-def _check_walkable(unet: UNet2DConditionModel, vae: AutoencoderKL | AutoencoderTiny) -> None:
-    """Raises UserError for networks that `decoder_maps` and `latents` do not run as the library does."""
-    known = (CrossAttnDownBlock2D, DownBlock2D, CrossAttnUpBlock2D, UpBlock2D)
-    mids = (UNetMidBlock2DCrossAttn, UNetMidBlock2D, type(None))
-    odd = [type(b).__name__ for b in (*unet.down_blocks, *unet.up_blocks) if not isinstance(b, known)]
-    odd += [] if isinstance(unet.mid_block, mids) else [type(unet.mid_block).__name__]
-    problem = f"blocks of type {odd[0]}" if odd else ""
-    for key, value in PLAIN.items():
-        if unet.config[key] != value:
-            problem = f"{key} {unet.config[key]}"
-    if unet.config["addition_embed_type"] not in (None, "text_time"):
-        problem = f"addition_embed_type {unet.config['addition_embed_type']}"
-    if vae.config.get("shift_factor") or vae.config.get("latents_mean") or vae.config.get("latents_std"):
-        problem = "an autoencoder whose latents are shifted"
-    if unet.config["in_channels"] != vae.config["latent_channels"]:
-        problem = (
-            f"a U-Net of {unet.config['in_channels']} channels on latents of {vae.config['latent_channels']}"
-        )
-    if problem:
-        raise UserError(
-            f"The network has {problem}, which cannot be read.",
-            "Use Stable Diffusion 1.x, 2.x or SDXL (base), not its inpainting, refiner or other variants.",
-        )
+    if spec.enlarge < 1:
+        raise UserError(f"Images cannot be enlarged by {spec.enlarge}.", "Use a whole number from 1.")
+    network = Network(spec.unet, spec.vae, spec.vae_kind)
+    levels, _ = levels_of(network, spec.enlarge)
+    network.stop_after(levels[-1][0] + 1)
+    return network
 
 
 class StableDiffusionTeacher(Teacher):
@@ -308,7 +167,7 @@ class StableDiffusionTeacher(Teacher):
         self.noise: Noise = "none" if spec.clean and noise == "stochastic" else noise
         self._check_noise()
         self.register_buffer("alpha_bar", alphas_cumprod(spec.schedule, spec.steps), persistent=False)
-        self._levels, self.multiple = levels_of(spec)
+        self._levels, self.multiple = levels_of(network, spec.enlarge)
         self.specs = tuple(
             replace(level, channels=level.channels * len(self.timesteps))
             for _, level in reversed(self._levels)
@@ -358,7 +217,8 @@ class StableDiffusionTeacher(Teacher):
         Args:
             latents: what `latents` gave.
         """
-        x0 = latents.contiguous(memory_format=torch.channels_last)  # kept or fresh, the same last bits
+        # In one layout, so that kept latents give the same last bits as fresh ones.
+        x0 = latents.float().contiguous(memory_format=torch.channels_last)
         steps = torch.tensor(self.timesteps, device=x0.device)
         if self.noise == "none":
             x = torch.cat([x0] * len(self.timesteps))
@@ -366,7 +226,7 @@ class StableDiffusionTeacher(Teacher):
             x = noised(x0, self.alpha_bar[steps], self._draw(x0, generator))
         added = None
         if self.network.xl:
-            height, width = (s * 2**self._halvings for s in x0.shape[-2:])
+            height, width = (side * self.network.latent_stride for side in x0.shape[-2:])
             sizes = time_ids(height, width, x0)
             added = self.network.pooled.expand(len(x), -1), sizes.expand(len(x), -1)
         context = self.network.prompt.expand(len(x), -1, -1)
@@ -385,3 +245,84 @@ class StableDiffusionTeacher(Teacher):
             fixed = torch.randn((1, *x0.shape[1:]), generator=torch.Generator().manual_seed(0))
             return fixed.to(x0).expand_as(x0)
         return torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+
+
+def _fit(network: Network, weights: Mapping[str, Tensor], where: Path) -> None:
+    """Raises UserError listing missing, unexpected and wrongly shaped keys."""
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in network.state_dict().items()}:
+        checkpoint.load_exactly(network, weights, where)
+
+
+def load(
+    weights: Mapping[str, Tensor],
+    spec: StableDiffusionSpec,
+    where: Path,
+    *,
+    name: str,
+    licence: str,
+    timesteps: tuple[int, ...] = (),
+    noise: Noise = "stochastic",
+) -> StableDiffusionTeacher:
+    """The teacher of a state dict, which becomes the networks' own parameters without a copy.
+
+    Args:
+        weights: "unet." and "vae." of the parts that run, "prompt" and for SDXL "pooled"; any precision, the
+            networks are float32.
+        where: the file that is named when the weights do not fit the spec.
+
+    Raises:
+        UserError: listing missing, unexpected and wrongly shaped keys.
+    """
+    # On the meta device no memory is taken and no random weight is drawn: SDXL has 2.6 G of them.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        network = build_network(spec)
+    given = {k: v.float() for k, v in weights.items()}
+    _fit(network, given, where)
+    network.load_state_dict(given, assign=True)
+    return StableDiffusionTeacher(network, spec, name=name, licence=licence, timesteps=timesteps, noise=noise)
+
+
+def convert(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor], StableDiffusionSpec]:
+    """Weights of the parts that run, in the precision of their files, and spec of a local pipeline.
+
+    The prompt is encoded here, once, and its embedding kept with the weights; the text encoder is not.
+
+    Args:
+        path: a folder in diffusers' layout: unet/, vae/, text_encoder/, tokenizer/, scheduler/, for SDXL also
+            text_encoder_2/ and tokenizer_2/; safetensors, full or half (fp16) precision.
+        settings: see StableDiffusionSettings.
+
+    Raises:
+        UserError: for unknown settings, missing, damaged or foreign parts, parts that do not fit each other, or
+            when transformers is not installed.
+    """
+    asked = from_json(StableDiffusionSettings, dict(settings))
+    check_pipeline(path, ("unet", "text_encoder") if asked.vae else ("unet", "text_encoder", "vae"))
+    _, unet = read_config(path / "unet", ("UNet2DConditionModel",))
+    kind, vae, encoder = read_vae(Path(asked.vae) if asked.vae else path / "vae")
+    usual = CLEAN_TIMESTEP if asked.clean else TIMESTEP
+    spec = StableDiffusionSpec(
+        unet=unet,
+        vae=vae,
+        vae_kind=kind,
+        enlarge=asked.enlarge,
+        steps=schedule_steps(path / "scheduler" / "scheduler_config.json"),
+        timestep=usual if asked.timestep is None else asked.timestep,
+        clean=asked.clean,
+        prompt=asked.prompt,
+    )
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        network = build_network(spec)
+    side = unet.get("sample_size") or 64
+    sides = (side, side) if isinstance(side, int) else side
+    height, width = (s * network.latent_stride // asked.enlarge for s in sides)
+    spec = replace(
+        spec, size=asked.size or (height, width), scaling_factor=network.vae.config["scaling_factor"]
+    )
+    StableDiffusionTeacher(network, spec, name=path.name, licence="")  # raises for what we cannot run
+    body = read_file(Path(asked.unet)) if asked.unet else part_weights(path / "unet")
+    weights = {f"unet.{k}": v for k, v in body.items()} | {f"vae.{k}": v for k, v in encoder.items()}
+    weights = {k: v for k, v in weights.items() if not k.startswith(network.dropped())}
+    weights |= embed_prompt(path, asked.prompt, xl=network.xl)
+    _fit(network, weights, path)
+    return weights, spec

@@ -20,9 +20,12 @@ from torch import Tensor
 
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.teachers.adm import read_weights
+from dreamteacher.teachers.stable_diffusion_network import Kind
+from dreamteacher.teachers.vae import ORIGINAL, modern_attention, tiny_from_original
 
 STEM = "diffusion_pytorch_model"
 TEXT_STEM = "model"
+LAYOUT = ("unet/", "vae/", "text_encoder/", "tokenizer/", "scheduler/")
 CLASSES: dict[str, type[UNet2DConditionModel | AutoencoderKL | AutoencoderTiny]] = {
     "UNet2DConditionModel": UNet2DConditionModel,
     "AutoencoderKL": AutoencoderKL,
@@ -30,13 +33,23 @@ CLASSES: dict[str, type[UNet2DConditionModel | AutoencoderKL | AutoencoderTiny]]
 }
 
 
-def check_parts(path: Path, parts: tuple[str, ...]) -> None:
-    """Raises UserError naming every file of `parts` that the folder lacks; alternatives are split by |."""
-    lacking = [p for p in parts if not any((path / name).is_file() for name in p.split("|"))]
+def check_pipeline(path: Path, parts: tuple[str, ...]) -> None:
+    """Raises UserError naming every file that a pipeline's folder lacks, of those that are read.
+
+    Args:
+        parts: folders that must hold a network; a tokenizer for each text encoder and the schedule besides.
+    """
+    needed = [[f"{part}/config.json"] for part in parts]
+    for part in parts:
+        if part.startswith("text_encoder"):
+            tokens = part.replace("text_encoder", "tokenizer")
+            needed += [[f"{tokens}/{n}", f"{tokens}/tokenizer.json"] for n in ("vocab.json", "merges.txt")]
+    needed.append(["scheduler/scheduler_config.json"])
+    lacking = [either[0] for either in needed if not any((path / name).is_file() for name in either)]
     if lacking:
         raise UserError(
-            f"'{path}' is not a whole Stable Diffusion pipeline: it lacks {shorten(lacking, 6)}.",
-            "Give a folder of the model in diffusers' layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/).",
+            f"'{path}' is not a whole Stable Diffusion pipeline: it lacks {shorten(lacking)}.",
+            f"Give the model's folder in diffusers' layout: {', '.join(LAYOUT)}.",
         )
 
 
@@ -116,15 +129,17 @@ def schedule_steps(file: Path) -> int:
         UserError: for any schedule but scaled_linear from 0.00085 to 0.012.
     """
     found = read_json(file)
-    kind, ends = found.get("beta_schedule"), (found.get("beta_start"), found.get("beta_end"))
+    kind, first, last = (found.get(k, "?") for k in ("beta_schedule", "beta_start", "beta_end"))
     steps = found.get("num_train_timesteps", 1000)
     changed = [k for k in ("trained_betas", "rescale_betas_zero_snr") if found.get(k)]
-    numbers = all(isinstance(e, (int, float)) for e in ends) and isinstance(steps, int)
-    right = numbers and all(map(math.isclose, ends, (0.00085, 0.012)))
+    try:
+        right = math.isclose(first, 0.00085) and math.isclose(last, 0.012) and steps > 0
+    except TypeError:
+        right = False
     if kind != "scaled_linear" or not right or changed:
         more = f", with {' and '.join(changed)}" if changed else ""
         raise UserError(
-            f"'{file}' has the schedule {kind} from {ends[0]} to {ends[1]}{more}.",
+            f"'{file}' has the schedule {kind} from {first} to {last} in {steps} steps{more}.",
             "Networks trained on Stable Diffusion's own (scaled_linear, 0.00085 to 0.012) can be used.",
         )
     return steps
@@ -153,8 +168,9 @@ def embed_prompt(path: Path, prompt: str, *, xl: bool) -> dict[str, Tensor]:
             "Converting Stable Diffusion needs transformers, once, to encode the prompt.",
             "Install it: pip install 'dreamteacher[text]'",
         ) from None
-    parts = [("tokenizer", "text_encoder", CLIPTextModel)]
+    parts: list[tuple[str, str, Any]] = [("tokenizer", "text_encoder", CLIPTextModel)]
     if xl:
+        check_pipeline(path, ("text_encoder_2",))
         parts.append(("tokenizer_2", "text_encoder_2", CLIPTextModelWithProjection))
     states, out = [], {}
     for tokens, name, kind in parts:
@@ -187,9 +203,7 @@ def _read_text(path: Path, tokens: str, name: str, tokenizers: Any, encoders: An
             f"Download {name}/ and {tokens}/ again.",
         ) from None
     if facts["missing_keys"]:
-        raise UserError(
-            f"'{file}' lacks {shorten(sorted(facts['missing_keys']), 2)}.", "Download it again."
-        )
+        raise UserError(f"'{file}' lacks {shorten(sorted(facts['missing_keys']), 2)}.", "Download it again.")
     return tokenizer, encoder.float().eval()
 
 
@@ -208,3 +222,34 @@ def _tokens(tokenizer: Any, prompt: str, config: Any, where: Path) -> tuple[Tens
             "They are of different models: download the whole folder again.",
         )
     return found.input_ids, found.attention_mask
+
+
+def read_file(file: Path) -> dict[str, Tensor]:
+    """Weights that stand alone in a safetensors file.
+
+    Raises:
+        UserError: for a file that is missing, damaged, or of another format.
+    """
+    if file.suffix != ".safetensors":
+        raise UserError(
+            f"'{file}' is not a safetensors file.", "Only that format is read: download the weights in it."
+        )
+    return read_weights(file)
+
+
+def read_vae(place: Path) -> tuple[Kind, dict[str, Any], dict[str, Tensor]]:
+    """Kind, arguments and weights of an autoencoder: diffusers' folder, or TAESD's original encoder file.
+
+    Raises:
+        UserError: for missing, damaged or foreign files.
+    """
+    original = place / ORIGINAL[0] if place.is_dir() else place
+    if original.is_file():
+        weights = tiny_from_original(read_file(original), None)
+        width = [weights["encoder.layers.0.weight"].shape[0]] * 4
+        last = max((k for k in weights), key=lambda k: int(k.split(".")[2]))
+        latent = weights[last].shape[0]
+        return "tiny", {"latent_channels": latent, "encoder_block_out_channels": width}, weights
+    folder = place / "vae" if (place / "vae" / "config.json").is_file() else place
+    name, config = read_config(folder, ("AutoencoderKL", "AutoencoderTiny"))
+    return "tiny" if name == "AutoencoderTiny" else "kl", config, modern_attention(part_weights(folder))

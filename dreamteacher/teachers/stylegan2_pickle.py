@@ -160,8 +160,7 @@ def _content(path: Path, sha256: str | None) -> bytes:
         raise UserError(
             f"'{path}' cannot be read: {error.strerror}.", "Give the path of a published StyleGAN2 file."
         ) from None
-    found = hashlib.sha256(content).hexdigest()
-    if sha256 is not None and found != sha256.lower():
+    if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256.lower():
         raise UserError(
             f"'{path}' is not the file that was published: its sha256 is {found[:16]}..., not {sha256[:16]}...",
             "It is incomplete or was replaced: download it again.",
