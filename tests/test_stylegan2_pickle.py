@@ -258,7 +258,7 @@ def test_state_dicts_that_are_none_are_refused(tmp_path, monkeypatch):
 # --- mutations ----------------------------------------------------------------------------------------------
 
 MUTATIONS = 1000
-# What a call from within the reader would raise: see "audit events table" of the Python documentation.
+# Events of plain attribute access and identity, which call nothing.
 SILENT = {"object.__getattr__", "object.__setattr__", "builtins.id", "sys._getframe"}
 
 

@@ -84,13 +84,13 @@ def _diffusion(spec: DiffusionSpec) -> Cost:
 def _stable_diffusion(spec: StableDiffusionSpec) -> Cost:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    from dreamteacher.teachers.stable_diffusion import StableDiffusionTeacher
-    from dreamteacher.teachers.stable_diffusion_network import Network, decoder_maps, time_ids
+    from dreamteacher.teachers.stable_diffusion import StableDiffusionTeacher, build_network
+    from dreamteacher.teachers.stable_diffusion_network import decoder_maps, time_ids
     from dreamteacher.teachers.vae import latents
 
     height, width = (side * spec.enlarge for side in spec.size)
     with torch.device("meta"):
-        network = Network(spec)
+        network = build_network(spec)
         whole = UNet2DConditionModel(**spec.unet)
         image = torch.empty(1, 3, height, width)
         t = torch.zeros(1, dtype=torch.long)
