@@ -30,11 +30,12 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def results_table(path: Path) -> str:
-    """Mean ± sample deviation over seeds, and the difference in units of the larger deviation."""
+def results_table(*paths: Path) -> str:
+    """Mean ± sample deviation over seeds, and what the last method has over the first, in units of the larger
+    of all deviations."""
     values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     methods: list[str] = []
-    for row in rows(path):
+    for row in (row for path in paths for row in rows(path)):
         if row["metric"] == HEADLINE.get(row["task"], "miou"):
             values[row["task"], row["labels"], row["method"]].append(float(row["value"]))
             if row["method"] not in methods:
@@ -64,9 +65,38 @@ def step_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def early_exit_table(path: Path) -> str:
+    lines = [
+        "| network | full forward, s | four levels, s | speed-up | GMACs | largest difference | device |"
+    ]
+    lines.append("| --- " * 7 + "|")
+    for r in rows(path):
+        lines.append(
+            f"| {r['network']} at {r['size'].replace(' ', ' x ')}, batch {r['batch']} | {r['full_s']} | {r['early_s']} "
+            f"| **{r['speedup_median']}** ({r['speedup_quartiles'].replace(' ', ' to ')}) | {r['full_gmacs']} -> "
+            f"{r['early_gmacs']} | {r['max_abs_difference']} | {r['device']}, {r['precision']} |"
+        )
+    return "\n".join(lines)
+
+
+def teachers_table(path: Path) -> str:
+    lines = ["| teacher | mode | size | levels (stride: channels) | GMACs | images/s | peak memory, GB |"]
+    lines.append("| --- " * 7 + "|")
+    for r in rows(path):
+        levels = r["levels"].replace(":", ": ").replace(" ", ", ").replace(":, ", ": ")
+        lines.append(
+            f"| {r['network']} | {r['mode']} | {r['size'].replace(' ', ' x ')} | {levels} | {r['gmacs']} | "
+            f"{float(r['images_per_s']):.2f} | {r['peak_gb']} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES = {
     "demo": lambda: results_table(HERE / "demo" / "results.csv"),
     "step": lambda: step_table(HERE / "step" / "step.csv"),
+    "early_exit": lambda: early_exit_table(HERE / "early_exit" / "early_exit.csv"),
+    "teachers": lambda: teachers_table(HERE / "teachers" / "teachers.csv"),
+    "stylegan2": lambda: results_table(HERE / "demo" / "results.csv", HERE / "stylegan2" / "results.csv"),
     "camvid": lambda: results_table(HERE / "camvid" / "results.csv"),
 }
 

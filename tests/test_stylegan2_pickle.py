@@ -258,8 +258,7 @@ def test_state_dicts_that_are_none_are_refused(tmp_path, monkeypatch):
 # --- mutations ----------------------------------------------------------------------------------------------
 
 MUTATIONS = 1000
-# Events of plain attribute access and identity, which call nothing.
-SILENT = {"object.__getattr__", "object.__setattr__", "builtins.id", "sys._getframe"}
+SILENT = {"builtins.id"}  # which our reader asks for, and which calls nothing
 
 
 def mutated(content: bytes, generator: random.Random) -> bytes:

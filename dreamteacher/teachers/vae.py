@@ -183,7 +183,7 @@ class VaeTeacher(Teacher):
 
     A latent is drawn from what the autoencoder was regularised towards: N(0, 1) divided by the scaling factor
     (KL, DC; TAESD's is 1), independent uniform codebook entries (VQ). Published autoencoders are regularised
-    weakly: their samples have natural colours and textures, but show no objects.
+    weakly or not at all: samples (of TAESD: looked at) are patches of colour with sharp edges, no objects.
 
     Args:
         vae: the network; it is changed (frozen, and cut by `keep_only`).
