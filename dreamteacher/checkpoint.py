@@ -8,13 +8,15 @@ import errno
 import hashlib
 import json
 import os
+import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dreamteacher.errors import UserError, shorten
 
@@ -205,3 +207,41 @@ def load_exactly(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], p
             "It was made for another architecture: name the one that it was made with.",
         )
     module.load_state_dict(dict(tensors))
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """The named tensors of a foreign file: .safetensors, or torch's own format read without running anything.
+
+    In torch's format the state dict may lie under 'state_dict' or 'model'.
+
+    Raises:
+        UserError: when the file is missing, damaged, or holds no state dict.
+    """
+    if not path.is_file():
+        raise UserError(f"No weight file at '{path}', so it cannot be read.", "Check the path.")
+    content: Any
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            with warnings.catch_warnings():  # torch warns of pickles that it then refuses: our error says it
+                warnings.simplefilter("ignore")
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError, SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError,
+        AttributeError, TypeError,
+    ) as error:  # fmt: skip
+        raise UserError(
+            f"'{path}' cannot be read as plain weights (damaged, or a pickle that holds more than tensors).",
+            "Copy or download it again, or save the state dict alone: torch.save(model.state_dict(), path).",
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    found = {str(k): v for k, v in content.items()} if isinstance(content, Mapping) else {}
+    if not found or not all(isinstance(v, torch.Tensor) for v in found.values()):
+        raise UserError(
+            f"'{path}' holds no state dict (names -> tensors), nor one under 'state_dict' or 'model'.",
+            "Save the state dict alone: torch.save(model.state_dict(), path), or as .safetensors.",
+        )
+    return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +13,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from dreamteacher import checkpoint
 from dreamteacher.errors import UserError, did_you_mean, shorten
 from dreamteacher.features import FeatureSpec
 
@@ -250,28 +249,9 @@ def read_weights(path: Path) -> Weights:
     Raises:
         UserError: when the file is missing, damaged, or holds no state dict.
     """
-    if not path.is_file():
-        raise UserError(f"No weight file at '{path}'.", "Check the path.")
-    if path.suffix == ".safetensors":
+    if path.is_file() and path.suffix == ".safetensors":
         return _read_safetensors(path)
-    try:
-        with warnings.catch_warnings():  # torch warns of pickles that it then refuses: our error says it
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"'{path}' cannot be read as plain weights (damaged, or a pickle that holds more than tensors).",
-            "Save the state dict alone: torch.save(model.state_dict(), path), or as .safetensors.",
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    tensors = {str(k): v for k, v in content.items()} if isinstance(content, Mapping) else {}
-    if not tensors or not all(isinstance(v, Tensor) for v in tensors.values()):
-        raise UserError(
-            f"'{path}' holds no state dict (names -> tensors), nor one under 'state_dict' or 'model'.",
-            "Save the state dict alone: torch.save(model.state_dict(), path), or as .safetensors.",
-        )
+    tensors = checkpoint.read_state_dict(path)
     if all(k.startswith("module.") for k in tensors):
         tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
     return Weights(tensors, {})

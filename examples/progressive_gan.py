@@ -91,9 +91,8 @@ def teacher() -> ModuleTeacher:
         size=(128, 128),
         levels={32: "block0", 16: "block1", 8: "block2", 4: "block3"},
         sample=lambda n, g: torch.randn(n, LATENT, generator=g, device=g.device),
-        to_images=lambda out: out.clamp(
-            0, 1
-        ),  # as published: cuts about 4 values in 10, hence hard contrasts
+        # As published. It cuts about 4 values in 10, hence the hard contrasts.
+        to_images=lambda out: out.clamp(0, 1),
     )
 
 

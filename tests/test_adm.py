@@ -74,7 +74,7 @@ def network(name: str, **changes: Any) -> tuple[UNet2DModel, DiffusionSpec]:
 def converted(weights: dict[str, Tensor], flags: dict[str, Any]) -> tuple[dict[str, Tensor], DiffusionSpec]:
     """`adm.convert` of weights in memory."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adm, "read_weights", lambda path: dict(weights))
+        patch.setattr(adm.checkpoint, "read_state_dict", lambda path: dict(weights))
         return adm.convert(Path("network.pt"), flags)
 
 

@@ -131,7 +131,7 @@ def test_files_that_are_no_resnet50(reference, tmp_path):
     refused(lambda: load_embedder(path), "missing", "layer3")
     path.write_bytes(b"PK")
     refused(lambda: load_embedder(path), "cannot be read")
-    refused(lambda: load_embedder(tmp_path / "gone.pth"), "no file")
+    refused(lambda: load_embedder(tmp_path / "gone.pth"), "No weight file")
     refused(lambda: build_bank(tmp_path / "gone", Means()), "does not exist")
 
 

@@ -6,19 +6,16 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from dreamteacher import checkpoint
 from dreamteacher.config import from_json
 from dreamteacher.errors import UserError
 from dreamteacher.teachers.adm_layout import Layout, foreign, layout_of, renamed
@@ -113,41 +110,12 @@ def convert(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor],
             f"noise_schedule {flags.noise_schedule!r} with image_size {flags.image_size!r} is no ADM network.",
             "noise_schedule is linear or cosine; image_size a whole number of pixels.",
         )
-    weights = read_weights(path)
+    weights = checkpoint.read_state_dict(path)
     layout = layout_of(weights, path)
     _check_flags(flags, layout, path)
     spec = _spec(flags, layout)
     new_order = bool(flags.use_new_attention_order)
     return renamed(weights, _shapes(spec), layout, flags.heads_of, path, new_order=new_order), spec
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A file of named tensors, safetensors or torch's own format; nothing in it can run.
-
-    Raises:
-        UserError: for a file that is missing, damaged, or holds something else.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about foreign pickles, which it then refuses
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError,
-        pickle.UnpicklingError, SafetensorError,
-    ) as error:  # fmt: skip
-        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"'{path}' cannot be read as a file of weights: {reason}",
-            "It is missing, truncated or of another kind: copy or download it again.",
-        ) from None
-    if isinstance(found, dict) and found and all(isinstance(v, Tensor) for v in found.values()):
-        return {str(k): v for k, v in found.items()}
-    raise UserError(
-        f"'{path}' holds {type(found).__name__}, not a plain state dict (name -> tensor).",
-        "Save the network's state_dict() alone: torch.save(network.state_dict(), FILE).",
-    )
 
 
 def _check_flags(flags: AdmFlags, layout: Layout, path: Path) -> None:
@@ -296,7 +264,7 @@ def convert_diffusers(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str
         DiffusionTeacher(build_unet(spec), spec, name=path.name, licence="-")  # raises for what we cannot run
     names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
     file = next((folder / n for n in names if (folder / n).is_file()), folder / names[0])
-    weights = {_modern(k): v for k, v in read_weights(file).items()}
+    weights = {_modern(k): v for k, v in checkpoint.read_state_dict(file).items()}
     shapes = _shapes(spec)
     for key in [*shapes, *weights]:
         found = tuple(weights[key].shape) if key in weights else "not there"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import pickle
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from dreamteacher import checkpoint
 from dreamteacher.errors import UserError, shorten
 
 Layout = Literal["biggan-pytorch", "bigbigan", "icgan"]
@@ -89,44 +86,9 @@ def find_generator(path: Path) -> Path:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .safetensors file, or in a .pth file read without running any code in it.
-
-    It may lie under 'state_dict' or 'model'. Floating-point values come as float32.
-
-    Raises:
-        UserError: when the file is missing, damaged, or holds no state dict.
-    """
-    content: Any
-    try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            with warnings.catch_warnings():  # torch warns of pickles that it then refuses: our error says it
-                warnings.simplefilter("ignore")
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"There is no file '{path}'.", "Check the path.") from None
-    except (
-        pickle.UnpicklingError, SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError,
-        AttributeError, TypeError,
-    ) as error:  # fmt: skip
-        raise UserError(
-            f"'{path}' cannot be read as plain weights (damaged, or it holds more than tensors).",
-            "Copy or download it again; a .pth file must hold a state dict and nothing else.",
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if (
-        not isinstance(content, Mapping)
-        or not content
-        or not all(isinstance(v, Tensor) for v in content.values())
-    ):
-        raise UserError(
-            f"'{path}' holds no state dict (names -> tensors).",
-            "Give the file of the network's weights alone.",
-        )
-    return {str(k): v.float() if v.is_floating_point() else v for k, v in content.items()}
+    """`checkpoint.read_state_dict`, floating-point values as float32."""
+    found = checkpoint.read_state_dict(path)
+    return {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
 
 
 def spectral_norm(weight: Tensor, u: Tensor, eps: float) -> Tensor:

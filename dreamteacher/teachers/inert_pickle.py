@@ -48,6 +48,10 @@ _LAYOUTS = {
 _OPERATIONS = {code: (name, _LAYOUTS[name]) for code, name in _NAMES.items() if name in _LAYOUTS}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _FRESH: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set}
+_IDLE = {
+    "PROTO",
+    "FRAME",
+}  # the version tells nothing that the operations do not, and frames are for reading ahead
 _PUTS, _GETS = {"BINPUT", "LONG_BINPUT", "MEMOIZE"}, {"BINGET", "LONG_BINGET"}
 _VALUES = {*_COUNTED, "BININT", "BININT1", "BININT2", "BINFLOAT"}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -92,7 +96,7 @@ def read_inert(data: bytes, allowed: Mapping[str, Build], where: Path) -> Any:
     try:
         return machine.run()
     except (ValueError, IndexError) as error:
-        why = _line(error) if type(error) is ValueError else "an operation lacks its values"
+        why = "an operation lacks its values" if isinstance(error, IndexError) else _line(error)
         raise UserError(
             f"'{where}' is refused: at byte {machine.stream.tell()} of {len(data)}, {why}.", DISTRUST
         ) from None
@@ -196,10 +200,7 @@ class _Machine:
             self.stack = []
         elif name == "GLOBAL":
             stack.append(self.named(argument))
-        elif name not in (
-            "PROTO",
-            "FRAME",
-        ):  # the version tells nothing that the operations do not, frames neither
+        elif name not in _IDLE:
             self.combine(name)
 
     def combine(self, name: str) -> None:

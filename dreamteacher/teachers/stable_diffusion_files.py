@@ -18,8 +18,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dreamteacher.checkpoint import read_state_dict
 from dreamteacher.errors import UserError, shorten
-from dreamteacher.teachers.adm import read_weights
 from dreamteacher.teachers.stable_diffusion_network import Kind
 from dreamteacher.teachers.vae import ORIGINAL, modern_attention, tiny_from_original
 
@@ -116,7 +116,7 @@ def part_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: for missing or damaged files.
     """
-    return {k: v for file in safetensors_of(folder, STEM) for k, v in read_weights(file).items()}
+    return {k: v for file in safetensors_of(folder, STEM) for k, v in read_state_dict(file).items()}
 
 
 def schedule_steps(file: Path) -> int:
@@ -234,7 +234,7 @@ def read_file(file: Path) -> dict[str, Tensor]:
         raise UserError(
             f"'{file}' is not a safetensors file.", "Only that format is read: download the weights in it."
         )
-    return read_weights(file)
+    return read_state_dict(file)
 
 
 def read_vae(place: Path) -> tuple[Kind, dict[str, Any], dict[str, Tensor]]:

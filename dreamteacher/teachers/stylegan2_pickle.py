@@ -177,19 +177,18 @@ def _snapshot(content: bytes, path: Path) -> Snapshot:
         if type(found) is not dict or not any(isinstance(found.get(name), _Module) for name in NETWORKS):
             raise ValueError("it holds none of the networks " + ", ".join(NETWORKS))
         networks: dict[str, Network] = {}
-        settings: dict[str, Any] = {}
-        for name, value in found.items():
-            if isinstance(value, _Module) and name in NETWORKS:
-                networks[name] = _network(value)
-            elif value is not None and name in NETWORKS:
+        for name in (
+            name for name in found if name in NETWORKS
+        ):  # in the order of the file; others are ignored
+            if isinstance(found[name], _Module):
+                networks[name] = _network(found[name])
+            elif found[name] is not None:
                 raise ValueError(f"its {name} is no network")
-            else:  # settings of the run
-                settings[name] = _plain(value)
         if sum(t.nbytes for n in networks.values() for t in n.state.values()) > len(content):
             raise ValueError("its tensors are larger than itself")
         if "G" in networks and "G_ema" in networks and _shape(networks["G"]) != _shape(networks["G_ema"]):
             raise ValueError("its G and G_ema are not of one architecture")
-        kwargs = settings.get("training_set_kwargs")
+        kwargs = _plain(found.get("training_set_kwargs"))
         if kwargs is not None and type(kwargs) is not dict:
             raise ValueError("its training_set_kwargs are no table")
         return Snapshot(training_set_kwargs=kwargs, networks=networks)

@@ -1,0 +1,513 @@
+"""`get-teacher`: published weights (or a checkpoint of one's own) become a teacher's folder, once and whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+from torch import Tensor
+from tyro.conf import Positional
+
+from dreamteacher import __version__, fetch
+from dreamteacher.config import to_json
+from dreamteacher.distributed import pick_device
+from dreamteacher.errors import UserError, did_you_mean, shorten
+from dreamteacher.fetch_archive import extract, is_archive
+from dreamteacher.teachers import EMBEDDED, read_card, save_teacher, sha256
+from dreamteacher.teachers.cost import Cost, measure
+from dreamteacher.teachers.known import (
+    ALIASES,
+    FAMILIES,
+    KNOWN,
+    NAME,
+    SWAV,
+    Kind,
+    Known,
+    Shape,
+    canonical,
+    download_place,
+    file_list,
+    missing_message,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dreamteacher.data import ImageSet
+
+MOST_UNPACKED = 20  # times its own size: weights hardly shrink when they are packed
+# Whose files a repository of each kind has, where nothing nearer is named by --like.
+_LIKE: dict[str, str] = {"ddpm": "ddpm-cat-256", "stable-diffusion": "sd-1.5", "vae": "kl-f8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GetTeacherConfig:
+    """Fetch a published teacher, or make one of a checkpoint of your own. `list teachers` names the published."""
+
+    name: Positional[str] = ""
+    """A published teacher's name or hub id; or a new name, for a checkpoint of your own (--file or --url)."""
+    file: Path | None = None
+    """The published file, archive or folder, already on this machine: nothing is downloaded."""
+    like: str | None = None
+    """For a checkpoint of your own: the published teacher whose kind and flags it shares."""
+    kind: Kind | None = None
+    """For a checkpoint of your own: which conversion reads it, where --like names none."""
+    settings: tuple[str, ...] = ()
+    """Flags as KEY=VALUE (JSON values; null takes a flag away), over those of the published teacher."""
+    url: str | None = None
+    """Download from here instead: an address (https://...) or a hub repository (OWNER/NAME)."""
+    sha256: str | None = None
+    """Hex digest that the file must have."""
+    prompt: str = ""
+    """Stable Diffusion: what its features are conditioned on; empty as in the paper's other teachers."""
+    vae: str = ""
+    """Stable Diffusion: another autoencoder (taesd is nine times cheaper): a name, hub id, folder or file."""
+    bank_images: Path | None = None
+    """IC-GAN: folder of images of yours; it makes images like them."""
+    embedder: Path | None = None
+    """IC-GAN: weights of the ResNet-50 that describes them (SwAV's, which it was trained with)."""
+    bank_size: int = 1000
+    """IC-GAN: at most so many of the images."""
+    size: tuple[int, int] | None = None
+    """Height and width of its images in pixels, where the files leave them open."""
+    licence: str | None = None
+    """Of the weights, kept with them and shown at every run; for published ones it is known."""
+    half: bool = False
+    """Store float16: half the disk, and rounded."""
+    out: Path | None = None
+    """Folder to make; none: in the cache, where --teacher finds it by its name."""
+    dry_run: bool = False
+    """Only print what would be downloaded and made."""
+
+
+class _Bank(NamedTuple):
+    """What an instance-conditional GAN is told of, opened before anything is downloaded."""
+
+    images: ImageSet
+    embedder: nn.Module
+
+
+def get_teacher(config: GetTeacherConfig) -> Path | None:
+    """Fetches, converts and saves one teacher; returns its folder (None for a dry run).
+
+    The folder appears when it is whole: after an error there is none, and downloads that can go on are kept.
+
+    Raises:
+        UserError: for unknown names, settings that do not fit, files that are missing, damaged, foreign or cannot
+            be downloaded, or a folder that is taken.
+    """
+    name, known = _choose(config)
+    settings = _settings(config, known)
+    out = config.out or fetch.cache_folder() / "teachers" / name
+    if _is_here(out, known, settings, config):
+        print(f"'{out}' is here already.\n{_next(name, out, config)}")
+        return out
+    _check_bank(config, known, name)
+    if config.dry_run:
+        print(_plan(name, known, settings, out, config))
+        return None
+    bank = _open_bank(config)
+    source = _fetch(name, known, config)
+    fetch.check_space(out, _bytes(source) // (2 if config.half else 1))
+    with _unpacked(source, known, name) as path:
+        weights, spec = _convert(known.kind, path, _resolved(settings, path, known, name))
+    weights = {**weights, **_instances(bank, known, spec, name, config)}
+    facts = {"from": _origin(known, config), "files": _digests(source, known)}
+    card = {
+        "name": name, "licence": known.licence, "kind": known.kind, "what": known.what, "source": facts,
+        "settings": settings, "version": __version__,
+    }  # fmt: skip
+    found = _save(out, weights, spec, card, config)
+    print(_summary(name, known, out, found))
+    print(_next(name, out, config))
+    return out
+
+
+# --- what is asked for --------------------------------------------------------------------------------------
+
+
+def _choose(config: GetTeacherConfig) -> tuple[str, Known]:
+    """The name, and the entry of the table with what the command line says instead; nothing is touched."""
+    name = canonical(config.name)
+    if not name:
+        raise UserError(
+            "'get-teacher' needs the name of a teacher.",
+            "`dreamteacher list teachers` names the published ones; for a checkpoint of your own, a new name.",
+        )
+    if name in EMBEDDED:
+        raise UserError(f"'{name}' comes with the package.", f"Use it as it is: --teacher {name}")
+    if name in KNOWN:
+        if config.like or config.kind:
+            raise UserError(
+                f"--like and --kind are for a checkpoint of your own, and '{name}' is a published one.",
+                "Give your own another name.",
+            )
+        known = KNOWN[name]
+    else:
+        known = _own(config, name)
+    if config.url:
+        known = _elsewhere(known, config.url)
+    several = known.hub or (config.file is not None and config.file.is_dir())
+    if config.sha256 and several:
+        raise UserError("--sha256 is of one file, and here are several.", "Leave it out.")
+    return name, replace(known, licence=config.licence or known.licence, sha256=config.sha256 or known.sha256)
+
+
+def _own(config: GetTeacherConfig, name: str) -> Known:
+    """An entry for a checkpoint of the user's own."""
+    if not (config.file or config.url):
+        raise UserError(
+            f"There is no published teacher '{name}'.{did_you_mean(name, [*KNOWN, *ALIASES])}",
+            "`dreamteacher list teachers` names them; a checkpoint of your own needs --file or --url.",
+        )
+    if config.out is None and not re.fullmatch(NAME, name):
+        raise UserError(
+            f"'{name}' cannot be a teacher's name.", "Use letters, digits, points and hyphens; or give --out."
+        )
+    if config.like is not None:
+        like = canonical(config.like)
+        if like not in KNOWN:
+            raise UserError(
+                f"There is no published teacher '{config.like}'.{did_you_mean(like, KNOWN)}",
+                "`dreamteacher list teachers` names them; or say its --kind.",
+            )
+        base = KNOWN[like]
+    elif config.kind is not None:
+        files = KNOWN[_LIKE[config.kind]].files if config.kind in _LIKE else ()
+        base = Known(
+            kind=config.kind, what="", licence="", shape=Shape((0, 0), {}, 0, 0), gigabytes=0, files=files,
+            bank=config.kind == "icgan-stylegan2",
+        )  # fmt: skip
+    else:
+        raise UserError(
+            f"What kind of network '{config.file or config.url}' holds is not known.",
+            f"Name the published teacher that it is like by --like, or its --kind: {', '.join(FAMILIES)}.",
+        )
+    if config.kind not in (None, base.kind):
+        raise UserError(
+            f"'{config.like}' is of the kind {base.kind}, not {config.kind}.", "Leave --kind out."
+        )
+    return replace(
+        base, what="a checkpoint of your own", licence="not recorded", url="", hub="", page="", sha256=None
+    )
+
+
+def _elsewhere(known: Known, url: str) -> Known:
+    """The entry with another address: of a hub repository where it is a folder, of one file where it is a file."""
+    folder = known.kind in _LIKE
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", url) is not None
+    if hub and folder:
+        return replace(known, hub=url, url="", sha256=None)
+    if hub or folder:
+        wanted = "a hub repository (OWNER/NAME)" if folder else "the address of one file (https://...)"
+        raise UserError(
+            f"--url cannot be '{url}': a teacher of the kind {known.kind} needs {wanted}.",
+            "Or download it yourself and give it by --file.",
+        )
+    name = PurePosixPath(urlsplit(url).path).name
+    return replace(known, url=url, hub="", files=(name or "download",), sha256=None)
+
+
+def _settings(config: GetTeacherConfig, known: Known) -> dict[str, Any]:
+    """The published flags with those of the command line over them: plain JSON values."""
+    settings = dict(known.settings)
+    for given in config.settings:
+        key, equals, text = given.partition("=")
+        if not key or not equals:
+            raise UserError(
+                f"--settings takes KEY=VALUE, not '{given}'.", "For example: --settings num_heads=4"
+            )
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        settings.pop(key, None)
+        if value is not None:
+            settings[key] = value
+    for key, text in (("prompt", config.prompt), ("vae", config.vae)):
+        if text and known.kind != "stable-diffusion":
+            raise UserError(f"--{key} is for Stable Diffusion, not for a {known.kind}.", "Leave it out.")
+        if text:
+            settings[key] = text
+    if config.size is not None:
+        settings |= _size(config.size, known.kind)
+    return settings
+
+
+def _size(size: tuple[int, int], kind: str) -> dict[str, Any]:
+    if kind in ("stable-diffusion", "vae"):
+        return {"size": list(size)}
+    if kind in ("adm", "ddpm") and size[0] == size[1]:
+        return {"image_size": size[0]}
+    why = (
+        "is read from its weights"
+        if kind not in ("adm", "ddpm")
+        else "is square; --size of `pretrain` may differ"
+    )
+    raise UserError(f"The size of a {kind} {why}.", "Leave --size out here.")
+
+
+def _is_here(out: Path, known: Known, settings: Mapping[str, Any], config: GetTeacherConfig) -> bool:
+    """Whether the folder holds this very teacher.
+
+    Raises:
+        UserError: when it holds something else.
+    """
+    if (out / "teacher.json").is_file():
+        card = read_card(out)
+        asked = config.file is None and config.url is None and config.bank_images is None
+        if asked and (card.get("kind"), card.get("settings")) == (known.kind, settings):
+            return True
+        raise UserError(
+            f"'{out}' holds a teacher already ({card.get('what', card['family'])}).",
+            "Delete that folder to make it anew, or name another --out.",
+        )
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"'{out}' is there and is no teacher's folder.", "Choose another --out.")
+    return False
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def _fetch(name: str, known: Known, config: GetTeacherConfig) -> Path:
+    """The published file, archive or folder on this machine."""
+    if config.file is not None:
+        if not config.file.exists():
+            published = f" It is published as: {file_list(known)}." if known.files else ""
+            raise UserError(f"'{config.file}' does not exist.{published}", "Give its path.")
+        if known.sha256 and config.file.is_file() and sha256(config.file) != known.sha256.lower():
+            raise UserError(
+                f"'{config.file}' is not the file that was meant: its sha256 is {sha256(config.file)}.",
+                "It is damaged or another file: get it again.",
+            )
+        return config.file
+    place = download_place(name)
+    if known.hub:
+        return fetch.hub_folder(known.hub, known.files, place, size=int(known.gigabytes * 1e9))
+    if known.url:
+        return fetch.download(known.url, place / known.files[0], sha256=known.sha256)
+    if (place / known.files[0]).is_file():
+        return place / known.files[0]
+    raise missing_message(name) or UserError(f"Nobody can download '{name}'.", "Give it by --file.")
+
+
+@contextmanager
+def _unpacked(source: Path, known: Known, name: str) -> Iterator[Path]:
+    """The weights in an archive, for as long as they are read; any other source as it is."""
+    if not (source.is_file() and is_archive(source)):
+        yield source
+        return
+    if not known.inside:
+        raise UserError(
+            f"'{source}' is an archive, and which of its files is meant is not known.",
+            "Unpack it and give the file of weights by --file.",
+        )
+    folder = download_place(name) / f"unpacked-{os.getpid()}"
+    try:
+        most = MOST_UNPACKED * source.stat().st_size + 1_000_000
+        found = extract(source, folder, [known.inside], most=most)
+        if len(found) > 1:
+            raise UserError(
+                f"'{source}' holds {len(found)} files {known.inside}: {shorten(p.name for p in found)}.",
+                "Unpack it and give the right one by --file.",
+            )
+        yield found[0]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _resolved(settings: Mapping[str, Any], path: Path, known: Known, name: str) -> dict[str, Any]:
+    """Settings for the conversion: parts of Stable Diffusion that come from elsewhere become paths."""
+    ready = dict(settings)
+    if known.other_unet and "unet" not in ready:
+        repository, file = known.other_unet
+        folder = (
+            path if (path / file).is_file() else fetch.hub_folder(repository, (file,), download_place(name))
+        )
+        ready["unet"] = str(folder / file)
+    if vae := ready.get("vae"):
+        entry = canonical(str(vae))
+        if entry in KNOWN and KNOWN[entry].kind == "vae":
+            files, hub, place = KNOWN[entry].files, KNOWN[entry].hub, download_place(entry)
+        else:
+            files, hub, place = KNOWN["kl-f8"].files, str(vae), download_place(str(vae).replace("/", "--"))
+        if not Path(str(vae)).exists():
+            ready["vae"] = str(fetch.hub_folder(hub, files, place))
+    return ready
+
+
+def _bytes(source: Path) -> int:
+    files = [source] if source.is_file() else [p for p in source.rglob("*") if p.is_file()]
+    return sum(p.stat().st_size for p in files)
+
+
+def _digests(source: Path, known: Known) -> dict[str, str]:
+    """sha256 of every file that was read, by its published name."""
+    if source.is_file():
+        return {source.name: sha256(source)}
+    names = [
+        n
+        for entry in known.files
+        for n in [next((n for n in entry.split("|") if (source / n).is_file()), "")]
+    ]
+    return {name: sha256(source / name) for name in names if name}
+
+
+def _origin(known: Known, config: GetTeacherConfig) -> str:
+    return "a local file" if config.file is not None else known.hub or known.url or known.page
+
+
+# --- conversion ---------------------------------------------------------------------------------------------
+
+
+def _convert(kind: Kind, path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    """Weights and spec of a published file or folder, by the conversion of its kind."""
+    match kind:
+        case "adm":
+            from dreamteacher.teachers import adm
+
+            return adm.convert(path, settings)
+        case "ddpm":
+            from dreamteacher.teachers import adm
+
+            return adm.convert_diffusers(path, settings)
+        case "stable-diffusion":
+            from dreamteacher.teachers import stable_diffusion
+
+            return stable_diffusion.convert(path, settings)
+        case "stylegan2" | "icgan-stylegan2":
+            from dreamteacher.teachers import stylegan2_pickle
+
+            return stylegan2_pickle.convert(path, settings)
+        case "biggan":
+            from dreamteacher.teachers import biggan
+
+            return biggan.convert(path, settings)
+        case "vae":
+            from dreamteacher.teachers import vae
+
+            return vae.convert(path, settings)
+
+
+def _check_bank(config: GetTeacherConfig, known: Known, name: str) -> None:
+    given = [config.bank_images, config.embedder]
+    if None in given and (known.bank or given != [None, None]):
+        raise _needs_bank(name)
+    if given != [None, None] and known.family not in ("biggan", "stylegan2"):
+        raise UserError(
+            f"--bank-images and --embedder are for IC-GAN, not for a {known.kind}.", "Leave them out."
+        )
+    if config.bank_size < 1:
+        raise UserError(f"--bank-size is {config.bank_size}.", "Use at least 1.")
+    if config.bank_images is not None and not config.bank_images.is_dir():
+        raise UserError(f"'{config.bank_images}' is no folder of images.", "Give one by --bank-images.")
+    if config.embedder is not None and not config.embedder.is_file():
+        raise UserError(
+            f"There is no file '{config.embedder}'.", f"--embedder: a ResNet-50, best SwAV's: {SWAV}"
+        )
+
+
+def _needs_bank(name: str) -> UserError:
+    return UserError(
+        f"'{name}' makes images like given ones: it needs --bank-images FOLDER and --embedder FILE.",
+        f"FOLDER: images of yours. FILE: a ResNet-50, best SwAV's, which it was trained with:\n{SWAV}",
+    )
+
+
+def _open_bank(config: GetTeacherConfig) -> _Bank | None:
+    if config.bank_images is None or config.embedder is None:
+        return None
+    from dreamteacher.teachers.instance_bank import bank_images, load_embedder
+
+    return _Bank(bank_images(config.bank_images), load_embedder(config.embedder))
+
+
+def _instances(
+    bank: _Bank | None, known: Known, spec: Any, name: str, config: GetTeacherConfig
+) -> dict[str, Tensor]:
+    """The instances (and their classes) that a network is told of; nothing for one that is told of none."""
+    from dreamteacher.teachers.instance_bank import bank_labels, build_bank
+
+    width = {"biggan": "features", "stylegan2": "h_dim"}.get(known.family)
+    features = to_json(spec)[width] if width else 0
+    if bank is None and features:
+        raise _needs_bank(name)
+    if bank is None:
+        return {}
+    if not features:
+        raise UserError(f"'{name}' is not told of instances.", "Leave --bank-images and --embedder out.")
+    found = {}
+    if known.family == "biggan" and spec.classes:
+        found["bank_labels"] = bank_labels(bank.images, spec.classes, limit=config.bank_size)
+    found["bank"] = build_bank(bank.images, bank.embedder, limit=config.bank_size, device=pick_device())
+    if found["bank"].shape[1] != features:
+        raise UserError(
+            f"'{name}' takes instances {features} wide; those of '{config.embedder}' are "
+            f"{found['bank'].shape[1]}.",
+            "Give the network that it was trained with by --embedder.",
+        )
+    return found
+
+
+def _save(
+    out: Path, weights: Mapping[str, Tensor], spec: Any, card: Mapping[str, Any], config: GetTeacherConfig
+) -> Cost:
+    """Writes the folder beside its place, then moves it there; what it has and costs, which its card says too."""
+    found = measure(FAMILIES[card["kind"]], spec)
+    facts = {"levels": found.levels, "modes": found.modes, "gmacs": [found.full, found.needed]}
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        save_teacher(temporary, weights, spec, {**card, **facts}, half=config.half)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise UserError(f"'{out}' cannot be made: {error.strerror}.", "Choose another --out.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return found
+
+
+# --- what is printed ----------------------------------------------------------------------------------------
+
+
+def _plan(name: str, known: Known, settings: Mapping[str, Any], out: Path, config: GetTeacherConfig) -> str:
+    files = [entry.split("|")[0] for entry in known.files] + (
+        [known.other_unet[1]] if known.other_unet else []
+    )
+    lines = [
+        f"{name}: {known.what}",
+        f"  licence   {known.licence}",
+        f"  from      {config.file or _origin(known, config)}",
+    ]
+    if config.file is None:
+        lines += [f"  download  about {known.gigabytes:g} GB", *(f"    {file}" for file in files)]
+        lines += [f"  offline   put them into {download_place(name)}"]
+    return "\n".join([*lines, f"  settings  {json.dumps(settings)}", f"  to        {out}"])
+
+
+def _summary(name: str, known: Known, out: Path, found: Cost) -> str:
+    levels = ", ".join(f"{stride}: {channels}" for stride, channels in found.levels.items())
+    return "\n".join(
+        [
+            f"{name}: {known.what}, licence: {known.licence}",
+            f"  family {known.family}, {' and '.join(found.modes)}; levels (stride: channels) {levels}",
+            f"  {found.needed:.1f} GMACs an image ({found.full:.1f} without the early exit)",
+            f"  {out} ({fetch.amount(_bytes(out))})",
+        ]
+    )
+
+
+def _next(name: str, out: Path, config: GetTeacherConfig) -> str:
+    """The command that pretrains with it."""
+    modes = read_card(out).get("modes", ["encode"])
+    what = "--images FOLDER" if "encode" in modes else "--dataset synthesized"
+    return f"Next: dreamteacher pretrain {what} --teacher {config.out or name} --out runs/{name}"
