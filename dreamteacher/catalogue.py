@@ -6,8 +6,10 @@ import importlib.metadata
 import os
 import platform
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from tyro.conf import Positional
@@ -17,7 +19,11 @@ from dreamteacher.distributed import pick_device, resolve_precision
 from dreamteacher.errors import UserError
 
 CORE = ("torch", "torchvision", "timm", "diffusers", "safetensors", "pillow", "tyro", "tqdm")
-EXTRAS = {"tensorboard": "pretrain --tensorboard"}
+EXTRAS = {
+    "tensorboard": "pretrain --tensorboard",
+    "huggingface_hub": "get-teacher, of teachers on the model hub",
+    "transformers": "get-teacher, of Stable Diffusion",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +70,107 @@ def print_list(config: ListConfig) -> None:
     print("\n".join(found))
 
 
-def _teachers() -> list[str]:
-    from dreamteacher.teachers import EMBEDDED, load_teacher
+class _Row(NamedTuple):
+    """A line of `list teachers`; `gmacs`: of one image at its own size, whole and up to the last level."""
 
-    lines = [f"{'name':18} {'family':10} {'modes':16} levels (stride: channels)"]
-    for name in EMBEDDED:
-        teacher = load_teacher(name)
-        levels = ", ".join(f"{s.stride}: {s.channels}" for s in teacher.specs)
-        modes = ", ".join(sorted(teacher.modes))
-        lines.append(f"{name:18} {teacher.family:10} {modes:16} {levels}; licence: {teacher.licence}")
+    name: str
+    status: str
+    family: str
+    modes: Sequence[str]
+    levels: Mapping[int, int]
+    size: tuple[int, int]
+    gmacs: tuple[float, float]
+    licence: str
+
+    def text(self) -> str:
+        """One line, aligned under the head."""
+        height, width = self.size
+        return _columns(
+            self.name, self.status, self.family, ", ".join(self.modes), _levels(self.levels),
+            f"{height} x {width}", " / ".join(f"{g:.1f}" for g in self.gmacs), self.licence,
+        )  # fmt: skip
+
+
+def _columns(*cells: str) -> str:
+    widths = (24, 11, 16, 14, 36, 11, 15)
+    return " ".join(
+        [*(f"{cell:{w}}" for cell, w in zip(cells[:-1], widths, strict=False)), cells[-1]]
+    ).rstrip()
+
+
+def _levels(levels: Mapping[int, int]) -> str:
+    return ", ".join(f"{stride}: {channels}" for stride, channels in levels.items())
+
+
+def _teachers() -> list[str]:
+    """Embedded, fetched and published teachers; no weights are read."""
+    from dreamteacher.teachers import EMBEDDED
+    from dreamteacher.teachers.known import KNOWN, fetched
+
+    here = fetched()
+    rows = [_from_card(name, folder, "embedded") for name, folder in EMBEDDED.items()]
+    rows += [_from_card(name, folder, "fetched") for name, folder in here.items()]
+    rows += [
+        _Row(
+            name, "not fetched", known.family, known.modes, known.shape.levels, known.shape.size,
+            (known.shape.gmacs_full, known.shape.gmacs_levels), known.licence,
+        )
+        for name, known in KNOWN.items()
+        if name not in here
+    ]  # fmt: skip
+    head = (
+        "name",
+        "status",
+        "family",
+        "modes",
+        "levels (stride: channels)",
+        "size",
+        "GMACs / needed",
+        "licence",
+    )
     return [
-        *lines,
-        f"{'FOLDER':18} {'diffusion':10} {'encode, sample':16} any folder that `train-teacher` made",
+        _columns(*head),
+        *(row.text() for row in rows),
+        _columns("FOLDER", "yours", "any", "", "what `train-teacher` or `get-teacher` made", ""),
+        _columns("FILE.py:FUNCTION", "yours", "module", "", "a network of your own", ""),
     ]
+
+
+def _from_card(name: str, folder: Path, status: str) -> _Row:
+    """What a teacher's card says; what an older one does not say is found from its spec."""
+    from dreamteacher.teachers import read_card, read_spec
+
+    card = read_card(folder)
+    size = card["network"].get("size", (0, 0))
+    licence = card.get("licence", "not recorded")
+    if "levels" in card and "gmacs" in card:
+        levels = {int(stride): channels for stride, channels in card["levels"].items()}
+        return _Row(name, status, card["family"], card["modes"], levels, size, tuple(card["gmacs"]), licence)
+    from dreamteacher.teachers.cost import measure
+
+    cost = measure(card["family"], read_spec(folder, card))
+    return _Row(
+        name, status, card["family"], cost.modes, cost.levels, size, (cost.full, cost.needed), licence
+    )
+
+
+def teacher_table() -> str:
+    """The published teachers as a Markdown table, for docs/teachers.md."""
+    from dreamteacher.teachers.known import KNOWN
+
+    lines = [
+        "| name | what | modes | stride: channels | t | GMACs whole / needed | download | licence | in the paper |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, known in KNOWN.items():
+        shape = known.shape
+        cells = (
+            f"`{name}`", known.what, ", ".join(known.modes), _levels(shape.levels), known.timestep or "",
+            f"{shape.gmacs_full:,.1f} / {shape.gmacs_levels:,.1f}", f"{known.gigabytes:g} GB", known.licence,
+            known.paper,
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
 
 
 def doctor(config: DoctorConfig) -> None:
@@ -84,13 +178,23 @@ def doctor(config: DoctorConfig) -> None:
     device = pick_device()
     print(f"dreamteacher {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in CORE:
-        print(f"  {package:14} {_version(package) or 'MISSING: pip install ' + package}")
+        print(f"  {package:15} {_version(package) or 'MISSING: pip install ' + package}")
     for package, use in EXTRAS.items():
-        print(f"  {package:14} {_version(package) or f'not installed (only for {use})'}")
+        print(f"  {package:15} {_version(package) or f'not installed (only for {use})'}")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     dtype = str(resolve_precision(device, "auto")).removeprefix("torch.")
     print(f"  device         {device} ({name}), {torch.get_num_threads()} threads, precision auto = {dtype}")
     print(f"  free disk here {shutil.disk_usage('.').free / 1e9:.1f} GB")
+    print(f"  cache          {_cache()}")
+
+
+def _cache() -> str:
+    """The folder of downloads and fetched teachers, and what it takes."""
+    from dreamteacher.fetch import amount, cache_folder
+
+    folder = cache_folder()
+    files = [p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()] if folder.is_dir() else []
+    return f"{folder} ({amount(sum(p.stat().st_size for p in files)) if files else 'empty'})"
 
 
 def _version(package: str) -> str | None:

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 import time
 import urllib.error
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -263,35 +265,44 @@ def hub_folder(
         return place
     try:
         from huggingface_hub import constants
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+        from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     except ImportError:
         raise UserError(
             f"Files of {HUB_HOST}/{repository} need the package huggingface_hub, which is not installed.",
             f"pip install 'dreamteacher[hub]', or put {shorten(_first(wanted), 9)} into\n{place}",
         ) from None
-    try:
-        folder = _from_hub(repository, wanted, local_files_only=True)  # all there already?
-        if folder is None and not (local_files_only or constants.HF_HUB_OFFLINE):
-            check_space(Path(constants.HF_HUB_CACHE), size)
+    folder = _from_hub(repository, wanted, local_files_only=True)  # all there already?
+    reason = "no network may be used" if local_files_only or constants.HF_HUB_OFFLINE else ""
+    if folder is None and not reason and not _resolves(constants.ENDPOINT):
+        reason = "there is no connection to it"
+    if folder is None and not reason:
+        check_space(Path(constants.HF_HUB_CACHE), size)
+        try:
             folder = _from_hub(repository, wanted, local_files_only=False)
-        reason = "no network may be used" if folder is None else ""
-    except GatedRepoError:
-        folder, reason = None, "its licence must be accepted there first, with your account (`hf auth login`)"
-    except RepositoryNotFoundError:
-        folder, reason = None, "there is none of this name, or it is private"
-    except OSError as error:  # also what the hub raises for a network that is not there
-        if error.errno in _FULL:
-            raise
-        folder, reason = (
-            None,
-            (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip("."),
-        )
+        except GatedRepoError:
+            reason = "its licence must be accepted there first, with your account (`hf auth login`)"
+        except RepositoryNotFoundError:
+            reason = "there is none of this name, or it is private"
+        except LocalEntryNotFoundError:
+            reason = "the connection to it fails"
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip(".")
     if folder is None:
         raise UserError(
             f"Repository '{repository}' of {HUB_HOST} cannot be read: {reason}.",
-            f"Put its files {shorten(_first(wanted), 12)}, under these names, here and run the same command:\n{place}",
+            f"Put its files {shorten(_first(wanted), 12)} here, under these names, and run the same command:\n{place}",
         )
     return folder
+
+
+def _resolves(address: str) -> bool:
+    """Whether a host can be reached at all: its name has an address, or a proxy stands in between."""
+    try:
+        return bool(urllib.request.getproxies() or socket.getaddrinfo(urlsplit(address).hostname, 443))
+    except OSError:
+        return False
 
 
 def _first(wanted: Sequence[Sequence[str]]) -> list[str]:

@@ -9,7 +9,6 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from PIL import Image
 from pictures import cut, refused
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -158,7 +157,7 @@ def whole_unet(teacher: StableDiffusionTeacher) -> UNet2DConditionModel:
     left = whole.load_state_dict(teacher.network.unet.state_dict(), strict=False)
     assert not left.unexpected_keys
     assert all(k.startswith(("conv_out", "conv_norm_out", "up_blocks")) for k in left.missing_keys)
-    return whole.eval().to(memory_format=torch.channels_last)
+    return whole.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("kind", UNETS)
@@ -215,14 +214,16 @@ def test_nothing_runs_after_the_last_level_and_nothing_else_is_kept(kind, enlarg
     )
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_walk_compiles_without_graph_breaks(kind):
-    network = make(kind).network
+def test_walk_compiles_without_graph_breaks():
+    config = unet(
+        [8, 8], [False, True], cross_attention_dim=6, addition_embed_type="text_time",
+        addition_time_embed_dim=2, projection_class_embeddings_input_dim=5 + 6 * 2,
+    )  # fmt: skip
+    network = load(weights_of(spec := spec_of(unet=config)), spec, Path("-"), name="-", licence="-").network
     compiled = torch.compile(decoder_maps, fullgraph=True, backend="eager")
-    x, t, context = torch.rand(1, 4, 8, 8), torch.tensor([7]), network.prompt
-    added = (network.pooled, time_ids(64, 64, x)) if network.xl else None
+    x, t, added = torch.rand(1, 4, 8, 8), torch.tensor([7]), (network.pooled, time_ids(64, 64, torch.ones(1)))
     with torch.no_grad():
-        ours, plain = (f(network.unet, x, t, context, 2, added) for f in (compiled, decoder_maps))
+        ours, plain = (f(network.unet, x, t, network.prompt, 2, added) for f in (compiled, decoder_maps))
         assert same(ours, plain)
 
 
@@ -253,7 +254,7 @@ def test_latents_are_the_library_s(vae_kind, enlarge):
         whole = (AutoencoderTiny if vae_kind == "tiny" else AutoencoderKL)(**vae)
     left = whole.load_state_dict(teacher.network.vae.state_dict(), strict=False)
     assert all(k.startswith(("decoder.", "post_quant_conv.")) for k in left.missing_keys)
-    whole = whole.eval().to(memory_format=torch.channels_last)
+    whole = whole.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     images = images_of(2, 64, 128)
     images[0, :, :32] = images[0, :, :32].round()  # edges, where bicubic filters overshoot
     latents = teacher.latents(images)
@@ -357,7 +358,9 @@ def test_contract(kind, tmp_path):
     teacher.keep_only("encode")
     check_teacher(teacher)
     images = images_of(1, 64, 64)
-    assert same(teacher.encode(images, generator=seeded(1)), make(kind).encode(images, generator=seeded(1)))
+    maps, expected = (m.encode(images, generator=seeded(1)) for m in (teacher, make(kind)))
+    for a, b in zip(maps, expected, strict=True):  # weights lie elsewhere in memory: the last bits may differ
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert from_json(StableDiffusionSpec, json.loads(json.dumps(to_json(spec)))) == spec
 
 
@@ -495,7 +498,7 @@ def publish(folder: Path, kind: str) -> StableDiffusionPipeline | StableDiffusio
             "vae": AutoencoderKL(**KL).eval(),
             "text_encoder": text_encoder(16 if kind == "sd2" else 12, tokens, projects=False),
             "scheduler": DDIMScheduler(
-                1000, 0.00085, 0.012, beta_schedule="scaled_linear",
+                1000, 0.00085, 0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
                 prediction_type="v_prediction" if kind == "sd2" else "epsilon",
             ),
         }  # fmt: skip
@@ -713,8 +716,3 @@ def test_bad_requests_say_what_to_do(pipelines, tmp_path, monkeypatch):
     refused(lambda: convert(lacking, {}), "lacks text_encoder_2/config.json")
     monkeypatch.setitem(sys.modules, "transformers", None)
     refused(lambda: convert(folder, {}), "needs transformers", "pip install 'dreamteacher[text]'")
-
-
-def test_a_specs_fields_can_be_replaced():
-    spec = replace(spec_of(), size=(32, 32))
-    assert load(weights_of(spec), spec, Path("-"), name="-", licence="-").size == (32, 32)

@@ -48,10 +48,8 @@ _LAYOUTS = {
 _OPERATIONS = {code: (name, _LAYOUTS[name]) for code, name in _NAMES.items() if name in _LAYOUTS}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _FRESH: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set}
-_IDLE = {
-    "PROTO",
-    "FRAME",
-}  # the version tells nothing that the operations do not, and frames are for reading ahead
+# The version tells nothing that the operations do not; frames are for reading ahead.
+_IDLE = {"PROTO", "FRAME"}
 _PUTS, _GETS = {"BINPUT", "LONG_BINPUT", "MEMOIZE"}, {"BINGET", "LONG_BINGET"}
 _VALUES = {*_COUNTED, "BININT", "BININT1", "BININT2", "BINFLOAT"}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}

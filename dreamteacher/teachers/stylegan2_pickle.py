@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,9 +178,7 @@ def _snapshot(content: bytes, path: Path) -> Snapshot:
         if type(found) is not dict or not any(isinstance(found.get(name), _Module) for name in NETWORKS):
             raise ValueError("it holds none of the networks " + ", ".join(NETWORKS))
         networks: dict[str, Network] = {}
-        for name in (
-            name for name in found if name in NETWORKS
-        ):  # in the order of the file; others are ignored
+        for name in [name for name in found if name in NETWORKS]:  # in the file's order; others are ignored
             if isinstance(found[name], _Module):
                 networks[name] = _network(found[name])
             elif found[name] is not None:
@@ -364,7 +363,9 @@ def _plain_state(content: bytes, name: str, path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             found: Any = load_safetensors(content)
         else:
-            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # torch warns of what it then refuses: our error says it
+                warnings.simplefilter("ignore")
+                found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no one error for damaged and for refused files
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         why = f"it asks for '{asked[1]}'" if asked else type(error).__name__
