@@ -51,11 +51,10 @@ def print_list(config: ListConfig) -> None:
 
             lines = student_names()
         case "presets":
-            from dreamteacher.teachers.train_diffusion import PRESETS
+            from dreamteacher.teachers.train import PRESETS
 
             lines = [
-                f"{name:18} {p.size[0]} x {p.size[1]}, channels {p.channels}, patch {p.patch}, "
-                f"{p.steps} steps of {p.batch_size}, t = {p.timestep}"
+                f"{name:18} {p.size[0]} x {p.size[1]}, {p.line()}, {p.steps} steps of {p.batch_size}"
                 for name, p in PRESETS.items()
             ]
         case "tasks":

@@ -34,6 +34,10 @@ VERBS = {
         "dreamteacher.teachers.train", "TrainTeacherConfig", "train_teacher",
         "a diffusion model or a StyleGAN2 on your own images",
     ),
+    "get-teacher": Verb(
+        "dreamteacher.teachers.get", "GetTeacherConfig", "get_teacher",
+        "a published generator (ADM, Stable Diffusion, StyleGAN2 ...) or a checkpoint of yours -> a teacher",
+    ),
     "evaluate": Verb(
         "dreamteacher.downstream.evaluate", "EvaluateConfig", "evaluate",
         "kNN, probes, fine-tuning, segmentation; for any backbone",

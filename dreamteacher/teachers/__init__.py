@@ -32,24 +32,31 @@ EMBEDDED = {p.name: p for p in sorted((Path(__file__).parent.parent / "weights")
 
 
 def teacher_folder(name: str) -> Path:
-    """The folder of an embedded teacher's name, or of a path that `train-teacher` wrote.
+    """The folder of an embedded or fetched teacher's name, or of a path that `train-teacher` or `get-teacher` wrote.
 
     Raises:
-        UserError: for an unknown name, or a folder that holds no teacher.
+        UserError: for an unknown name, a published one that is not here yet, or a folder that holds no teacher.
     """
+    from dreamteacher.teachers.known import KNOWN, fetched, fetched_folder, missing_message
+
     if name in EMBEDDED:
         return EMBEDDED[name]
     folder = Path(name)
     if (folder / SPEC).is_file() and (folder / WEIGHTS).is_file():
         return folder
+    if found := fetched_folder(name):
+        return found
+    if missing := missing_message(name):
+        raise missing
     if folder.is_dir():
         raise UserError(
             f"'{name}' holds no teacher ({SPEC} and {WEIGHTS} are not both there).",
             "Give the --out folder of a finished `dreamteacher train-teacher`.",
         )
     raise UserError(
-        f"There is no teacher '{name}'.{did_you_mean(name, EMBEDDED)}",
-        f"Use one of: {', '.join(EMBEDDED)}; or a folder that `dreamteacher train-teacher` made.",
+        f"There is no teacher '{name}'.{did_you_mean(name, {*EMBEDDED, *fetched(), *KNOWN})}",
+        f"Use one of: {', '.join({**EMBEDDED, **fetched()})}; a name of `dreamteacher list teachers`; "
+        "or a folder that `dreamteacher train-teacher` made.",
     )
 
 
