@@ -24,6 +24,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from test_stylegan2 import tiny as tiny_gan
 
 from dreamteacher import checkpoint, report, teachers
 from dreamteacher.cli import main
@@ -65,6 +66,17 @@ def segment(*flags: str, **settings: str) -> list[str]:
         "mask-counts": "2",
     }
     return _command("evaluate", base | {"out": "new/results"}, settings, flags)
+
+
+def get(*flags: str, **settings: str) -> list[str]:
+    """get-teacher into a folder of this world."""
+    return _command("get-teacher", {"out": "new/got"}, settings, flags)
+
+
+def inspect(*flags: str, **settings: str) -> list[str]:
+    """A small inspection of the folder `photos`."""
+    base = {"images": "photos", "teacher": "teacher", "labels": "2", "out": "new/inspected", "t": "50"}
+    return _command("inspect", base, settings, flags)
 
 
 def _command(verb: str, base: dict[str, str], settings: dict[str, str], flags: tuple[str, ...]) -> list[str]:
@@ -195,6 +207,66 @@ SECTIONS: dict[str, list[Case]] = {
             "A teacher.json of another network", pretrain(teacher="teacher-other"), "does not fit the network"
         ),
     ],
+    "Teachers": [
+        case(
+            "A published teacher that is not here yet",
+            pretrain(teacher="adm-imagenet-256"),
+            "get-teacher adm-imagenet-256",
+            "Without a network",
+        ),
+        case("An unknown published teacher", get("adm-imagnet-256"), "Did you mean 'adm-imagenet-256'?"),
+        case(
+            "Its file is not there", get("adm-imagenet-256", file="nowhere.pt"), "'nowhere.pt' does not exist"
+        ),
+        case(
+            "Its file is damaged",
+            get("adm-imagenet-256", file="weights/cut.safetensors"),
+            "cannot be read as plain weights",
+        ),
+        case("Its file is another one", get("adm-lsun-cat", file="weights/foreign.safetensors"), "foreign"),
+        case(
+            "Its file is not the one that was meant",
+            get("adm-lsun-cat", file="weights/foreign.safetensors", sha256="0" * 64),
+            "sha256",
+        ),
+        case(
+            "A StyleGAN2 pickle that would run a command",
+            get("mine", kind="stylegan2", file="hostile.pkl"),
+            "os.system",
+        ),
+        case(
+            "An unknown flag of a published network",
+            get("mine", like="adm-lsun-cat", settings="heads=4", file="weights/foreign.safetensors"),
+            "heads",
+        ),
+        case("An IC-GAN without images of one's own", get("icgan-256"), "--bank-images"),
+        case(
+            "A GAN asked for the maps of images",
+            pretrain(teacher="gan"),
+            "cannot make a dataset that is encoded",
+            "--dataset synthesized",
+        ),
+        case(
+            "A GAN asked for another size",
+            pretrain(teacher="gan", dataset="synthesized", size="32 32"),
+            "images of 64 x 64",
+        ),
+        case("A mixture with no room for a kind", pretrain(dataset="mixture", share="0.01"), "--share"),
+        case("A file of one's own that is not there", pretrain(teacher="gone.py:teacher"), "gone.py"),
+        case(
+            "A function that it does not have", pretrain(teacher="own.py:techer"), "Did you mean 'teacher'?"
+        ),
+        case("A function that gives no teacher", pretrain(teacher="own.py:number"), "own.py"),
+        case("A function that fails", pretrain(teacher="own.py:fails"), "own.py", "ZeroDivisionError"),
+        case("Inspecting a GAN's maps of images", inspect(teacher="gan"), "its own samples are inspected"),
+        case("More labels than a class has, inspecting", inspect(labels="8"), "too few for --labels 8"),
+        case(
+            "A setting of the other family",
+            train("--schedule", "cosine", preset="stylegan2-cpu-64"),
+            "a setting of diffusion teachers",
+        ),
+        case("The same, the other way round", train("--gamma", "1"), "a setting of StyleGAN2 teachers"),
+    ],
     "The run folder": [
         case("It is a file", pretrain(out="notes.txt"), "'notes.txt' is a file, not a folder"),
         case("It lies below a file", pretrain(out="notes.txt/run"), "'notes.txt' is a file, not a folder"),
@@ -277,6 +349,23 @@ def damaged(kind: str, good: bytes) -> bytes:
     return good[:8] + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + end
 
 
+OWN = """
+from dreamteacher.teachers import load_teacher
+
+
+def teacher():
+    return load_teacher("teacher")
+
+
+def number():
+    return 7
+
+
+def fails():
+    return 1 / 0
+"""
+
+
 class Code:
     """Unpickling this runs a command."""
 
@@ -338,6 +427,10 @@ def _teachers(tiny: Path) -> None:
     Path("teacher-damaged/teacher.safetensors").write_bytes(weights)
     text = Path("teacher/teacher.json").read_text()
     Path("teacher-card/teacher.json").write_text(text[: len(text) // 2])
+    Path("gan").mkdir()
+    tiny_gan(Path("gan"))
+    shutil.copyfile(Path(__file__).parent / "golden" / "hostile_os_system.pkl", "hostile.pkl")
+    Path("own.py").write_text(OWN)
     Path("teacher-other/teacher.json").write_text(
         text.replace('"layers_per_block": 1', '"layers_per_block": 2')
     )
@@ -412,6 +505,7 @@ def provoke(world: Path, tiny_teacher: Path) -> Callable[[Case], Outcome]:
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(world)
                 patch.delenv("DREAMTEACHER_TRACEBACK", raising=False)
+                patch.setenv("DREAMTEACHER_CACHE", "cache")
                 # The embedded teacher's name is all that is needed of it here.
                 patch.setattr(teachers, "EMBEDDED", {"chest-xray-64": tiny_teacher})
                 if c.patch:
