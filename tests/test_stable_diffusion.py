@@ -427,7 +427,8 @@ def test_other_networks_are_refused(change, words):
 
 
 def test_shifted_latents_are_refused():
-    refused(lambda: build_network(spec_of(vae=KL | {"shift_factor": 0.1})), "latents are shifted")
+    with torch.device("meta"):
+        refused(lambda: build_network(spec_of(vae=KL | {"shift_factor": 0.1})), "latents are shifted")
 
 
 def test_published_sizes_and_costs():
@@ -527,7 +528,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path,
 
 
 @pytest.mark.parametrize(
-    ("kind", "prompt"), [("sd1", ""), ("sd2", ""), ("sdxl", ""), ("sd1", "a cat"), ("sdxl", "A  Cat")]
+    ("kind", "prompt"), [("sd1", "a cat"), ("sd2", ""), ("sdxl", ""), ("sdxl", "A  Cat")]
 )
 def test_a_folder_gives_what_its_pipeline_computes(kind, prompt, pipelines):
     folder, pipeline = pipelines[kind]

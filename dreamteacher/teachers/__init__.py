@@ -48,6 +48,8 @@ def teacher_folder(name: str) -> Path:
         return found
     if missing := missing_message(name):
         raise missing
+    if name.endswith(".py"):
+        raise UserError(f"'{name}' names no function.", f"Name one that returns a Teacher: {name}:FUNCTION.")
     if folder.is_dir():
         raise UserError(
             f"'{name}' holds no teacher ({SPEC} and {WEIGHTS} are not both there).",

@@ -102,6 +102,11 @@ def _is_here(out: Path, known: Known, settings: Mapping[str, Any], config: GetTe
         )
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"'{out}' is there and is no teacher's folder.", "Choose another --out.")
+    above = next(p for p in out.absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(
+            f"'{out}' cannot be made: nothing can be written into '{above}'.", "Choose another --out."
+        )
     return False
 
 
