@@ -281,7 +281,12 @@ def test_kept_latents_give_the_same_maps(noise, tmp_path):
     maps = teacher.encode(images, generator=seeded(3))
     save_file({"latents": teacher.latents(images).contiguous()}, tmp_path / "kept.safetensors")
     kept = load_file(tmp_path / "kept.safetensors")["latents"]
+    layouts: list[bool] = []
+    teacher.network.unet.conv_in.register_forward_pre_hook(
+        lambda _m, args: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
     assert same(teacher.encode_latents(kept, generator=seeded(3)), maps)
+    assert layouts == [True]
 
 
 # --- noise --------------------------------------------------------------------------------------------------
@@ -566,6 +571,10 @@ def copied(pipelines: dict[str, tuple[Path, Any]], kind: str, to: Path) -> Path:
     return to / kind
 
 
+def edit(file: Path, **values: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
 def test_half_precision_variants_and_several_files(pipelines, tmp_path):
     folder = copied(pipelines, "small", tmp_path)
     whole, _ = convert(folder, {})
@@ -578,6 +587,7 @@ def test_half_precision_variants_and_several_files(pipelines, tmp_path):
         half = {k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}
         save_file(half, folder / part / f"{name}.fp16.safetensors", {"format": "pt"})
         file.unlink()
+    edit(folder / "text_encoder" / "config.json", dtype="float16")
     weights, spec = convert(folder, {})
     assert weights["unet.conv_in.weight"].dtype == torch.float16
     assert all(torch.equal(v, whole[k].half()) for k, v in weights.items() if k != "prompt")
@@ -675,10 +685,6 @@ def test_clean_weights_in_the_place_of_the_u_net_s(pipelines, tmp_path):
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def edit(file: Path, **values: object) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def as_bin(file: Path) -> None:

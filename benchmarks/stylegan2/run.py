@@ -49,10 +49,13 @@ def main() -> None:
         runs[seed] = pretrain(
             replace(recipe, images=None, dataset="synthesized", samples=args.samples or len(real))
         )
-    rows = evaluate_student(
-        lambda seed: create_student(demo.student, init=str(runs[seed])), evaluation,
-        method="DreamTeacher, StyleGAN2", classification=labelled_data(real, data.load_images(test, (64, 64))),
-        segmentation=split_masks(load_segmentation(lungs, masks, (64, 64), binary=True)),
+    rows = list(
+        evaluate_student(
+            lambda seed: create_student(demo.student, init=str(runs[seed])), evaluation,
+            method="DreamTeacher, StyleGAN2",
+            classification=labelled_data(real, data.load_images(test, (64, 64))),
+            segmentation=split_masks(load_segmentation(lungs, masks, (64, 64), binary=True)),
+        )
     )  # fmt: skip
     checkpoint.write_text(args.out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     print(summary_table(rows))

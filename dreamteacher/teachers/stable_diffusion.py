@@ -217,13 +217,14 @@ class StableDiffusionTeacher(Teacher):
         Args:
             latents: what `latents` gave.
         """
-        # In one layout, so that kept latents give the same last bits as fresh ones.
-        x0 = latents.float().contiguous(memory_format=torch.channels_last)
+        x0 = latents.float()
         steps = torch.tensor(self.timesteps, device=x0.device)
         if self.noise == "none":
             x = torch.cat([x0] * len(self.timesteps))
         else:
             x = noised(x0, self.alpha_bar[steps], self._draw(x0, generator))
+        # In one layout, so that kept latents give the same last bits as fresh ones.
+        x = x.contiguous(memory_format=torch.channels_last)
         added = None
         if self.network.xl:
             height, width = (side * self.network.latent_stride for side in x0.shape[-2:])
