@@ -289,7 +289,9 @@ def _curves(it: Run) -> str:
         for key, who in (("loss/g", "generator"), ("loss/d", "discriminator"))
         if (points := _points(it.metrics, key))
     ]
-    charts.append(line_chart("Losses", duel, "Each against the other: their balance counts, not their height."))
+    charts.append(
+        line_chart("Losses", duel, "Each against the other: their balance counts, not their height.")
+    )
     for key, (title, caption, how) in _CHARTS.items():
         charts.append(line_chart(title, _lines(it.metrics, key), caption, **how))
     charts.append(

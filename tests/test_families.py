@@ -33,7 +33,7 @@ TINY = {
     "vae-tiny": ("test_vae", "tiny_taesd"),
     "vae-vq": ("test_vae", "tiny_vq"),
 }
-OWN = '''
+OWN = """
 import torch
 from torch import nn
 
@@ -62,7 +62,7 @@ def teacher():
         levels={4: "fine", 16: "coarse"},
         sample=lambda n, generator: torch.randn(n, 8, 1, 1, generator=generator),
     )
-'''
+"""
 
 
 def build(kind: str, folder: Path) -> str:
