@@ -252,7 +252,7 @@ def hub_folder(
 
     Args:
         repository: "owner/name".
-        files: paths in it; "a|b" stands for a, or b where the repository has no a.
+        files: paths in it; "a|b": a, or b where the repository has no a; "a?": a where it has it.
         place: where a user without a network puts them, under the same paths.
         size: bytes of all of them, roughly: for the check of the disk.
         local_files_only: no network is used.
@@ -260,8 +260,8 @@ def hub_folder(
     Raises:
         UserError: naming the repository, its files and `place`; or the extra to install.
     """
-    wanted = [tuple(entry.split("|")) for entry in files]
-    if all(any((place / name).is_file() for name in names) for names in wanted):
+    needed = [alternatives(entry) for entry in files if not entry.endswith("?")]
+    if all(any((place / name).is_file() for name in names) for names in needed):
         return place
     try:
         from huggingface_hub import constants
@@ -269,16 +269,16 @@ def hub_folder(
     except ImportError:
         raise UserError(
             f"Files of {HUB_HOST}/{repository} need the package huggingface_hub, which is not installed.",
-            f"pip install 'dreamteacher[hub]', or put {shorten(_first(wanted), 9)} into\n{place}",
+            f"pip install 'dreamteacher[hub]', or put {shorten((names[0] for names in needed), 9)} into\n{place}",
         ) from None
-    folder = _from_hub(repository, wanted, local_files_only=True)  # all there already?
+    folder = _from_hub(repository, files, local_files_only=True)  # all there already?
     reason = "no network may be used" if local_files_only or constants.HF_HUB_OFFLINE else ""
     if folder is None and not reason and not _resolves(constants.ENDPOINT):
         reason = "there is no connection to it"
     if folder is None and not reason:
         check_space(Path(constants.HF_HUB_CACHE), size)
         try:
-            folder = _from_hub(repository, wanted, local_files_only=False)
+            folder = _from_hub(repository, files, local_files_only=False)
         except GatedRepoError:
             reason = "its licence must be accepted there first, with your account (`hf auth login`)"
         except RepositoryNotFoundError:
@@ -292,7 +292,7 @@ def hub_folder(
     if folder is None:
         raise UserError(
             f"Repository '{repository}' of {HUB_HOST} cannot be read: {reason}.",
-            f"Put its files {shorten(_first(wanted), 12)} here, under these names, and run the same command:\n{place}",
+            f"Put its files {shorten((names[0] for names in needed), 12)} here, under these names, and run the same command:\n{place}",
         )
     return folder
 
@@ -305,11 +305,17 @@ def _resolves(address: str) -> bool:
         return False
 
 
-def _first(wanted: Sequence[Sequence[str]]) -> list[str]:
-    return [names[0] for names in wanted]
+def alternatives(entry: str) -> list[str]:
+    """The paths that an entry of a list of files stands for, best first.
+
+    Example:
+        >>> alternatives("net.safetensors|net.bin"), alternatives("extra.json?")
+        (['net.safetensors', 'net.bin'], ['extra.json'])
+    """
+    return entry.removesuffix("?").split("|")
 
 
-def _from_hub(repository: str, wanted: Sequence[Sequence[str]], *, local_files_only: bool) -> Path | None:
+def _from_hub(repository: str, files: Sequence[str], *, local_files_only: bool) -> Path | None:
     """The snapshot folder with all the files, of one commit; None where a local one is not complete.
 
     Raises:
@@ -318,29 +324,27 @@ def _from_hub(repository: str, wanted: Sequence[Sequence[str]], *, local_files_o
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    commit: str | None = None
     folder: Path | None = None
-    for names in wanted:
-        found: Path | None = None
-        for name in names:
+    for entry in files:
+        found = False
+        for name in alternatives(entry):
+            commit = None if folder is None else folder.name
             try:
-                found = Path(
-                    hf_hub_download(repository, name, revision=commit, local_files_only=local_files_only)
-                )
+                path = hf_hub_download(repository, name, revision=commit, local_files_only=local_files_only)
             except LocalEntryNotFoundError:
                 if not local_files_only:
                     raise
+                continue
             except EntryNotFoundError:
-                pass
-            if found is not None:
-                folder = found.parents[name.count("/")]
-                commit = folder.name
-                break
-        if found is None and local_files_only:
+                continue
+            folder, found = Path(path).parents[name.count("/")], True
+            break
+        if found or entry.endswith("?"):
+            continue
+        if local_files_only:
             return None
-        if found is None:
-            raise UserError(
-                f"Repository '{repository}' of {HUB_HOST} has no file {' or '.join(names)}.",
-                "It has changed since this was written: name its present files by --file FOLDER.",
-            )
+        raise UserError(
+            f"Repository '{repository}' of {HUB_HOST} has no file {' or '.join(alternatives(entry))}.",
+            "It has changed since this was written: name its present files by --file FOLDER.",
+        )
     return folder

@@ -113,13 +113,10 @@ def inspect_teacher(config: InspectConfig) -> list[Row]:
         UserError: for unknown teachers, folders without images, masks that do not fit; before anything runs.
     """
     device = pick_device(config.device)
+    _check_numbers(config)
     teacher = _load(config)
     size = config.size or teacher.size
     teacher.check_size(*size)
-    if config.count < 8 or config.labels < 1:
-        raise UserError("--count must be at least 8 and --labels at least 1.", "Give larger numbers.")
-    if config.out.exists() and not config.out.is_dir():
-        raise UserError(f"'{config.out}' is a file.", "Choose another --out.")
     images = _images(config, teacher, size)
     teacher.to(device)
     rows, pictures = _Scores(config, teacher, images).run(device)
@@ -131,6 +128,15 @@ def inspect_teacher(config: InspectConfig) -> list[Row]:
     print(_verdict(rows, images))
     print(f"Page: {config.out / 'index.html'}   ranking: {config.out / 'ranking.csv'}")
     return rows
+
+
+def _check_numbers(config: InspectConfig) -> None:
+    if config.count < 8 or config.labels < 1:
+        raise UserError("--count must be at least 8 and --labels at least 1.", "Give larger numbers.")
+    if not config.t:
+        raise UserError("--t needs at least one timestep.", "For example --t 50 100 250.")
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"'{config.out}' is a file.", "Choose another --out.")
 
 
 def _load(config: InspectConfig) -> Teacher:

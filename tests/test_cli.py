@@ -25,6 +25,8 @@ from dreamteacher.errors import UserError
 
 BARE = {"PATH": os.environ.get("PATH", ""), "HOME": os.environ.get("HOME", ""), "OMP_NUM_THREADS": "1"}
 
+BY_PLACE = {("list", "what"), ("get-teacher", "name")}  # settings without a flag
+
 
 def config_of(verb: str) -> type:
     return getattr(importlib.import_module(VERBS[verb].module), VERBS[verb].config)
@@ -159,7 +161,7 @@ def test_help_of_a_verb_lists_every_setting_with_its_text(
     assert stop.value.code == 0
     out = capsys.readouterr().out
     for name, (_, text) in fields_of(config_of(verb)).items():
-        if (verb, name) != ("list", "what"):  # given by its place
+        if (verb, name) not in BY_PLACE:  # given by its place
             assert f"--{name.replace('_', '-')}" in out, name
         assert len(text) > 8, f"{verb}: {name} is not documented"
         assert squeezed(text) in squeezed(out), name
@@ -181,7 +183,7 @@ def test_unknown_verbs(typed: str, meant: str, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("verb", [v for v in VERBS if v != "doctor"])
 def test_unknown_settings(verb: str, capsys: pytest.CaptureFixture[str], here: Path) -> None:
-    name = next(n for n in fields_of(config_of(verb)) if (verb, n) != ("list", "what")).replace("_", "-")
+    name = next(n for n in fields_of(config_of(verb)) if (verb, n) not in BY_PLACE).replace("_", "-")
     said = refused([verb, f"--{name}z", "1"], capsys, here)
     assert f"'{verb}' has no setting --{name}z. Did you mean '--{name}'?" in said
     assert f"dreamteacher {verb} --help" in said
@@ -199,10 +201,7 @@ def bad_values() -> list[tuple[str, str]]:
     for verb in VERBS:
         for name, (hint, _) in fields_of(config_of(verb)).items():
             kinds = {hint, *typing.get_args(hint)}
-            if (kinds & {int, float} or typing.get_origin(hint) is Literal) and (verb, name) != (
-                "list",
-                "what",
-            ):
+            if (kinds & {int, float} or typing.get_origin(hint) is Literal) and (verb, name) not in BY_PLACE:
                 found.append((verb, name))
     return found
 

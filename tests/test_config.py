@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import json
 import pkgutil
 import types
@@ -29,7 +30,8 @@ def config_classes() -> dict[str, type]:
         if info.name.endswith("__main__"):
             continue
         for name, value in vars(importlib.import_module(info.name)).items():
-            if dataclasses.is_dataclass(value) and name.endswith(("Config", "DiffusionSpec", "Preset")):
+            wanted = name.endswith(("Config", "DiffusionSpec", "VaeSpec", "Preset"))
+            if wanted and dataclasses.is_dataclass(value) and not inspect.isabstract(value):
                 found[name] = value
     return found
 
@@ -79,9 +81,22 @@ def configs(cls: type) -> st.SearchStrategy[Any]:
 
 
 def test_every_config_of_the_package_was_found() -> None:
-    verbs = {"Pretrain", "TrainTeacher", "Evaluate", "Demo", "Export", "Report", "List", "Doctor"}
+    verbs = {
+        "Pretrain",
+        "TrainTeacher",
+        "Evaluate",
+        "Demo",
+        "Export",
+        "Report",
+        "List",
+        "Doctor",
+        "Inspect",
+        "GetTeacher",
+    }
     assert {f"{name}Config" for name in verbs | {"Finetune", "Segment"}} <= set(CLASSES)
-    assert {"DiffusionSpec", "Preset"} <= set(CLASSES)
+    assert {"DiffusionSpec", "StableDiffusionSpec", "VaeSpec", "DiffusionPreset", "StyleGan2Preset"} <= set(
+        CLASSES
+    )
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES))

@@ -321,7 +321,7 @@ def test_another_part_than_was_asked_for(target: Path) -> None:
 # --- the hub ------------------------------------------------------------------------------------------------
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-FILES = ("config.json", "unet/net.safetensors|unet/net.bin")
+FILES = ("config.json", "unet/net.safetensors|unet/net.bin", "extra.txt?")
 
 
 @pytest.fixture
@@ -412,7 +412,7 @@ def online(hub: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_files_of_one_commit_are_taken(hub: Path, tmp_path: Path, online: dict[str, Any]) -> None:
     assert hub_folder("owner/name", FILES, tmp_path / "place") == hub / "snapshots" / COMMIT
     assert online["asked"] == [
-        ("config.json", None), ("unet/net.safetensors", COMMIT), ("unet/net.bin", COMMIT),
+        ("config.json", None), ("unet/net.safetensors", COMMIT), ("unet/net.bin", COMMIT), ("extra.txt", COMMIT),
     ]  # fmt: skip
 
 

@@ -286,6 +286,8 @@ def test_a_download(adm_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
     elsewhere = "https://mirror.example/models/horse.pt?download=true"
     made("mirrored", "--like", "adm-lsun-horse", "--url", elsewhere, *TINY_ADM)
     assert asked[-1] == (elsewhere, cache / "downloads" / "mirrored" / "horse.pt", None)
+    made("odd", "--like", "adm-lsun-horse", "--url", "https://mirror.example/..", *TINY_ADM)
+    assert asked[-1][1] == cache / "downloads" / "odd" / "download"
 
 
 def test_stable_diffusion_from_several_places(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,6 +426,8 @@ def test_after_a_failure_nothing_is_there(
         (("adm-ffhq", "--file", "256x256.pt", "--settings", "imagesize=64"), "no setting 'imagesize'"),
         (("adm-ffhq", "--prompt", "a cat"), "--prompt is for Stable Diffusion"),
         (("adm-ffhq", "--vae", "taesd"), "--vae is for Stable Diffusion"),
+        (("sd-1.4", "--vae", "taesdd"), "Did you mean 'taesd'?"),
+        (("sd-1.4", "--vae", "sd-1.5"), "is no autoencoder"),
         (("adm-ffhq", "--size", "256", "128"), "is square, not 256 x 128"),
         (("stylegan2-ffhq-256", "--size", "256", "256"), "is read from its weights"),
         (("adm-ffhq", "--out", "256x256.pt"), "is no teacher's folder"),
@@ -441,7 +445,7 @@ def test_a_dry_run_names_every_file(cache: Path, capsys: pytest.CaptureFixture[s
     assert run("sdxl-base", "--vae", "taesd", "--dry-run") is None
     out = capsys.readouterr().out
     for entry in KNOWN["sdxl-base"].files:
-        assert f"    {entry.split('|')[0]}\n" in out
+        assert f"    {fetch.alternatives(entry)[0]}\n" in out
     for words in ("about 6.9 GB", "Open RAIL++-M", str(cache / "teachers" / "sdxl-base"), '"vae": "taesd"'):
         assert words in out
     assert run("adm-ffhq", "--file", "f.pt", "--dry-run") is None

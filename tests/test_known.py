@@ -16,6 +16,7 @@ from dreamteacher import cli
 from dreamteacher.catalogue import DoctorConfig, ListConfig, doctor, print_list, teacher_table
 from dreamteacher.config import from_json
 from dreamteacher.errors import UserError
+from dreamteacher.fetch import alternatives
 from dreamteacher.teachers import EMBEDDED, SPECS, known, save_teacher
 from dreamteacher.teachers.adm import AdmFlags, DiffusersFlags, _spec
 from dreamteacher.teachers.adm_layout import Layout
@@ -306,7 +307,7 @@ def test_what_is_not_here_is_told_in_three_lines(name: str, cache: Path) -> None
     assert entry.host in lines[1]
     assert str(cache / "downloads" / name) in lines[2]
     if len(entry.files) < 4:
-        assert all(file.split("|")[0] in lines[2] for file in entry.files)
+        assert all(alternatives(file)[0] in lines[2] for file in entry.files)
     assert ("--embedder" in lines[1]) == entry.bank
 
 

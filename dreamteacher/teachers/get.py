@@ -186,7 +186,9 @@ def _digests(source: Path, known: Known) -> dict[str, str]:
     """sha256 of every file that was read, by its published name."""
     if source.is_file():
         return {source.name: sha256(source)}
-    either = [[name for name in entry.split("|") if (source / name).is_file()] for entry in known.files]
+    either = [
+        [name for name in fetch.alternatives(entry) if (source / name).is_file()] for entry in known.files
+    ]
     return {names[0]: sha256(source / names[0]) for names in either if names}
 
 
@@ -283,7 +285,7 @@ def _save(
 
 
 def _plan(name: str, known: Known, settings: Mapping[str, Any], out: Path, config: GetTeacherConfig) -> str:
-    files = [entry.split("|")[0] for entry in known.files] + (
+    files = [fetch.alternatives(entry)[0] for entry in known.files] + (
         [known.other_unet[1]] if known.other_unet else []
     )
     lines = [

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from dreamteacher.errors import UserError
-from dreamteacher.fetch import HUB_HOST, cache_folder
+from dreamteacher.fetch import HUB_HOST, alternatives, cache_folder
 
 Kind = Literal["adm", "ddpm", "stable-diffusion", "stylegan2", "icgan-stylegan2", "biggan", "vae"]
 FAMILIES: dict[Kind, str] = {
@@ -49,8 +49,8 @@ class Known:
         licence: of the weights, as published.
         shape: its size, levels and cost; tests compute them anew.
         gigabytes: of the download, roughly.
-        files: exact names as published: one file or archive at `url`, or paths in the repository `hub` ("a|b": b
-            where there is no a).
+        files: exact names as published: one file or archive at `url`, or paths in the repository `hub` (see
+            `fetch.hub_folder` for | and ?).
         url: address of the file; empty where there is none that a program can use (see `page`).
         hub: "owner/name" on the model hub, instead of `url`.
         inside: pattern of the weights' file name in an archive.
@@ -213,7 +213,7 @@ def _pipeline(*, half: bool = False, xl: bool = False) -> tuple[str, ...]:
     files = ["scheduler/scheduler_config.json", "vae/config.json", either(f"vae/{_NET}")]
     for end in ("", "_2") if xl else ("",):
         files += [f"text_encoder{end}/config.json", either(f"text_encoder{end}/model")]
-        names = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
+        names = ("vocab.json", "merges.txt", "special_tokens_map.json?", "tokenizer_config.json")
         files += [f"tokenizer{end}/{name}" for name in names]
     return (*files, "unet/config.json", either(f"unet/{_NET}"))
 
@@ -401,7 +401,7 @@ def file_list(known: Known) -> str:
     """
     folders: dict[str, list[str]] = {}
     for entry in known.files:
-        folder, _, name = entry.split("|")[0].rpartition("/")
+        folder, _, name = alternatives(entry)[0].rpartition("/")
         folders.setdefault(folder, []).append(name)
     parts = [
         f"{f}/{{{', '.join(n)}}}" if f and len(n) > 1 else f"{f}/{n[0]}" for f, n in folders.items() if f

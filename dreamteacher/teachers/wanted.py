@@ -25,6 +25,7 @@ from dreamteacher.teachers.known import (
     canonical,
 )
 
+HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 # Whose files a repository of each kind has, where nothing nearer is named by --like.
 _LIKE: dict[str, str] = {"ddpm": "ddpm-cat-256", "stable-diffusion": "sd-1.5", "vae": "kl-f8"}
 
@@ -48,7 +49,7 @@ class GetTeacherConfig:
     sha256: str | None = None
     """Hex digest that the file must have."""
     prompt: str = ""
-    """Stable Diffusion: what its features are conditioned on; empty as in the paper's other teachers."""
+    """Stable Diffusion: what its features are conditioned on; empty unless given."""
     vae: str = ""
     """Stable Diffusion: another autoencoder (taesd is nine times cheaper): a name, hub id, folder or file."""
     bank_images: Path | None = None
@@ -145,7 +146,7 @@ def _own(config: GetTeacherConfig, name: str) -> Known:
 def _elsewhere(known: Known, url: str) -> Known:
     """The entry with another address: of a hub repository where it is a folder, of one file where it is a file."""
     folder = known.kind in _LIKE
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", url) is not None
+    hub = re.fullmatch(HUB_ID, url) is not None
     if hub and folder:
         return replace(known, hub=url, url="", sha256=None)
     if hub or folder:
@@ -155,7 +156,9 @@ def _elsewhere(known: Known, url: str) -> Known:
             "Or download it yourself and give it by --file.",
         )
     name = PurePosixPath(urlsplit(url).path).name
-    return replace(known, url=url, hub="", files=(name or "download",), sha256=None)
+    return replace(
+        known, url=url, hub="", files=(name if re.fullmatch(NAME, name) else "download",), sha256=None
+    )
 
 
 def settings_of(config: GetTeacherConfig, known: Known) -> dict[str, Any]:
@@ -185,9 +188,22 @@ def settings_of(config: GetTeacherConfig, known: Known) -> dict[str, Any]:
             )
         if text:
             settings[key] = text
+    if config.vae:
+        _check_vae(config.vae)
     if config.size is not None:
         settings |= _size(config.size, known.kind)
     return settings
+
+
+def _check_vae(vae: str) -> None:
+    entry = KNOWN.get(canonical(vae))
+    if Path(vae).exists() or (entry.kind == "vae" if entry else re.fullmatch(HUB_ID, vae)):
+        return
+    names = [name for name, entry in KNOWN.items() if entry.kind == "vae"]
+    raise UserError(
+        f"'{vae}' is no autoencoder: neither here, nor a published one, nor OWNER/NAME.{did_you_mean(vae, names)}",
+        f"Published: {', '.join(names)}.",
+    )
 
 
 def _size(size: tuple[int, int], kind: str) -> dict[str, Any]:
