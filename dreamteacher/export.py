@@ -145,7 +145,7 @@ def model_card(
         results: rows of results.jsonl; seeds of one evaluation are averaged.
     """
     config, teacher, data = (facts.get(key) or {} for key in ("config", "teacher", "data"))
-    classes = data.get("classes")
+    classes, made = data.get("classes"), config.get("dataset") == "synthesized"
     levels = ", ".join(f"{s.channels} at {s.stride}" for s in student.specs)
     rows = {
         "student": f"{student.name} (channels at stride: {levels})",
@@ -153,8 +153,9 @@ def model_card(
         "teacher's family": teacher.get("family"),
         "teacher's licence": teacher.get("licence"),
         "teacher's sha256": teacher.get("sha256"),
-        "images": config.get("images"),
-        "number of images": data.get("images"),
+        "feature dataset": config.get("dataset"),
+        "images": config.get("images") or ("the teacher's own" if made else None),
+        "number of images": config.get("samples") if made else data.get("images"),
         "damaged images passed over": data.get("skipped"),
         "classes of the images (not used to train)": shorten(classes, 12)
         if classes
@@ -163,6 +164,7 @@ def model_card(
         else None,
         "dreamteacher": facts.get("version"),
         **{key: config[key] for key in _SETTINGS if key in config},
+        "size": data.get("size") or config.get("size"),
     }
     return f"""---
 library_name: timm
@@ -268,7 +270,7 @@ def _timm_config(student: Student, facts: Mapping[str, Any]) -> dict[str, Any]:
     model: Any = student.model
     cfg = dict(model.pretrained_cfg)
     mean, std = normalisation(model)
-    size = (facts.get("config") or {}).get("size")
+    size = (facts.get("data") or {}).get("size") or (facts.get("config") or {}).get("size")
     height, width = (size, size) if isinstance(size, int) else size or cfg["input_size"][1:]
     return {
         "architecture": cfg["architecture"],

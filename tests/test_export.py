@@ -29,6 +29,7 @@ CONFIG = {
         "student": "resnet18",
         "teacher": "adm",
         "images": "data/birds",
+        "dataset": "encoded",
         "size": [64, 96],
         "t": 50,
         "noise": "fresh",

@@ -471,7 +471,7 @@ def test_loading_refuses_what_does_not_fit():
         load({**state, "bank": torch.ones(2, 6)}, TINY, where, **NAMED)
     instance = replace(TINY, h_dim=6)
     state = build(instance).state_dict()
-    with pytest.raises(UserError, match="get-teacher` with --images"):
+    with pytest.raises(UserError, match="--bank-images FOLDER --embedder FILE"):
         load(state, instance, where, **NAMED)
     for bank in (torch.ones(2, 5), torch.ones(0, 6), torch.ones(6)):
         with pytest.raises(UserError, match="bank"):

@@ -389,7 +389,7 @@ class StyleGan2Teacher(Teacher):
         if shape[1:] != (spec.h_dim,) or bool(shape[0]) != bool(spec.h_dim):
             raise UserError(
                 f"'{name}' needs a bank of {spec.h_dim} numbers an instance (0: none); it has {shape}.",
-                "`dreamteacher get-teacher` with --images makes the bank of an IC-GAN from your own images.",
+                "`dreamteacher get-teacher` makes an IC-GAN's bank: --bank-images FOLDER --embedder FILE.",
             )
         self.register_buffer("bank", bank, persistent=False)
         top = len(spec.channels) - 1
