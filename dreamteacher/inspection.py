@@ -26,7 +26,7 @@ from dreamteacher.figures import data_uri, page, pca_basis, pca_colours
 from dreamteacher.inspection_scores import halves, pixel_probe, pixels_at, recognition, standardised
 from dreamteacher.masks import load_segmentation
 from dreamteacher.rundir import Progress
-from dreamteacher.teachers import load_teacher
+from dreamteacher.teachers import is_python, load_teacher, read_card, teacher_folder
 from dreamteacher.teachers.base import Noise, Teacher
 
 _POSITIONS = 48  # of each image, for the probe of masks
@@ -140,11 +140,13 @@ def _check_numbers(config: InspectConfig) -> None:
 
 
 def _load(config: InspectConfig) -> Teacher:
-    """The teacher at all timesteps at once, if it has any."""
-    plain = load_teacher(config.teacher, noise=config.noise, psi=config.psi)
-    if not plain.timesteps:
-        return plain
-    return load_teacher(config.teacher, timesteps=config.t, noise=config.noise, psi=config.psi)
+    """The teacher at all timesteps at once, if it has them; one that knows a single one keeps it."""
+    timed = False
+    if not is_python(config.teacher):
+        network = read_card(teacher_folder(config.teacher))["network"]
+        timed = "timestep" in network and not network.get("clean")
+    t = config.t if timed else ()
+    return load_teacher(config.teacher, timesteps=t, noise=config.noise, psi=config.psi)
 
 
 def _images(config: InspectConfig, teacher: Teacher, size: tuple[int, int]) -> Images:

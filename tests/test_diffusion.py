@@ -21,6 +21,7 @@ from dreamteacher.teachers.diffusion import (
     alphas_cumprod,
     build_unet,
     decoder_maps,
+    draw_noise,
     load,
     noised,
     q_sample,
@@ -188,7 +189,7 @@ def test_pixel_features_are_joined_step_by_step_then_block_by_block():
     images = torch.rand(2, 3, 64, 96)
     found = teacher.pixel_features(images, blocks=(3, 8), generator=torch.Generator())
     assert found.shape == (2, 2 * (48 + 16), 64, 96)
-    x0, noise = teacher.to_network(images), teacher._draw(images, torch.Generator())
+    x0, noise = teacher.to_network(images), draw_noise(images, "fixed", torch.Generator())
     parts = []
     for t in (50, 200):
         a = teacher.alpha_bar[t].float()

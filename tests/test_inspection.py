@@ -155,3 +155,33 @@ def test_bad_requests_leave_nothing(change, words, tiny_teacher, image_folder, t
         inspect_teacher(InspectConfig(**(settings | change)))
     assert len(str(caught.value).splitlines()) <= 3
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps"), [("stable-diffusion", 2), ("vae-kl", 1), ("module", 1), ("clean", 1)]
+)
+def test_teachers_with_and_without_timesteps(kind, steps, image_folder, tmp_path):
+    from test_families import build
+
+    name = build("stable-diffusion" if kind == "clean" else kind, tmp_path / "teacher")
+    if kind == "clean":  # it was trained at one timestep alone: that one is kept
+        card = tmp_path / "teacher" / "teacher.json"
+        card.write_text(card.read_text().replace('"clean": false', '"clean": true'))
+    images = [] if kind == "module" else ["--images", str(image_folder), "--labels", "2"]
+    command = [
+        "inspect",
+        "--teacher",
+        name,
+        "--out",
+        str(tmp_path / "out"),
+        "--t",
+        "50",
+        "200",
+        "--count",
+        "16",
+    ]
+    assert cli.main([*command, *images]) == 0
+    with open(tmp_path / "out" / "ranking.csv") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == steps * len({row["level"] for row in table})
+    assert len({row["t"] for row in table}) == steps

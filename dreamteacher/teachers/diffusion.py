@@ -91,6 +91,14 @@ def q_sample(x0: Tensor, alpha_bar: Tensor, noise: Tensor) -> Tensor:
     return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
 
+def draw_noise(x0: Tensor, kind: Noise, generator: torch.Generator) -> Tensor:
+    """Standard normal noise like x0; "fixed": the same image for every call, every image and every device."""
+    if kind == "fixed":
+        fixed = torch.randn((1, *x0.shape[1:]), generator=torch.Generator().manual_seed(0))
+        return fixed.to(x0).expand_as(x0)
+    return torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+
+
 def noised(x0: Tensor, alpha_bar: Tensor, noise: Tensor) -> Tensor:
     """x_0 at several noise levels alpha_bar (T,), all with the same noise: (T N) x C x H x W, t by t."""
     return torch.cat([q_sample(x0, a.expand(len(x0)).to(x0.dtype), noise) for a in alpha_bar])
@@ -230,14 +238,8 @@ class DiffusionTeacher(Teacher):
         elif self.noise == "none":
             x = torch.cat([x0] * len(self.timesteps))
         else:
-            x = noised(x0, self.alpha_bar[steps], self._draw(x0, generator))
+            x = noised(x0, self.alpha_bar[steps], draw_noise(x0, self.noise, generator))
         return x, steps.repeat_interleave(len(x0))
-
-    def _draw(self, x0: Tensor, generator: torch.Generator) -> Tensor:
-        if self.noise == "fixed":  # the same noise image for every call, every image, every device
-            fixed = torch.randn((1, *x0.shape[1:]), generator=torch.Generator().manual_seed(0))
-            return fixed.to(x0).expand_as(x0)
-        return torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
 
     @torch.no_grad()
     def invert(self, x0: Tensor, t: int) -> Tensor:

@@ -20,7 +20,7 @@ from dreamteacher.config import from_json
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
 from dreamteacher.teachers.base import STRIDES, Noise, Teacher
-from dreamteacher.teachers.diffusion import Schedule, alphas_cumprod, noised
+from dreamteacher.teachers.diffusion import Schedule, alphas_cumprod, draw_noise, noised
 from dreamteacher.teachers.stable_diffusion_files import (
     check_pipeline,
     embed_prompt,
@@ -222,7 +222,7 @@ class StableDiffusionTeacher(Teacher):
         if self.noise == "none":
             x = torch.cat([x0] * len(self.timesteps))
         else:
-            x = noised(x0, self.alpha_bar[steps], self._draw(x0, generator))
+            x = noised(x0, self.alpha_bar[steps], draw_noise(x0, self.noise, generator))
         # In one layout, so that kept latents give the same last bits as fresh ones.
         x = x.contiguous(memory_format=torch.channels_last)
         added = None
@@ -240,12 +240,6 @@ class StableDiffusionTeacher(Teacher):
 
     def encode(self, images: Tensor, *, generator: torch.Generator) -> list[Tensor]:
         return self.encode_latents(self.latents(images), generator=generator)
-
-    def _draw(self, x0: Tensor, generator: torch.Generator) -> Tensor:
-        if self.noise == "fixed":  # the same noise for every call, every image, every device
-            fixed = torch.randn((1, *x0.shape[1:]), generator=torch.Generator().manual_seed(0))
-            return fixed.to(x0).expand_as(x0)
-        return torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
 
 
 def _fit(network: Network, weights: Mapping[str, Tensor], where: Path) -> None:
