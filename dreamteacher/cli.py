@@ -127,7 +127,7 @@ def run(name: str, arguments: Sequence[str]) -> Any:
         from dreamteacher.report import write_report
 
         try:
-            print(f"Report: {write_report(result)}")
+            print(f"Report: {write_report(result, own_code=True)}")  # what it names was named just now
         except UserError as error:  # the run is finished and whole
             print(f"No report: {str(error).splitlines()[0]}")
     return result

@@ -30,11 +30,13 @@ class ReportConfig:
     """Folder of a pretraining, of a teacher's training, or one with a results.jsonl."""
     images: int = 8
     """Images whose feature maps are drawn; 0: none."""
+    own_code: bool = False
+    """Run the Python file that the run names as its teacher, to draw its maps: for runs of your own alone."""
 
 
 def report(config: ReportConfig) -> Path:
     """The verb: writes the page and says where it is."""
-    path = write_report(config.run, images=config.images)
+    path = write_report(config.run, images=config.images, own_code=config.own_code)
     print(f"Report: {path}")
     return path
 
@@ -69,7 +71,12 @@ class Run:
 
 
 def write_report(
-    run: Path, *, rows: list[dict[str, Any]] | None = None, title: str | None = None, images: int = 8
+    run: Path,
+    *,
+    rows: list[dict[str, Any]] | None = None,
+    title: str | None = None,
+    images: int = 8,
+    own_code: bool = False,
 ) -> Path:
     """Writes run/report.html, atomically; what is missing on disk becomes a note on the page.
 
@@ -78,6 +85,7 @@ def write_report(
         rows: evaluation rows to show instead of those in results.jsonl.
         title: of the page; None: student and teacher, or the folder's name.
         images: how many images' feature maps to draw; 0 for none.
+        own_code: whether a teacher that is a Python file may be run; a run folder from elsewhere could name any.
 
     Raises:
         UserError: when the folder is missing, holds nothing to report on, or cannot be written.
@@ -93,8 +101,8 @@ def write_report(
     sections = [
         ("Results", "", lambda: _results(it)),
         ("Training curves", _CURVES_LEAD, lambda: _curves(it)),
-        ("Feature maps", MAPS_LEAD, lambda: _feature_maps(it, images)),
-        ("Samples of the teacher", "", lambda: teacher_samples(it.path, it.facts)),
+        ("Feature maps", MAPS_LEAD, lambda: _feature_maps(it, images, own_code)),
+        ("Samples of the teacher", "", lambda: teacher_samples(it.path, it.facts, own_code)),
         ("Load the weights", "", lambda: _usage(it)),
         ("Settings", "", lambda: _settings(it)),
     ]
@@ -246,10 +254,10 @@ def _results(it: Run) -> str:
     return results_section(it.results, it.name)
 
 
-def _feature_maps(it: Run, count: int) -> str:
+def _feature_maps(it: Run, count: int, own_code: bool) -> str:
     if it.is_teacher or count < 1 or not it.config:
         return ""
-    return feature_maps(it.path, it.facts, count)
+    return feature_maps(it.path, it.facts, count, own_code)
 
 
 # --- curves ------------------------------------------------------------------------------------------------

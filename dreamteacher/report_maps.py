@@ -36,18 +36,19 @@ MAPS_LEAD = (
 
 
 @torch.no_grad()
-def feature_maps(run: Path, facts: Mapping[str, Any], count: int) -> str:
+def feature_maps(run: Path, facts: Mapping[str, Any], count: int, own_code: bool = False) -> str:
     """Up to `count` of a pretraining's images, and their maps at every level, as HTML.
 
     Args:
         run: its folder, with weights; facts: its config.json.
+        own_code: whether a teacher that is a Python file may be run.
 
     Raises:
         UserError: when images, teacher or weights are not there or not those of the run.
     """
     config = as_dict(facts.get("config"))
     device = pick_device("auto")
-    teacher = _teacher(facts).to(device)
+    teacher = _teacher(facts, own_code).to(device)
     student = create_student(str(config["student"])).to(device).eval()
     regressor = FeatureRegressor(student.specs, teacher.specs, width=int(config["width"])).to(device).eval()
     weights, source = _trained(run)
@@ -114,10 +115,15 @@ def _pick_images(facts: Mapping[str, Any], count: int) -> Tensor:
     return torch.stack(found)
 
 
-def _teacher(facts: Mapping[str, Any]) -> Teacher:
+def _teacher(facts: Mapping[str, Any], own_code: bool) -> Teacher:
     """The run's teacher, as it was: same timesteps, same noise, and the same weights."""
     config, card = as_dict(facts.get("config")), as_dict(facts.get("teacher"))
     name, wanted = str(config["teacher"]), card.get("sha256")
+    if is_python(name) and not own_code:
+        raise UserError(
+            f"The teacher is the Python file '{name}', and a page about a run executes no code that the run names.",
+            "For a run of your own: dreamteacher report --own-code.",
+        )
     if wanted and fingerprint(name) != wanted:
         raise UserError(f"The teacher in '{name}' is no longer the one of this run (sha256 differs).", "")
     timesteps = tuple(card.get("t") or config.get("t") or ())
@@ -139,11 +145,12 @@ def _trained(run: Path) -> tuple[dict[str, Tensor], Path]:
     return _under("ema/", tensors) or _under("trained/", tensors), newest
 
 
-def teacher_samples(run: Path, facts: Mapping[str, Any]) -> str:
+def teacher_samples(run: Path, facts: Mapping[str, Any], own_code: bool = False) -> str:
     """The sample sheet that lies beside the teacher's weights; without one, new samples if they are cheap.
 
     Args:
         run: folder of a teacher's training, or of a pretraining; facts: its config.json.
+        own_code: whether a teacher that is a Python file may be run.
 
     Raises:
         UserError: when the teacher is not there or not that of the run, or too slow to sample.
@@ -160,7 +167,7 @@ def teacher_samples(run: Path, facts: Mapping[str, Any]) -> str:
     elif is_teacher:
         return '<p class="note">No samples.png yet: it comes with the first validation.</p>'
     else:
-        sheet = make_grid(_generate(_teacher(facts)).cpu(), nrow=8, padding=2, pad_value=1.0)
+        sheet = make_grid(_generate(_teacher(facts, own_code)).cpu(), nrow=8, padding=2, pad_value=1.0)
         sheet = (sheet.clamp(0, 1) * 255).round().to(torch.uint8)
         what = f"{_SAMPLES} images that the teacher made from noise, in few steps: its best are better."
     picture = f'<img src="{data_uri(sheet, 1100)}" alt="samples of the teacher">'

@@ -414,7 +414,7 @@ def test_training_verbs_end_with_a_report(
     reports: list[Path] = []
     module = importlib.import_module(VERBS[verb].module)
 
-    def write_report(run: Path) -> Path:
+    def write_report(run: Path, *, own_code: bool) -> Path:
         reports.append(run)
         return run / "report.html"
 

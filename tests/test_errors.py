@@ -379,7 +379,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, image_fo
     root = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.chdir(root)
-        patch.setattr(report, "write_report", lambda run: run)  # it is not what is tested here
+        patch.setattr(report, "write_report", lambda run, **_: run)  # it is not what is tested here
         _images(image_folder)
         _teachers(tiny_teacher)
         Path("notes.txt").write_text("notes")
@@ -573,7 +573,7 @@ def test_a_full_disk(
     monkeypatch.chdir(world)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 10**9))  # it filled up afterwards
-    monkeypatch.setattr(report, "write_report", lambda run: run)
+    monkeypatch.setattr(report, "write_report", lambda run, **_: run)
     run = small_disk / "run"
     command = pretrain(out=str(run), epochs="4", save_every="1", keep="9")
     assert main(command) == 2
@@ -664,7 +664,7 @@ def test_odd_images_train(
 ) -> None:
     """A folder of them all, with --strict: a whole pretraining."""
     monkeypatch.chdir(world)
-    monkeypatch.setattr(report, "write_report", lambda run: run)
+    monkeypatch.setattr(report, "write_report", lambda run, **_: run)
     folder = tmp_path / "odd"
     folder.mkdir()
     for i in range(8):

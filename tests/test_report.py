@@ -428,3 +428,35 @@ def test_pictures_survive_the_way_into_the_page() -> None:
 def decoded(uri: str | None) -> Image.Image:
     assert uri is not None
     return Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
+
+
+def test_a_run_from_elsewhere_cannot_have_code_run(image_folder, tmp_path, monkeypatch):
+    from test_families import build
+
+    from dreamteacher.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    name = build("module", tmp_path / "own")
+    file = tmp_path / "own" / "own.py"
+    file.write_text(file.read_text() + "\nfrom pathlib import Path\nPath('RAN').touch()\n")
+    command = [
+        "pretrain",
+        "--teacher",
+        name,
+        "--dataset",
+        "synthesized",
+        "--samples",
+        "8",
+        "--batch-size",
+        "8",
+    ]
+    command += ["--student", "test_resnet", "--width", "8", "--epochs", "1", "--warmup-epochs", "0"]
+    assert main([*command, "--out", "run"]) == 0  # named by the user: it runs, and its maps are drawn
+    assert "executes no code" not in Path("run/report.html").read_text()
+    Path("RAN").unlink()
+    assert main(["report", "--run", "run"]) == 0
+    assert Path("run/report.html").read_text().count("executes no code") == 2
+    assert not Path("RAN").exists()
+    assert main(["report", "--run", "run", "--own-code"]) == 0
+    assert Path("RAN").exists()
+    assert "executes no code" not in Path("run/report.html").read_text()
