@@ -65,7 +65,7 @@ def extract(archive: Path, folder: Path, wanted: Sequence[str], *, most: int) ->
         return sorted(folder / path.relative_to(temporary) for path in written)
     except (
         tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, LZMAError, EOFError, ValueError,
-        RuntimeError, NotImplementedError,
+        RuntimeError,
     ) as error:  # fmt: skip
         raise UserError(
             f"'{archive}' cannot be taken apart: {str(error).splitlines()[0][:120] if str(error) else 'damaged'}.",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+
+from dreamteacher.rundir import read_rows
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -56,6 +59,33 @@ def test_teachers_benchmark_runs(tmp_path, monkeypatch):
     assert float(row["images_per_s"]) > 0
     assert float(row["kept_m"]) < float(row["parameters_m"])
     assert 0.1 < float(row["peak_gb"]) < 8
+
+
+@pytest.mark.slow
+def test_stylegan2_benchmark_runs(tmp_path, monkeypatch):
+    from test_docs import classes, masked
+
+    from dreamteacher.downstream.finetune import FinetuneConfig
+    from dreamteacher.downstream.segmentation import SegmentConfig
+
+    for config in (FinetuneConfig, SegmentConfig):
+        monkeypatch.setitem(config.__init__.__kwdefaults__, "steps", 2)
+    classes(tmp_path / "train", ("NORMAL", "PNEUMONIA"), 4)
+    classes(tmp_path / "test", ("NORMAL", "PNEUMONIA"), 8, first=100)
+    masked(tmp_path / "test" / "NORMAL", tmp_path / "masks" / "test" / "NORMAL", 8)
+    run(
+        BENCHMARKS / "stylegan2" / "run.py", "--teacher", "chest-xray-gan-64", "--images", str(tmp_path),
+        "--out", str(tmp_path / "out"), "--seeds", "0", "--samples", "32", "--labels", "2", "--masks", "3",
+        monkeypatch=monkeypatch,
+    )  # fmt: skip
+    rows = read_rows(tmp_path / "out" / "results.jsonl")
+    assert {row["task"] for row in rows} == {
+        "knn", "linear", "finetune", "segment-frozen", "segment-finetune"
+    }  # fmt: skip
+    assert {row["method"] for row in rows} == {"DreamTeacher, StyleGAN2"}
+    facts = json.loads((tmp_path / "out" / "pretrain-0" / "config.json").read_text())
+    assert facts["config"]["dataset"] == "synthesized"
+    assert facts["teacher"]["name"] == "chest-xray-gan-64"
 
 
 def test_documents_show_what_the_benchmarks_hold(monkeypatch):

@@ -203,5 +203,11 @@ def is_python(name: str) -> bool:
 
 
 def fingerprint(name: str) -> str:
-    """sha256 of what decides a teacher's maps: its weights, or the Python file that builds it."""
-    return sha256(Path(name.rpartition(":")[0]) if is_python(name) else teacher_folder(name) / WEIGHTS)
+    """sha256 of what decides a teacher's maps: its weights, or the Python file that builds it.
+
+    Of weights it is the card's, which loading them has compared: gigabytes are not read again.
+    """
+    if is_python(name):
+        return sha256(Path(name.rpartition(":")[0]))
+    folder = teacher_folder(name)
+    return str(read_card(folder).get("sha256") or sha256(folder / WEIGHTS))
