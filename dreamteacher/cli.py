@@ -34,6 +34,10 @@ VERBS = {
         "dreamteacher.teachers.train", "TrainTeacherConfig", "train_teacher",
         "a diffusion model or a StyleGAN2 on your own images",
     ),
+    "train-interpreter": Verb(
+        "dreamteacher.train_interpreter", "TrainInterpreterConfig", "train_interpreter",
+        "a few labelled images and a teacher -> labels for every image",
+    ),
     "get-teacher": Verb(
         "dreamteacher.teachers.get", "GetTeacherConfig", "get_teacher",
         "a published generator (ADM, Stable Diffusion, StyleGAN2 ...) or a checkpoint of yours -> a teacher",

@@ -210,7 +210,7 @@ def _epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=step_generator(seed, epoch, "order"))
 
 
-def _batch_indices(count: int, *, batch_size: int, seed: int, step: int) -> Tensor:
+def batch_indices(count: int, *, batch_size: int, seed: int, step: int) -> Tensor:
     """int64 indices of a step (from 0): a new order in every epoch; its incomplete last batch is dropped."""
     epoch, part = divmod(step, count // batch_size)
     return _epoch_order(count, seed, epoch)[part * batch_size : (part + 1) * batch_size]
@@ -268,7 +268,7 @@ def _batches(
         if images.cache is None:
             pixels, index = images._record(next(decoded))
         else:
-            index = _batch_indices(len(images), batch_size=batch_size, seed=seed, step=step)
+            index = batch_indices(len(images), batch_size=batch_size, seed=seed, step=step)
             pixels = images.get(index)
         if flip:
             flips = torch.rand(batch_size, generator=step_generator(seed, step, "flip")) < 0.5
@@ -283,7 +283,7 @@ class _Steps(Dataset[_Decoded]):
         self.images, self.batch_size, self.seed = images, batch_size, seed
 
     def __getitem__(self, step: int) -> _Decoded:
-        index = _batch_indices(len(self.images), batch_size=self.batch_size, seed=self.seed, step=step)
+        index = batch_indices(len(self.images), batch_size=self.batch_size, seed=self.seed, step=step)
         return _decode(self.images, index.tolist())
 
 

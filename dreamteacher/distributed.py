@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -55,3 +57,17 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Autocast for `device`; normalisations stay in float32 and parameters always are."""
     dtype = resolve_precision(device, precision)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within: torch's global generators start from `seed`; afterwards they are as they were before.
+
+    For layers that draw from nothing else: their initialisation, dropout, stochastic depth.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dreamteacher import checkpoint
+from dreamteacher.config import from_json, to_json
+from dreamteacher.errors import UserError, shorten
 from dreamteacher.features import FeatureSpec
 from dreamteacher.regressor import resize
+
+WEIGHTS, SPEC = "interpreter.safetensors", "interpreter.json"
 
 
 def _normed(*layers: nn.Module, channels: int, groups: int) -> nn.Sequential:
@@ -86,3 +97,112 @@ class Interpreter(nn.Module):
             x = x.mean((2, 3), keepdim=True)
             return self.classify(self.dropout(x)).flatten(1)
         return self.classify(self.dropout(x))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpreterSpec:
+    """Everything that rebuilds an interpreter and says whose maps it reads (interpreter.json).
+
+    Args:
+        teacher: as it was named; sha256: of its weights, so that no other teacher's maps are read by mistake.
+        t, blocks, noise, psi: what its maps were made with.
+        levels: channels of each level by its name, fine to coarse; strides: input pixels per position of each.
+        classes: their names in id order.
+        pooled: image-level labels instead of masks.
+        width: channels inside; dropout: before the last layer.
+        size: (height, width) of the labelled images as they were shown; ignore_index: id that was not learned.
+        labelled: how many labelled images it learned from.
+    """
+
+    teacher: str
+    sha256: str
+    t: tuple[int, ...]
+    blocks: tuple[int, ...]
+    noise: str
+    psi: float
+    levels: tuple[int, ...]
+    strides: tuple[int, ...]
+    classes: tuple[str, ...]
+    pooled: bool
+    width: int
+    dropout: float
+    size: tuple[int, int]
+    ignore_index: int
+    labelled: int
+
+    def specs(self) -> tuple[FeatureSpec, ...]:
+        """The levels that it reads."""
+        pairs = zip(self.levels, self.strides, strict=True)
+        return tuple(FeatureSpec(f"s{stride}", channels, stride) for channels, stride in pairs)
+
+    def build(self, seed: int = 0) -> Interpreter:
+        """The network with fresh weights."""
+        return Interpreter(
+            self.specs(), len(self.classes), width=self.width, dropout=self.dropout,
+            groups=math.gcd(32, self.width), pooled=self.pooled, seed=seed,
+        )  # fmt: skip
+
+    def check_reads(self, specs: Sequence[FeatureSpec], sha256: str) -> None:
+        """Raises UserError unless these are the levels, of the teacher, that it was trained on."""
+        if sha256 != self.sha256:
+            raise UserError(
+                f"The interpreter was trained on maps of another teacher ('{self.teacher}'): the sha256 differs.",
+                f"Use --teacher {self.teacher}, or train an interpreter on this one.",
+            )
+        if [(s.channels, s.stride) for s in specs] != list(zip(self.levels, self.strides, strict=True)):
+            steps = " ".join(map(str, self.t)) or "none"
+            raise UserError(
+                f"The interpreter reads {self._words(self.specs())}; the teacher gives {self._words(specs)}.",
+                f"Use the timesteps and blocks that it was trained with: --t {steps}"
+                + (f" --blocks {' '.join(map(str, self.blocks))}." if self.blocks else "."),
+            )
+
+    @staticmethod
+    def _words(specs: Sequence[FeatureSpec]) -> str:
+        return shorten((f"{s.channels} channels at stride {s.stride}" for s in specs), 4)
+
+
+def save_interpreter(folder: Path, spec: InterpreterSpec, weights: Mapping[str, Tensor]) -> None:
+    """Writes interpreter.safetensors and, last, interpreter.json: a folder that has both is whole."""
+    kept = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
+    checkpoint.atomic_write(folder / WEIGHTS, lambda path: save_file(kept, path))
+    checkpoint.write_text(folder / SPEC, json.dumps(to_json(spec), indent=2) + "\n")
+
+
+def read_interpreter_spec(folder: Path) -> InterpreterSpec:
+    """What `save_interpreter` wrote beside the weights.
+
+    Raises:
+        UserError: when the folder holds no finished interpreter, or its file is damaged.
+    """
+    if not ((folder / SPEC).is_file() and (folder / WEIGHTS).is_file()):
+        raise UserError(
+            f"'{folder}' holds no finished interpreter ({SPEC} and {WEIGHTS} are not both there).",
+            "Give the --out folder of `dreamteacher train-interpreter`; the same command resumes it.",
+        )
+    try:
+        values = json.loads((folder / SPEC).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{folder / SPEC}' cannot be read: {error}.", "Train it again.") from None
+    spec = from_json(InterpreterSpec, values)
+    if not spec.levels or len(spec.levels) != len(spec.strides) or len(spec.classes) < 2 or spec.width < 1:
+        raise UserError(f"'{folder / SPEC}' describes no interpreter.", "Restore it, or train it again.")
+    return spec
+
+
+def load_interpreter(folder: Path) -> tuple[Interpreter, InterpreterSpec]:
+    """A trained interpreter, frozen and in evaluation mode, and its spec.
+
+    Raises:
+        UserError: as `read_interpreter_spec`, or when weights and spec do not fit.
+    """
+    spec = read_interpreter_spec(folder)
+    interpreter = spec.build()
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"'{folder / WEIGHTS}' cannot be read: {error}.", "Copy the whole folder again."
+        ) from None
+    checkpoint.load_exactly(interpreter, weights, folder / WEIGHTS)
+    return interpreter.requires_grad_(False).eval(), spec

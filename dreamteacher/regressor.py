@@ -157,7 +157,10 @@ class FeatureRegressor(nn.Module):
         Raises:
             ValueError: when the number of maps or sizes does not fit the specs.
         """
-        maps = self.fused(features)
+        return self.project(self.fused(features), sizes)
+
+    def project(self, maps: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None = None) -> list[Tensor]:
+        """The second half of `forward`: fused maps -> one map per teacher level."""
         if sizes is None:
             sizes = [self._own_size(maps, level) for level in range(len(self.teacher_specs))]
         return [
@@ -170,6 +173,42 @@ class FeatureRegressor(nn.Module):
         ratio = self.student_specs[source].stride / self.teacher_specs[level].stride
         height, width = maps[source].shape[-2:]
         return max(1, round(height * ratio)), max(1, round(width * ratio))
+
+
+class LabelHead(nn.Module):
+    """Logits from the neck's maps: side by side at the finest stride, a 3x3 convolution, a 1x1 to classes.
+
+    Args:
+        levels: maps that come in; width: channels of each, and inside.
+        classes: number of classes.
+        dropout: probability of dropping a channel before the last layer.
+        pooled: image-level labels: what the 1x1 sees is averaged over positions, one row of logits an image.
+
+    Source: UPerNet's fusion, arXiv 1807.10221. The paper's student reads labels "through the regressor's fused
+    maps" and says no more.
+
+    Example:
+        >>> head = LabelHead(2, 8, classes=3)
+        >>> head([torch.zeros(2, 8, 16, 24), torch.zeros(2, 8, 8, 12)]).shape
+        torch.Size([2, 3, 16, 24])
+    """
+
+    def __init__(
+        self, levels: int, width: int, classes: int, *, dropout: float = 0.0, pooled: bool = False
+    ) -> None:
+        super().__init__()
+        self.pooled = pooled
+        self.fuse = conv_bn_relu(levels * width, width, 3)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classify = nn.Conv2d(width, classes, 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps fine to coarse -> N x classes x H x W of the finest map's size, or N x classes with `pooled`."""
+        finest = (maps[0].shape[-2], maps[0].shape[-1])
+        x = self.fuse(torch.cat([resize(m, finest) for m in maps], dim=1))
+        if self.pooled:
+            return self.classify(self.dropout(x.mean((2, 3), keepdim=True))).flatten(1)
+        return self.classify(self.dropout(x))
 
 
 def _nearest_level(specs: Sequence[FeatureSpec], stride: int) -> int:

@@ -174,7 +174,7 @@ def test_an_epoch_shows_each_image_once(count: int, batch_size: int, seed: int) 
     steps = count // batch_size
     for epoch in range(2):
         index = torch.cat([
-            data._batch_indices(count, batch_size=batch_size, seed=seed, step=s)
+            data.batch_indices(count, batch_size=batch_size, seed=seed, step=s)
             for s in range(epoch * steps, (epoch + 1) * steps)
         ])  # fmt: skip
         assert len(index) == len(index.unique()) == steps * batch_size
@@ -242,7 +242,7 @@ def cut_stream(tmp_path: Path) -> tuple[ImageSet, list[Path]]:
 def test_damage_met_while_streaming(workers: int, cut_stream: tuple[ImageSet, list[Path]]) -> None:
     images, bad = cut_stream
     replaced = {2: 3, 5: 0, 6: 7}  # the next readable one of the same class
-    plain = [data._batch_indices(12, batch_size=4, seed=0, step=s) for s in range(6)]
+    plain = [data.batch_indices(12, batch_size=4, seed=0, step=s) for s in range(6)]
     found = run(images, 0, 6, batch_size=4, seed=0, flip=False, workers=workers)
     for batch, index in zip(found, plain, strict=True):
         assert batch.index.tolist() == [replaced.get(i, i) for i in index.tolist()]

@@ -105,20 +105,6 @@ def frozen(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Within: torch's global generators start from `seed`; afterwards they are as they were before.
-
-    For layers that draw from nothing else: their initialisation, dropout, stochastic depth.
-    """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
 def extract_features(
     student: Student,
     images: Images,

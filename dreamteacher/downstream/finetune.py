@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamteacher.data import step_generator
-from dreamteacher.distributed import Precision, autocast
+from dreamteacher.distributed import Precision, autocast, seeded
 from dreamteacher.downstream import (
     ClassificationData,
     Images,
@@ -23,7 +23,6 @@ from dreamteacher.downstream import (
     device_of,
     draw_labels,
     frozen,
-    seeded,
     take,
     to_input,
 )

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamteacher.data import step_generator
-from dreamteacher.distributed import Precision, autocast
-from dreamteacher.downstream import Metric, device_of, frozen, seeded, to_input
+from dreamteacher.distributed import Precision, autocast, seeded
+from dreamteacher.downstream import Metric, device_of, frozen, to_input
 from dreamteacher.downstream.finetune import check_training, recalibrate, shuffled_batches, train
 from dreamteacher.downstream.linear import choose_l2, fit_logistic, standardisation
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
 from dreamteacher.masks import SegmentationSet
 from dreamteacher.metrics import confusion, iou_per_class, mean_iou
-from dreamteacher.regressor import Neck, conv_bn_relu, resize
+from dreamteacher.regressor import LabelHead, Neck, resize
 from dreamteacher.students import Student
 
 # The maps of the labelled images are kept when they take less than this; else they are computed each step.
@@ -96,16 +96,11 @@ class SegmentationHead(nn.Module):
     ) -> None:
         super().__init__()
         self.neck = Neck(specs, width)
-        self.fuse = conv_bn_relu(len(specs) * width, width, 3)
-        self.dropout = nn.Dropout2d(dropout)
-        self.classify = nn.Conv2d(width, classes, 1)
+        self.head = LabelHead(len(specs), width, classes, dropout=dropout)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """One map per level -> float32 logits N x classes x H x W of `size` = (H, W)."""
-        fused = self.neck(maps)
-        finest = (fused[0].shape[-2], fused[0].shape[-1])
-        x = self.fuse(torch.cat([resize(m, finest) for m in fused], dim=1))
-        return resize(self.classify(self.dropout(x)).float(), size)
+        return resize(self.head(self.neck(maps)).float(), size)
 
 
 class Segmenter(nn.Module):

@@ -79,6 +79,7 @@ def load_teacher(
     *,
     timesteps: tuple[int, ...] = (),
     noise: Noise = "stochastic",
+    blocks: tuple[int, ...] = (),
     psi: float = 1.0,
     device: torch.device | str = "cpu",
 ) -> Teacher:
@@ -87,6 +88,7 @@ def load_teacher(
     Args:
         timesteps: t of a diffusion teacher's features; empty for the one its card recommends.
         noise: how a diffusion teacher noises images.
+        blocks: decoder blocks of a diffusion U-Net whose outputs are the maps; empty: the paper's levels.
         psi: truncation of a GAN's samples (1: none, as the paper's feature datasets).
 
     Raises:
@@ -95,9 +97,19 @@ def load_teacher(
     if is_python(name):
         from dreamteacher.teachers.module import teacher_from_file
 
+        if blocks:
+            raise UserError(
+                f"'{name}' decides its maps itself: --blocks means nothing to it.", "Leave out --blocks."
+            )
+
         return teacher_from_file(name).to(device)
     folder = teacher_folder(name)
     card = read_card(folder)
+    if blocks and card["family"] != "diffusion":
+        raise UserError(
+            f"--blocks names decoder blocks of a diffusion U-Net; '{name}' is of the family '{card['family']}'.",
+            "Leave out --blocks.",
+        )
     spec = read_spec(folder, card)
     weights = _weights(folder, card)
     named: Any = {"name": card.get("name", folder.name), "licence": card.get("licence", "not recorded")}
@@ -107,7 +119,9 @@ def load_teacher(
         case "diffusion":
             from dreamteacher.teachers import diffusion
 
-            teacher = diffusion.load(weights, spec, where, timesteps=timesteps, noise=noise, **named)
+            teacher = diffusion.load(
+                weights, spec, where, timesteps=timesteps, noise=noise, blocks=blocks, **named
+            )
         case "stable-diffusion":
             from dreamteacher.teachers import stable_diffusion
 

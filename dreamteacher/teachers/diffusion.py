@@ -24,7 +24,7 @@ from dreamteacher import checkpoint
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
 from dreamteacher.teachers.base import STRIDES, Noise, Teacher
-from dreamteacher.teachers.unet_walk import UpBlock, decoder_maps, pixel_features
+from dreamteacher.teachers.unet_walk import UpBlock, decoder_maps, decoder_outputs, pixel_features
 
 Schedule = Literal["linear", "cosine", "scaled_linear"]
 
@@ -114,10 +114,12 @@ class DiffusionTeacher(Teacher):
         noise: "stochastic" (fresh at every call, the paper's default), "fixed" (one noise image for all),
             "inversion" (deterministic DDIM inversion, `inversion_steps` more full passes), or "none"
             (x_t = x_0: what networks trained for clean images want).
+        blocks: decoder blocks whose outputs are the maps, ascending from 0 (DDPM-seg's choice of maps; for
+            ADM-256 5, 6, 7, 8, 12); those of one stride are one level. Empty: the paper's four levels.
         sampling_steps: DDIM steps of `sample`.
 
     Raises:
-        UserError: for timesteps out of range or blocks whose decoder cannot be walked.
+        UserError: for timesteps or blocks out of range, or blocks whose decoder cannot be walked.
     """
 
     family = "diffusion"
@@ -133,6 +135,7 @@ class DiffusionTeacher(Teacher):
         licence: str,
         timesteps: tuple[int, ...] = (),
         noise: Noise = "stochastic",
+        blocks: tuple[int, ...] = (),
         inversion_steps: int = 10,
         sampling_steps: int = 50,
     ) -> None:
@@ -148,12 +151,17 @@ class DiffusionTeacher(Teacher):
         _check_walkable(unet, spec, name)
         channels = list(reversed(unet.config["block_out_channels"]))
         self.multiple = spec.patch * 2 ** (len(channels) - 1)
-        # up_blocks[i] runs at stride patch * 2^(levels - 1 - i) until its upsampler.
-        self._levels = [
-            (i, FeatureSpec(f"s{s}", c * len(self.timesteps), s))
-            for i, c in enumerate(channels)
-            if (s := spec.patch * 2 ** (len(channels) - 1 - i)) in STRIDES
-        ]
+        self.blocks = blocks
+        # Levels, coarse to fine: the places of their maps in what the walk returns, and their specs.
+        self._levels: list[tuple[list[int], FeatureSpec]] = []
+        if blocks:
+            self._levels = block_levels(unet, spec, blocks, len(self.timesteps))
+        else:  # up_blocks[i] runs at stride patch * 2^(levels - 1 - i) until its upsampler
+            self._levels = [
+                ([i], FeatureSpec(f"s{s}", c * len(self.timesteps), s))
+                for i, c in enumerate(channels)
+                if (s := spec.patch * 2 ** (len(channels) - 1 - i)) in STRIDES
+            ]
         if not self._levels:
             raise UserError(
                 f"'{name}' has no decoder level at stride 4, 8, 16 or 32.", "Use a deeper network."
@@ -176,9 +184,11 @@ class DiffusionTeacher(Teacher):
         super().keep_only(mode)
         if mode != "encode" or self.noise == "inversion":
             return
-        last = self._levels[-1][0]
+        a_level = len(cast(UpBlock, self.unet.up_blocks[0]).resnets)
+        last = self.blocks[-1] // a_level if self.blocks else self._levels[-1][0][-1]
         self.unet.up_blocks = self.unet.up_blocks[: last + 1]
-        cast(UpBlock, self.unet.up_blocks[last]).upsamplers = None  # type: ignore[assignment]
+        if not self.blocks or (self.blocks[-1] + 1) % a_level:
+            cast(UpBlock, self.unet.up_blocks[last]).upsamplers = None  # type: ignore[assignment]
         self.unet.conv_norm_out = self.unet.conv_out = None  # type: ignore[assignment]
 
     def epsilon(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -203,12 +213,16 @@ class DiffusionTeacher(Teacher):
 
     def _maps(self, images: Tensor, generator: torch.Generator) -> list[Tensor]:
         x, t = self._noisy(images, generator)
-        count = self._levels[-1][0] + 1
-        maps = decoder_maps(self.unet, x, t, count, null_class=self.spec.null_class)
-        wanted = [maps[i] for i, _ in reversed(self._levels)]
-        if len(self.timesteps) == 1:
-            return wanted
-        return [torch.cat(m.chunk(len(self.timesteps)), dim=1) for m in wanted]
+        null, steps = self.spec.null_class, len(self.timesteps)
+        found: list[list[Tensor]] = []
+        for now, at in zip(x.chunk(steps), t.chunk(steps), strict=True):  # one by one: memory for one step
+            if self.blocks:
+                found.append(decoder_outputs(self.unet, now, at, self.blocks, null_class=null))
+            else:
+                count = self._levels[-1][0][-1] + 1
+                found.append(decoder_maps(self.unet, now, at, count, null_class=null))
+        wanted = [[maps[i] for maps in found for i in places] for places, _ in reversed(self._levels)]
+        return [torch.cat(level, dim=1) if len(level) > 1 else level[0] for level in wanted]
 
     @torch.no_grad()
     def pixel_features(
@@ -312,6 +326,36 @@ class DiffusionTeacher(Teacher):
         return images, self._maps(images, generator)
 
 
+def block_levels(
+    unet: UNet2DModel, spec: DiffusionSpec, blocks: tuple[int, ...], steps: int
+) -> list[tuple[list[int], FeatureSpec]]:
+    """Decoder blocks grouped by the stride of their outputs, coarse to fine: (places in `blocks`, spec).
+
+    Args:
+        blocks: ascending, counted from 0 at the coarsest; steps: timesteps, whose maps lie side by side.
+
+    Raises:
+        UserError: for a block that the network does not have.
+    """
+    channels = list(reversed(unet.config["block_out_channels"]))
+    a_level = len(cast(UpBlock, unet.up_blocks[0]).resnets)
+    most = a_level * len(channels)
+    if list(blocks) != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < most:
+        raise UserError(
+            f"Decoder blocks {', '.join(map(str, blocks))} cannot be read: the network has 0 to {most - 1}.",
+            "Name them in ascending order, each once.",
+        )
+    groups: dict[int, list[int]] = {}
+    widths: dict[int, int] = {}
+    for place, k in enumerate(blocks):
+        level, j = divmod(k, a_level)
+        enlarged = j + 1 == a_level and level + 1 < len(channels)  # the upsampler that ends the level
+        stride = spec.patch * 2 ** (len(channels) - 1 - level - enlarged)
+        groups.setdefault(stride, []).append(place)
+        widths[stride] = widths.get(stride, 0) + channels[level] * steps
+    return [(places, FeatureSpec(f"s{stride}", widths[stride], stride)) for stride, places in groups.items()]
+
+
 def _check_walkable(unet: UNet2DModel, spec: DiffusionSpec, name: str) -> None:
     """Raises UserError for a network that `decoder_maps` cannot run as its own forward does."""
     for block in unet.up_blocks:
@@ -379,6 +423,7 @@ def load(
     licence: str,
     timesteps: tuple[int, ...] = (),
     noise: Noise = "stochastic",
+    blocks: tuple[int, ...] = (),
 ) -> DiffusionTeacher:
     """The teacher of a state dict, which becomes the network's own parameters without a copy.
 
@@ -396,4 +441,6 @@ def load(
     if {k: v.shape for k, v in given.items()} != {k: v.shape for k, v in unet.state_dict().items()}:
         checkpoint.load_exactly(unet, given, where)  # raises, and says what does not fit
     unet.load_state_dict(given, assign=True)
-    return DiffusionTeacher(unet, spec, name=name, licence=licence, timesteps=timesteps, noise=noise)
+    return DiffusionTeacher(
+        unet, spec, name=name, licence=licence, timesteps=timesteps, noise=noise, blocks=blocks
+    )

@@ -121,7 +121,8 @@ def decoder_outputs(
     """
     a_level = len(cast(UpBlock, unet.up_blocks[0]).resnets)
     most = a_level * len(unet.up_blocks)
-    if len(unet.up_blocks) < len(unet.config["block_out_channels"]):
+    whole = len(unet.up_blocks) == len(unet.config["block_out_channels"])
+    if not whole and cast(UpBlock, unet.up_blocks[-1]).upsamplers is None:
         most -= 1  # keep_only freed the upsampler of the last level that is left
     if not blocks or list(blocks) != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < most:
         raise UserError(

@@ -1,0 +1,340 @@
+"""What a pretraining trains, and one step of it: the student, its regressor, the label head, the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dreamteacher import checkpoint, data, metrics, optim
+from dreamteacher.distributed import Precision, autocast
+from dreamteacher.errors import UserError
+from dreamteacher.feature_dataset import DatasetKind, FeatureBatch
+from dreamteacher.interpreter import Interpreter
+from dreamteacher.losses import AtReduction, WhitenAxes, feature_loss, label_distillation, whiten
+from dreamteacher.regressor import FeatureRegressor, LabelHead, resize
+from dreamteacher.rundir import Progress, RunDir
+from dreamteacher.students import Student
+from dreamteacher.teachers.base import Noise, Teacher
+from dreamteacher.train_interpreter import InterpreterTraining
+
+Mode = Literal["feature", "label", "mixed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Pretrain a backbone on a folder of images, taught by a generative model. Defaults are the paper's."""
+
+    images: Path | None = None
+    """Folder of images, searched recursively; subfolders are class names, used to watch (kNN), not to learn.
+    May be left out when the dataset is synthesized."""
+    out: Path
+    """Run folder; the same command resumes a run that was stopped."""
+    teacher: str = "chest-xray-64"
+    """A name of `list teachers`, a folder made by `train-teacher` or `get-teacher`, or FILE.py:FUNCTION."""
+    student: str = "resnet50"
+    """timm name of the backbone: any convolutional family with a pyramid."""
+    mode: Mode = "feature"
+    """feature: the teacher's maps alone, no labels; label: an interpreter's soft labels alone; mixed: both (eq. 6)."""
+    interpreter: Path | None = None
+    """For label and mixed: a folder that `train-interpreter` made."""
+    labelled: Path | None = None
+    """Instead of --interpreter: labelled images, on which one is trained first, in OUT/interpreter."""
+    masks: Path | None = None
+    """Their masks (see `train-interpreter --help`); none: subfolders are classes, one label an image."""
+    binary_masks: bool = False
+    """Masks are black and white: class 0 and class 1."""
+    ignore_index: int = 255
+    """Mask id that is no class."""
+    label: InterpreterTraining = field(default_factory=InterpreterTraining)
+    """How that interpreter is trained."""
+    label_weight: float = 1.0
+    """Weight of label distillation beside the feature loss (eq. 6)."""
+    tau: float = 4.0
+    """Temperature of the soft labels (eq. 5)."""
+    init: str = "random"
+    """random, imagenet (timm's weights) or a file or run folder to start from."""
+    dataset: DatasetKind = "encoded"
+    """encoded: maps of real images; synthesized: the teacher's own images and maps; mixture: some of each."""
+    share: float = 0.5
+    """Of a mixture: the share of each batch that the teacher makes."""
+    samples: int = 50_000
+    """Images that make an epoch of a synthesized dataset."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels; none: the teacher's."""
+    t: tuple[int, ...] = ()
+    """Timesteps of a diffusion teacher; none: the interpreter's, else the one its card recommends."""
+    blocks: tuple[int, ...] = ()
+    """Decoder blocks of a diffusion U-Net to learn from; none: the interpreter's, else the paper's four levels."""
+    noise: Noise = "stochastic"
+    """stochastic (fresh at every step), fixed (one for all), inversion (DDIM, deterministic) or none."""
+    psi: float = 1.0
+    """Truncation of a GAN teacher's samples; 1: none."""
+    whiten: WhitenAxes = "chw"
+    """LayerNorm axes of eq. 1: chw (per image) or c (per position)."""
+    at_weight: float = 10.0
+    """Weight of the attention-transfer loss (eq. 3)."""
+    at_reduction: AtReduction = "distance"
+    """distance: norm per image (eq. 2); public: mean of squares, as public code has it."""
+    width: int = 256
+    """Channels of the feature regressor."""
+    optimizer: optim.OptimizerName = "adamw"
+    """adamw, or lamb (the paper's for ImageNet)."""
+    lr: float = 4e-3
+    """Peak learning rate at the given batch size."""
+    weight_decay: float = 0.05
+    """For kernels and matrices; biases and norms do not decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of the optimizer's moments."""
+    batch_size: int = 256
+    """Images per optimizer step."""
+    accumulate: int = 1
+    """Parts that a batch is split into to save memory; BatchNorm sees one part at a time."""
+    epochs: float = 100.0
+    """Passes over the images (synthesized: over as many samples)."""
+    warmup_epochs: float = 20.0
+    """Epochs of linear warm-up before the cosine."""
+    clip: float = 0.0
+    """Largest gradient norm; 0: no clipping."""
+    ema: float = 0.0
+    """Decay of an average of the weights that is then exported; 0: none."""
+    flip: bool = True
+    """Horizontal flips (the teacher sees what the student sees)."""
+    seed: int = 0
+    """Seeds weights, order, flips and noise."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 ..."""
+    precision: Precision = "auto"
+    """Autocast dtype; auto: bfloat16 where the hardware has it."""
+    log_every: int = 20
+    """Steps between lines in metrics.jsonl."""
+    probe_every: int = 500
+    """Steps between RankMe and kNN; 0: only at the end."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    workers: int = 2
+    """Processes or threads that decode images."""
+    cache_gb: float = 2.0
+    """Images are kept decoded in memory up to this size, else streamed."""
+    strict: bool = False
+    """Stop before the first step when any image is damaged."""
+    dry_run: bool = False
+    """Only print parameters, steps, memory, time and disk."""
+    tensorboard: bool = False
+    """Also write TensorBoard files (extra: dreamteacher[tensorboard])."""
+
+
+def steps_of(config: PretrainConfig, images: int) -> int:
+    """Optimizer steps of the whole run: whole batches of every epoch, as `data.batches` gives them."""
+    return max(1, round(config.epochs * (images // config.batch_size)))
+
+
+def label_head(config: PretrainConfig, student: Student, interpreter: Interpreter) -> LabelHead:
+    """The student's head for the interpreter's classes, on the regressor's fused maps."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(data.step_generator(config.seed, 0, "head").initial_seed())
+        return LabelHead(len(student.specs), config.width, interpreter.classes, pooled=interpreter.pooled)
+
+
+class Training:
+    """The student, its regressor, optimizer and average: one optimizer step, one log line, one checkpoint.
+
+    With an interpreter also the student's label head; the interpreter itself is frozen, as the teacher is, and
+    no part of what is trained or saved.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        student: Student,
+        regressor: FeatureRegressor,
+        steps: int,
+        interpreter: Interpreter | None = None,
+    ) -> None:
+        self.config, self.student, self.regressor, self.steps = config, student, regressor, steps
+        self.device = next(student.parameters()).device
+        parts: dict[str, nn.Module] = {"student": student, "regressor": regressor}
+        self.interpreter, self.head = interpreter, None
+        if interpreter is not None:
+            self.head = label_head(config, student, interpreter).to(self.device)
+            parts["head"] = self.head
+        if config.mode == "label":
+            regressor.projections.requires_grad_(False)  # nothing is asked of them
+        self.trained = nn.ModuleDict(parts)
+        self.trained.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        groups = optim.parameter_groups([self.trained], config.weight_decay)
+        self.optimizer = optim.build_optimizer(config.optimizer, groups, config.lr, config.betas)
+        self.ema = optim.Ema(self.trained, config.ema) if config.ema else None
+        self.warmup = round(steps * config.warmup_epochs / config.epochs)
+        self.levels = [spec.name for spec in regressor.teacher_specs]
+        # Sums since the last log line, on the device: total, gradient norm, count, label loss, its entropy,
+        # MSE and AT of each level.
+        self.sums = torch.zeros(5 + 2 * len(self.levels), device=self.device)
+
+    def step(
+        self, index: int, stream: Iterator[FeatureBatch], progress: Progress
+    ) -> tuple[FeatureBatch, list[Tensor]]:
+        """One optimizer step (number `index`, from 0); returns the last part's batch and the student's maps."""
+        c = self.config
+        self.trained.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        for _ in range(c.accumulate):
+            batch = next(stream)
+            progress.wait(batch.waited)
+            loss, parts, maps = self._loss(batch)
+            (loss / c.accumulate).backward()
+            self.sums[0] += loss.detach() / c.accumulate
+            self.sums[3:] += parts / c.accumulate
+        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), c.clip or float("inf"))
+        self.sums[1] += norm
+        self.sums[2] += 1
+        self.lr = optim.lr_at(index, total=self.steps, warmup=self.warmup, peak=c.lr)
+        optim.set_lr(self.optimizer, self.lr)
+        self.optimizer.step()
+        if self.ema:
+            self.ema.update(self.trained)
+        return batch, maps
+
+    def _loss(self, batch: FeatureBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The loss of a batch, its parts (label loss, entropy of the soft labels, MSE and AT of each level), and
+        the student's maps (none in label mode).
+
+        Source: eq. 3 (feature), eq. 5 (label), eq. 6 (mixed): L_mix = L_feat + 1.0 L_ld.
+        """
+        c = self.config
+        maps: list[Tensor] = []
+        parts = torch.zeros_like(self.sums[3:])
+        total = parts.new_zeros(())
+        with autocast(self.device, c.precision):
+            fused = self.regressor.fused(self.student(batch.images))
+            if c.mode != "label":
+                sizes = [(m.shape[-2], m.shape[-1]) for m in batch.maps]
+                maps = self.regressor.project(fused, sizes)
+            if self.head is not None and self.interpreter is not None:
+                with torch.no_grad():
+                    soft = self.interpreter(batch.maps).float()
+                logits = self.head(fused).float()
+        if maps:
+            found = feature_loss(
+                maps, batch.maps, axes=c.whiten, at_weight=c.at_weight, at_reduction=c.at_reduction
+            )
+            total = found.total
+            parts[2:] = torch.cat([found.mse, found.at]).detach()
+        if self.head is not None:
+            if soft.ndim == 4:
+                logits = resize(logits, (soft.shape[-2], soft.shape[-1]))
+            distilled = label_distillation(logits, soft, tau=c.tau)
+            parts[0], parts[1] = distilled.detach(), label_distillation(soft, soft, tau=c.tau)
+            total = total + (c.label_weight if c.mode == "mixed" else 1.0) * distilled
+        return total, parts, maps
+
+    def log(self, step: int, last: tuple[FeatureBatch, list[Tensor]]) -> dict[str, Any]:
+        """One line of metrics: means since the last line; R2 and cosine of the last part against its targets.
+
+        Raises:
+            UserError: when the loss is not finite; the last checkpoint is from before.
+        """
+        total, norm, count, label, entropy, *parts = self.sums.tolist()
+        if not all(map(_finite, (total, norm))):
+            raise UserError(
+                f"The loss or its gradient is not finite between steps {step - int(count)} and {step}.",
+                f"Lower --lr (now {self.config.lr:g}), set --clip 1, or use --precision float32. "
+                "The last checkpoint is from before.",
+            )
+        self.sums.zero_()
+        row = {"step": step, "images_seen": step * self.config.batch_size, "loss": total / count}
+        row |= {"grad_norm": norm / count, "lr": self.lr}
+        if self.head is not None:  # the loss cannot fall below the entropy of the soft labels
+            row |= {"label": label / count, "label_kl": (label - entropy) / count}
+        n = len(self.levels)
+        for i, name in enumerate(self.levels if self.config.mode != "label" else ()):
+            row[f"mse/{name}"], row[f"at/{name}"] = parts[i] / count, parts[n + i] / count
+            row[f"loss/{name}"] = row[f"mse/{name}"] + self.config.at_weight * row[f"at/{name}"]
+            target = whiten(last[0].maps[i], self.config.whiten)
+            row[f"r2/{name}"] = metrics.r2(last[1][i], target)
+            row[f"cosine/{name}"] = metrics.cosine(last[1][i], target)
+        return row
+
+    @torch.no_grad()
+    def probe(self, images: data.ImageSet, most: int = 1024) -> dict[str, float]:
+        """RankMe of the backbone's pooled features on up to `most` images; kNN (leave one out) with labels."""
+        self.student.eval()
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:most]
+        features = []
+        for part in order.split(128):
+            with autocast(self.device, self.config.precision):
+                features.append(
+                    self.student.pooled(images.get(part).to(self.device).float() / 255).float().cpu()
+                )
+        x = torch.cat(features)
+        row = {"rankme": metrics.rankme(x)}
+        if images.labels is not None:
+            labels = images.labels[order]
+            scores = metrics.knn_predict(x, labels, classes=len(images.classes))
+            row["knn"] = metrics.accuracy(scores.argmax(1), labels)
+        return row
+
+    def state(self) -> dict[str, Tensor]:
+        """The trained tensors that are exported: the average where there is one."""
+        return self.ema.tensors if self.ema else self.trained.state_dict()
+
+    def save(self, step: int, folder: Path) -> None:
+        """Writes everything that the rest of the run depends on, atomically."""
+        if not bool(torch.isfinite(self.sums).all()):
+            return  # never replace a good checkpoint: `log` stops the run at its next line
+        tensors, scalars = checkpoint.pack_optimizer(self.optimizer)
+        tensors |= {f"trained/{k}": v for k, v in self.trained.state_dict().items()}
+        tensors["sums"] = self.sums
+        if self.ema:
+            tensors |= {f"ema/{k}": v for k, v in self.ema.tensors.items()}
+        meta = {"kind": "pretrain", "step": step, "optimizer": scalars}
+        meta["ema_updates"] = self.ema.updates if self.ema else 0
+        checkpoint.save(checkpoint.checkpoint_path(folder, step), tensors, meta)
+        checkpoint.prune(folder, self.config.keep)
+
+    def restore(self, path: Path, run: RunDir) -> int:
+        """Continues from a checkpoint, bitwise; returns its step."""
+        tensors, meta = checkpoint.load(path)
+        if meta.get("kind") != "pretrain":
+            raise UserError(f"'{path}' is a checkpoint of '{meta.get('kind')}'.", "Choose another --out.")
+        checkpoint.load_exactly(self.trained, _under("trained/", tensors), path)
+        if tensors["sums"].shape != self.sums.shape:
+            raise UserError(f"'{path}' was written by another version.", "Start anew: choose another --out.")
+        self.sums.copy_(tensors["sums"])
+        if self.ema:
+            for key, value in _under("ema/", tensors).items():
+                self.ema.tensors[key].copy_(value)  # in place: the memory layout stays
+            self.ema.updates = meta["ema_updates"]
+        checkpoint.unpack_optimizer(self.optimizer, tensors, meta["optimizer"])
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            run.rewind(name, meta["step"])
+        print(f"Resuming from step {meta['step']} of {self.steps}.", flush=True)
+        return int(meta["step"])
+
+    def write_weights(self, folder: Path, teacher: Teacher) -> None:
+        """backbone.safetensors (native timm names), regressor.safetensors (its neck), and head.safetensors."""
+        state = self.state()
+        about = {"format": "dreamteacher-backbone", "student": self.student.name, "teacher": teacher.name}
+        files = {"backbone": "student.model.", "regressor": "regressor."}
+        if self.head is not None:
+            files["head"] = "head."
+        for name, prefix in files.items():
+            tensors = {k: v.detach().cpu().contiguous() for k, v in _under(prefix, state).items()}
+            checkpoint.atomic_write(
+                folder / f"{name}.safetensors", lambda path, tensors=tensors: save_file(tensors, path, about)
+            )
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
