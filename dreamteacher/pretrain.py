@@ -94,7 +94,8 @@ def pretrain(config: PretrainConfig) -> Path | None:
     with contextlib.closing(RunDir(config.out)) as run, Signals() as signals:
         resume = run.open(resolved)
         interpreter = _interpreter(config, job, run.path)
-        training = Training(config, student, regressor, steps, interpreter)
+        classes = resolved.get("labels", {}).get("classes", ())
+        training = Training(config, student, regressor, steps, interpreter, classes)
         first = training.restore(resume, run) if resume else 0
         _list_skipped(run.path, images)
         progress = Progress(training.steps, first, config.batch_size, "pretrain")

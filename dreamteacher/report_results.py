@@ -14,7 +14,8 @@ from dreamteacher.figures import Dots, dot_plot
 TASKS = {
     "segment-frozen": "segmentation, frozen backbone", "segment-linear": "segmentation, linear per pixel",
     "segment-finetune": "segmentation, fine-tuned", "linear": "linear probe", "finetune": "fine-tuning",
-    "knn": "nearest neighbours",
+    "knn": "nearest neighbours", "distilled": "segmentation, as distilled",
+    "distilled-classes": "classification, as distilled",
 }  # fmt: skip
 METRICS = {"miou": "mIoU", "auroc": "AUROC", "balanced_accuracy": "balanced accuracy"}
 BASELINES = ("random init", "labels only", "ImageNet")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -157,11 +158,12 @@ class Training:
         regressor: FeatureRegressor,
         steps: int,
         interpreter: Interpreter | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         self.config, self.student, self.regressor, self.steps = config, student, regressor, steps
         self.device = next(student.parameters()).device
         parts: dict[str, nn.Module] = {"student": student, "regressor": regressor}
-        self.interpreter, self.head = interpreter, None
+        self.interpreter, self.head, self.classes = interpreter, None, list(classes)
         if interpreter is not None:
             self.head = label_head(config, student, interpreter).to(self.device)
             parts["head"] = self.head
@@ -325,6 +327,7 @@ class Training:
         files = {"backbone": "student.model.", "regressor": "regressor."}
         if self.head is not None:
             files["head"] = "head."
+            about |= {"classes": json.dumps(self.classes), "pooled": "yes" if self.head.pooled else "no"}
         for name, prefix in files.items():
             tensors = {k: v.detach().cpu().contiguous() for k, v in _under(prefix, state).items()}
             checkpoint.atomic_write(

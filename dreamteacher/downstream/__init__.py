@@ -33,10 +33,13 @@ Row: TypeAlias = dict[str, Any]
 Levels = Literal["last", "all"]
 CLASSIFICATION = ("knn", "linear", "finetune")
 SEGMENTATION = ("segment-frozen", "segment-finetune", "segment-linear")
+# The model that label distillation leaves, scored as it is; only a run with a label head has one.
+DISTILLED = {"distilled": "miou", "distilled-classes": "accuracy"}
 # The metric that stands for a task in tables.
 HEADLINE = {
     **dict.fromkeys(CLASSIFICATION, "accuracy"),
     **dict.fromkeys(SEGMENTATION, "miou"),
+    **DISTILLED,
 }
 
 
@@ -219,6 +222,8 @@ def row_title(row: Mapping[str, Any]) -> str:
     """Task, labels and metric in words: what the rows of one line of a table share."""
     unit = "masks" if row["task"] in SEGMENTATION else "labels per class"
     amount = "all labels" if row["labels"] is None else f"{row['labels']} {unit}"
+    if row["task"] in DISTILLED:
+        amount = "as pretrained"
     return f"{row['task']}, {amount}, {row['metric']}"
 
 

@@ -17,18 +17,21 @@ from dreamteacher.data import ImageSet, load_images
 from dreamteacher.distributed import Precision, pick_device
 from dreamteacher.downstream import (
     CLASSIFICATION,
+    DISTILLED,
     HEADLINE,
     SEGMENTATION,
     ClassificationData,
     Metric,
     Row,
     check_classes,
+    device_of,
     extract_features,
     labelled_data,
     row_title,
     separated,
     summary_table,
 )
+from dreamteacher.downstream.distilled import distilled, has_head, load_distilled, neck_weights
 from dreamteacher.downstream.finetune import FinetuneConfig, finetune
 from dreamteacher.downstream.knn import knn
 from dreamteacher.downstream.linear import linear
@@ -55,7 +58,10 @@ __all__ = [
     "summary_table",
 ]
 
-Task = Literal["knn", "linear", "finetune", "segment-frozen", "segment-finetune", "segment-linear"]
+Task = Literal[
+    "knn", "linear", "finetune", "segment-frozen", "segment-finetune", "segment-linear", "distilled",
+    "distilled-classes",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +96,8 @@ class EvaluateConfig:
     """Seeds of draws, heads and batches; a random backbone is a new one for each."""
     size: tuple[int, int] = (224, 224)
     """Height and width in pixels, multiples of 32."""
+    neck: bool = False
+    """Start the segmentation head's neck from the run's (what mixed pretraining transfers beside the backbone)."""
     knn_k: int = 20
     """Neighbours of knn."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
@@ -122,6 +130,7 @@ class Bench:
     config: EvaluateConfig
     classification: ClassificationData | None
     segmentation: SegmentationData | None
+    run: Path | None = None
     extracted: tuple[Tensor, Tensor] | None = None
 
     def labelled(self) -> ClassificationData:
@@ -135,6 +144,12 @@ class Bench:
         if self.segmentation is None:
             raise UserError("The segmentation tasks need masks.", "Give --images and --masks.")
         return self.segmentation
+
+    def run_folder(self) -> Path:
+        """The run that the backbone is from, or a UserError."""
+        if self.run is None:
+            raise UserError("--neck and the task distilled need a run.", "Give its folder as --init.")
+        return self.run
 
     def features(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Training features and labels, test features and labels."""
@@ -174,6 +189,19 @@ def _segment(bench: Bench, masks: int, seed: int, *, freeze: bool) -> Iterator[M
         seed=seed,
         precision=config.precision,
         batch_size=config.batch_size,
+        neck=neck_weights(bench.run_folder()) if config.neck else None,
+    )
+
+
+def _distilled(bench: Bench, _budget: int, _seed: int) -> Iterator[Metric]:
+    config = bench.config
+    return distilled(
+        load_distilled(bench.run_folder()).to(device_of(bench.student)),
+        segmentation=bench.segmentation,
+        classification=bench.classification,
+        ignore_index=config.segment.ignore_index,
+        precision=config.precision,
+        batch_size=config.batch_size,
     )
 
 
@@ -198,7 +226,20 @@ TASKS: dict[str, Callable[[Bench, int, int], Iterator[Metric]]] = {
     "segment-frozen": functools.partial(_segment, freeze=True),
     "segment-finetune": functools.partial(_segment, freeze=False),
     "segment-linear": _segment_linear,
+    **dict.fromkeys(DISTILLED, _distilled),
 }
+
+
+# Tasks that depend on no draw of labels.
+UNDRAWN = ("knn", *DISTILLED)
+
+
+def _with_masks(tasks: Sequence[str]) -> bool:
+    return bool({*SEGMENTATION, "distilled"} & set(tasks))
+
+
+def _with_classes(tasks: Sequence[str]) -> bool:
+    return bool({*CLASSIFICATION, "distilled-classes"} & set(tasks))
 
 
 def evaluate_student(
@@ -208,6 +249,7 @@ def evaluate_student(
     method: str,
     classification: ClassificationData | None = None,
     segmentation: SegmentationData | None = None,
+    run_of: Callable[[int], Path] | None = None,
 ) -> Iterator[Row]:
     """The rows of one method, in memory: `config` gives tasks, seeds and settings, its folders are not read.
 
@@ -218,6 +260,7 @@ def evaluate_student(
         method: the name of these rows.
         classification: for knn, linear, finetune.
         segmentation: for segment-frozen, segment-finetune, segment-linear.
+        run_of: the run folder of a seed's backbone, for the config's `neck` and the task distilled.
 
     Yields:
         {"method", "student", "task", "metric", "value", "labels", "seed", "seconds"}: `labels` is per class
@@ -233,9 +276,10 @@ def evaluate_student(
         student = make_student(seed)
         seen = bench is not None and student is bench.student
         if bench is None or not seen:
-            bench = Bench(student.to(device), config, classification, segmentation)
+            run = run_of(seed) if run_of else None
+            bench = Bench(student.to(device), config, classification, segmentation, run)
         for task in tasks:
-            if seen and task == "knn":
+            if seen and task in UNDRAWN:
                 continue
             for budget in _budgets(task, config):
                 start = time.perf_counter()
@@ -256,7 +300,7 @@ def evaluate_student(
 
 def _budgets(task: str, config: EvaluateConfig) -> tuple[int | None, ...]:
     """Labels per class or masks that a task runs with."""
-    if task == "knn":
+    if task in UNDRAWN:
         return (None,)
     return config.mask_counts if task in SEGMENTATION else config.labels
 
@@ -282,8 +326,9 @@ def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> l
     def make_student(seed: int) -> Student:
         return create_student(name, seed=seed) if config.init == "random" else first
 
-    segmentation = _load_segmentation(config) if set(tasks) & set(SEGMENTATION) else None
-    classification = _load_classification(config) if set(tasks) & set(CLASSIFICATION) else None
+    run = _run_folder(config, tasks)
+    segmentation = _load_segmentation(config) if _with_masks(tasks) else None
+    classification = _load_classification(config) if _with_classes(tasks) else None
     if config.out is not None:
         config.out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -293,6 +338,7 @@ def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> l
         method=config.method or method_name(config.init),
         classification=classification,
         segmentation=segmentation,
+        run_of=(lambda _seed: run) if run else None,
     ):
         rows.append(row)
         if config.out is not None:
@@ -302,6 +348,26 @@ def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> l
             log(f"{row_title(row)}, seed {row['seed']}: {row['value']:.3f} ({row['seconds']:.1f} s)")
     log(summary_table(rows))
     return rows
+
+
+def _distilled_task(config: EvaluateConfig) -> tuple[str, ...]:
+    """The task that scores the label head of the run in `init`, where it has one and there is data for it."""
+    run = Path(config.init).expanduser()
+    if not has_head(run):
+        return ()
+    if load_distilled(run).pooled:
+        return ("distilled-classes",) if config.train or config.test else ()
+    return ("distilled",) if config.images or config.masks else ()
+
+
+def _run_folder(config: EvaluateConfig, tasks: Sequence[str]) -> Path | None:
+    """The run that `init` names, checked where its neck or its label head is asked for."""
+    run = Path(config.init).expanduser()
+    if set(DISTILLED) & set(tasks):
+        load_distilled(run)
+    if config.neck:
+        neck_weights(run)
+    return run if run.is_dir() else None
 
 
 def method_name(init: str) -> str:
@@ -328,18 +394,19 @@ def check_config(config: EvaluateConfig) -> tuple[str, ...]:
     tasks: tuple[str, ...] = config.tasks or (
         *(CLASSIFICATION if config.train or config.test else ()),
         *(SEGMENTATION if config.images or config.masks else ()),
+        *_distilled_task(config),
     )
     if not tasks:
         raise UserError(
             "There is nothing to evaluate on.",
             "Give --train and --test (one folder per class), or --images and --masks.",
         )
-    if set(tasks) & set(CLASSIFICATION):
+    if _with_classes(tasks):
         if config.train is None or config.test is None:
             raise UserError("knn, linear and finetune need labelled images.", "Give both --train and --test.")
         drawn = set(tasks) & {"linear", "finetune"}
         check_classes(config.train, config.test, max(config.labels) if drawn else 1)
-    if set(tasks) & set(SEGMENTATION):
+    if _with_masks(tasks):
         if config.images is None or config.masks is None:
             raise UserError("The segmentation tasks need masks.", "Give both --images and --masks.")
         if (config.test_images is None) != (config.test_masks is None):

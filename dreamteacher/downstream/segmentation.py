@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -146,6 +146,7 @@ def train_segmenter(
     freeze: bool,
     seed: int,
     precision: Precision = "auto",
+    neck: Mapping[str, Tensor] | None = None,
 ) -> Segmenter:
     """A segmenter in evaluation mode.
 
@@ -158,13 +159,17 @@ def train_segmenter(
         freeze: train the head alone.
         seed: of the head, the batches, mirroring, dropout.
         precision: of the matrix products.
+        neck: where the head's neck starts (mixed pretraining transfers it); the head then has its width.
     """
+    width = config.width if neck is None else int(neck["laterals.0.0.weight"].shape[0])
     device = device_of(student)
     images, masks = images.to(device), masks.to(device)
     size = (images.shape[-2], images.shape[-1])
     generator = step_generator(seed, 0, "segment")
     with seeded(seed, device):
-        head = SegmentationHead(student.specs, classes, config.width, config.dropout).to(device)
+        head = SegmentationHead(student.specs, classes, width, config.dropout).to(device)
+        if neck is not None:
+            head.neck.load_state_dict(neck)
         head = head.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         backbone = copy.deepcopy(student).train(not freeze)
         maps_of = _FrozenMaps(backbone, images, config, precision) if freeze else None
@@ -256,6 +261,7 @@ def segment(
     seed: int,
     precision: Precision = "auto",
     batch_size: int = 64,
+    neck: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Metric]:
     """mIoU and per-class IoU on the test set after training with `masks` masks of the pool.
 
@@ -268,6 +274,7 @@ def segment(
         seed: of the draw and of the training.
         precision: of the matrix products.
         batch_size: test images at once.
+        neck: see `train_segmenter`.
     """
     pool, test = data.pool, data.test
     drawn = draw_masks(len(pool.images), masks, seed)
@@ -280,15 +287,28 @@ def segment(
         freeze=freeze,
         seed=seed,
         precision=precision,
+        neck=neck,
     )
-    device = device_of(student)
+    yield from score_segmenter(model, test, config.ignore_index, precision=precision, batch_size=batch_size)
+
+
+def score_segmenter(
+    model: nn.Module,
+    test: SegmentationSet,
+    ignore_index: int,
+    *,
+    precision: Precision = "auto",
+    batch_size: int = 64,
+) -> Iterator[Metric]:
+    """mIoU and per-class IoU of a model (images in [0, 1] -> logits of their size) on a test set."""
+    device = device_of(model)
 
     def predictions() -> Iterator[tuple[Tensor, Tensor]]:
         for index in torch.arange(len(test.images)).split(batch_size):
             with frozen(model), autocast(device, precision):
                 yield model(to_input(test.images[index], device)).argmax(1), test.masks[index]
 
-    yield from score(predictions(), pool.names, config.ignore_index)
+    yield from score(predictions(), test.names, ignore_index)
 
 
 def segment_linear(
