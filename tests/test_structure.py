@@ -33,7 +33,19 @@ LAYERS = [
     {"dreamteacher"},
     {"errors"},
     {"config", "features", "distributed", "metrics", "images"},
-    {"losses", "regressor", "interpreter", "optim", "checkpoint", "rundir", "data", "masks", "fetch"},
+    {
+        "losses",
+        "regressor",
+        "interpreter",
+        "optim",
+        "checkpoint",
+        "rundir",
+        "data",
+        "masks",
+        "coco",
+        "labelled",
+        "fetch",
+    },
     {"students", "teachers"},
     {"feature_dataset", "estimate"},
     {"pretrain", "downstream"},
@@ -160,7 +172,11 @@ def test_importing_the_package_imports_no_torch() -> None:
 
 # --- dependencies -------------------------------------------------------------------------------------------
 
-IMPORT_NAMES = {"pillow": "PIL", "huggingface-hub": "huggingface_hub"}
+IMPORT_NAMES = {
+    "pillow": "PIL",
+    "huggingface-hub": "huggingface_hub",
+    "faster-coco-eval": "faster_coco_eval",
+}
 
 
 def declared(requirements: list[str]) -> set[str]:
