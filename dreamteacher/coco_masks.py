@@ -49,20 +49,27 @@ def polygon_mask(points: Sequence[float], size: Size) -> Tensor:
     end = start.roll(-1, 0)
     backwards = (start[:, 0] > end[:, 0])[:, None]
     left, right = torch.where(backwards, end, start), torch.where(backwards, start, end)
-    flips = torch.zeros(height + 1, width, dtype=torch.int32)  # the state changes from this row downwards
+    corners = (start - 0.5).ceil().long()
+    (c0, r0), (c1, r1) = corners.amin(0).clamp(min=0).tolist(), corners.amax(0).tolist()
+    c1, r1 = min(c1, width), min(r1, height)
+    mask = torch.zeros(size, dtype=torch.bool)
+    if c0 >= c1 or r0 >= r1:
+        return mask
+    flips = torch.zeros(r1 - r0 + 1, c1 - c0, dtype=torch.int32)  # the state changes from this row downwards
     for (x0, y0), (x1, y1) in zip(  # in parts, so that memory stays bounded
         (part.unbind(1) for part in left.split(512)),
         (part.unbind(1) for part in right.split(512)),
         strict=True,
     ):
-        first = (x0 - 0.5).ceil().clamp(0, width).long()  # columns whose centre is in [x0, x1)
-        count = (x1 - 0.5).ceil().clamp(0, width).long() - first
+        first = (x0 - 0.5).ceil().clamp(c0, c1).long()  # columns whose centre is in [x0, x1)
+        count = (x1 - 0.5).ceil().clamp(c0, c1).long() - first
         edge = torch.arange(len(count)).repeat_interleave(count)
         column = torch.arange(len(edge)) + (first - count.cumsum(0) + count)[edge]
         y = y0[edge] + (column + 0.5 - x0[edge]) * ((y1 - y0) / (x1 - x0))[edge]
-        row = (y - 0.5).ceil().clamp(0, height).long()
-        flips.index_put_((row, column), torch.ones_like(row, dtype=torch.int32), accumulate=True)
-    return flips[:height].cumsum(0) % 2 == 1
+        row = (y - 0.5).ceil().clamp(r0, r1).long()
+        flips.index_put_((row - r0, column - c0), torch.ones_like(row, dtype=torch.int32), accumulate=True)
+    mask[r0:r1, c0:c1] = flips[:-1].cumsum(0) % 2 == 1
+    return mask
 
 
 def decode_counts(text: str) -> tuple[int, ...]:

@@ -62,7 +62,7 @@ def load_labelled(
 
     - a folder of grey or palette pictures, paired with the images by name (a/1.jpg with a/1.png);
     - a folder of .npy files (whole numbers, height x width), paired in the same way; it may be the images'
-      folder itself, as in the data of DDPM-seg (Baranchuk et al., 2022);
+      folder itself, as in the data of DDPM-seg (Baranchuk et al., ICLR 2022);
     - a .json file in COCO's format. Objects are painted over larger ones and, where they are equally large,
       over earlier ones. Images without annotations count as images without a mask.
 
@@ -75,7 +75,8 @@ def load_labelled(
         classes: how many there are; None: as many as `names`, or as the masks or the JSON file hold.
         names: of the classes in id order. With a JSON file its categories are found in them by name.
         background: JSON only: the id where nothing is annotated. The categories take the other ids from 0 in
-            the order of their category ids. If it is `ignore_index`, such pixels are ignored.
+            the order of their category ids; one that is called background is the background. If it is
+            `ignore_index`, such pixels are ignored.
         absent_ok: classes that occur in none of the masks are allowed (test sets); otherwise an error.
 
     Raises:
@@ -139,11 +140,13 @@ def _read_ids(labels: _Labels, masks: Path, size: Size, classes: int | None, ign
 
     found = in_threads(load, range(len(labels.images)), 2, "reading masks")
     refuse_bad(found, masks)
-    unknown = [
-        f"{shown} ({shorten(map(str, foreign))})"
-        for shown, held in zip(labels.shown, found, strict=True)
-        if (foreign := [v for v in held if v < 0 or (classes is not None and v >= classes)])
-    ]
+    unknown = []
+    for shown, held in zip(labels.shown, found, strict=True):
+        foreign = [
+            v for v in held if isinstance(v, int) and (v < 0 or (classes is not None and v >= classes))
+        ]
+        if foreign:
+            unknown.append(f"{shown} ({shorten(map(str, foreign))})")
     if unknown:
         valid = "negative ids" if classes is None else f"ids that are no class (0 to {classes - 1} are)"
         raise UserError(
@@ -275,10 +278,14 @@ def _coco_ids(
             )
         ids, count = [names.index(name) for name in categories], len(names)
     else:
-        ignored = background == ignore_index and background >= len(categories)
-        count = len(categories) + (not ignored)
-        ids = [i for i in range(count) if i != background][: len(categories)]
-        names = tuple(categories[ids.index(i)] if i in ids else "background" for i in range(count))
+        others = [name for name in categories if name != "background"]
+        ignored = background == ignore_index and background >= len(others)
+        count = len(others) + (not ignored)
+        free = [i for i in range(count) if i != background]
+        by_name = {"background": background} | dict(zip(others, free, strict=False))
+        ids = [by_name[name] for name in categories]
+        by_id = {i: name for name, i in by_name.items()}
+        names = tuple(by_id.get(i, "") for i in range(count))
     if classes not in (None, count):
         raise UserError(
             f"'{path}' makes {count} classes ({shorten(names)}), not {classes}.",
@@ -290,7 +297,9 @@ def _coco_ids(
             "Give one of these.",
         )
     taken = [
-        f"{name} ({i})" for name, i in zip(categories, ids, strict=True) if i in (background, ignore_index)
+        f"{name} ({i})"
+        for name, i in zip(categories, ids, strict=True)
+        if i in (background, ignore_index) and name != "background"
     ]
     if taken:
         raise UserError(

@@ -70,7 +70,8 @@ def read_npy(path: Path) -> Tensor:
     if layout.big_endian:
         raw = raw.flip(1)
     ids = raw.contiguous().view(_TYPES[layout.code]).long().flatten()
-    if ids.abs().max() >= 2**31 or ids.min() < -(2**31):  # the smallest number is its own absolute value
+    least = 0 if layout.code == "u8" else -(2**31)  # unsigned ones beyond 63 bits look negative
+    if ids.min() < least or ids.max() >= 2**31:
         raise BadImageError(path, "class ids that need more than 32 bits")
     return ids.view(layout.size[::-1]).t().contiguous() if layout.by_columns else ids.view(layout.size)
 
