@@ -57,7 +57,7 @@ class BadImageError(Exception):
         self.path, self.reason = path, reason
 
 
-def find_images(folder: Path) -> list[Path]:
+def find_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
     """All image files below `folder`, by suffix, in a fixed order; hidden files and folders are passed over.
 
     Links are followed, but never round in circles. Broken links are listed: reading them says what is wrong.
@@ -70,13 +70,13 @@ def find_images(folder: Path) -> list[Path]:
         raise UserError(f"The folder '{folder}' does not exist.", "Check the path.")
     if not folder.is_dir():
         raise UserError(f"'{folder}' is a file, not a folder.", "Give the folder that holds the images.")
-    paths = list(_walk(folder, frozenset()))
+    paths = list(_walk(folder, frozenset(), suffixes))
     if not paths:
-        raise UserError(f"No images in '{folder}' or below.", f"Looked for {' '.join(IMAGE_SUFFIXES)}")
+        raise UserError(f"No images in '{folder}' or below.", f"Looked for {' '.join(suffixes)}")
     return paths
 
 
-def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
+def _walk(folder: Path, above: frozenset[str], suffixes: Sequence[str]) -> Iterator[Path]:
     above |= {os.path.realpath(folder)}
     try:
         with os.scandir(folder) as found:
@@ -88,8 +88,8 @@ def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
     for entry in entries:
         if entry.is_dir():
             if os.path.realpath(entry.path) not in above:
-                yield from _walk(folder / entry.name, above)
-        elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and (
+                yield from _walk(folder / entry.name, above, suffixes)
+        elif os.path.splitext(entry.name)[1].lower() in suffixes and (
             entry.is_file() or entry.is_symlink()  # neither pipes nor devices
         ):
             yield folder / entry.name
@@ -156,6 +156,18 @@ def read_mask(path: Path, size: Size | None, *, binary: bool = False) -> Tensor:
     return (values + 128) // 257 if binary and values.max() > 255 else values
 
 
+def scale_mask(ids: Tensor, size: Size) -> Tensor:
+    """Class ids H x W (within 32 bits), brought to `size` by nearest neighbour, cropped as `read_image` crops.
+
+    Example:
+        >>> scale_mask(torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]]), (2, 2)).tolist()
+        [[1, 2], [5, 6]]
+    """
+    image = to_pil_image(ids.to(torch.int32)[None])
+    height, width = ids.shape
+    return pil_to_tensor(_scale(image, (height, width), 1, size, Image.Resampling.NEAREST))[0].long()
+
+
 def _cover_box(have: tuple[float, float], want: Size) -> tuple[float, float, float, float]:
     """The centred part (left, top, right, bottom) of an image of size `have` with the aspect of `want`.
 
@@ -187,11 +199,12 @@ def _turned(image: Image.Image, turn: int) -> Image.Image:
 
 
 class Header(NamedTuple):
-    """What is known before decoding: upright (height, width), and PIL's names of mode and format."""
+    """What is known before decoding: upright (height, width), PIL's names of mode and format, the palette."""
 
     size: Size
     mode: str
     format: str
+    palette: bytes = b""
 
 
 def read_header(path: Path) -> Header:
@@ -210,7 +223,8 @@ def read_header(path: Path) -> Header:
         raise
     except Exception as error:
         raise BadImageError(path, _reason(error)) from error
-    return Header(_before_turn((image.height, image.width), turn), image.mode, image.format or "")
+    palette = bytes(image.palette.palette) if image.mode == "P" and image.palette is not None else b""
+    return Header(_before_turn((image.height, image.width), turn), image.mode, image.format or "", palette)
 
 
 @contextmanager

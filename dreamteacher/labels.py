@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dreamteacher import data
-from dreamteacher.errors import UserError
-from dreamteacher.masks import SegmentationSet, load_segmentation
+from dreamteacher.errors import UserError, shorten
+from dreamteacher.labelled import load_labelled
+from dreamteacher.masks import SegmentationSet
 
 SAMPLES = "samples.json"  # beside images that a teacher drew: whose they are, and the seed of each
 
@@ -60,21 +63,33 @@ def read_labelled(
     binary: bool = False,
     ignore_index: int = 255,
     classes: int | None = None,
+    absent_ok: bool = False,
+    seeded: bool = False,
 ) -> LabelledSet:
     """Labelled images from disk.
 
     Args:
         images: a folder; without masks one subfolder per class.
-        masks: see `masks.load_segmentation`; None: classes.
+        masks: see `labelled.load_labelled`; None: classes.
         size: (height, width) that images and masks are brought to.
-        binary, ignore_index, classes: of masks.
+        binary, ignore_index, classes, absent_ok: of masks.
+        seeded: the images are a teacher's samples, which it draws again: their seeds are read too.
 
     Raises:
         UserError: for labels that are missing, damaged or do not fit, before anything is trained.
     """
     if masks is not None:
-        found = load_segmentation(images, masks, size, ignore_index=ignore_index, binary=binary)
-        return from_masks(found)
+        found = load_labelled(
+            images,
+            masks,
+            size,
+            ignore_index=ignore_index,
+            binary=binary,
+            classes=classes,
+            absent_ok=absent_ok,
+        )
+        seeds = read_seeds(images, found.paths) if seeded else None
+        return replace(from_masks(found), seeds=seeds)
     folder = data.load_images(images, size)
     if folder.labels is None:
         raise UserError(
@@ -82,7 +97,32 @@ def read_labelled(
             "Give --masks, or put every image into a subfolder that names its class.",
         )
     index = torch.arange(len(folder))
-    return LabelledSet(images=folder.get(index), targets=folder.labels, classes=folder.classes)
+    seeds = read_seeds(images, folder.paths) if seeded else None
+    return LabelledSet(images=folder.get(index), targets=folder.labels, classes=folder.classes, seeds=seeds)
+
+
+def read_seeds(images: Path, paths: Sequence[Path]) -> Tensor:
+    """The seed of each sample (int64 N), from the list that `make-labels --samples` wrote beside them.
+
+    Raises:
+        UserError: there is no such list, or it lacks some of the images.
+    """
+    try:
+        seeds = json.loads((images / SAMPLES).read_text("utf-8"))["seeds"]
+        found = {str(name): int(seed) for name, seed in seeds.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"'{images}' holds no samples of the teacher ({SAMPLES} is not there or cannot be read), and it has "
+            "maps of its own samples only.",
+            "Draw samples to annotate: `dreamteacher make-labels --samples 40`, and give its folder of images.",
+        ) from None
+    missing = [path.name for path in paths if path.name not in found]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(paths)} images in '{images}' are no samples: {shorten(missing)}.",
+            f"Remove them; {SAMPLES} lists the others.",
+        )
+    return torch.tensor([found[path.name] for path in paths])
 
 
 def draw(labelled: LabelledSet, count: int | None, seed: int) -> tuple[LabelledSet, LabelledSet]:

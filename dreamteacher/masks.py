@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.images import (
+    IMAGE_SUFFIXES,
     BadImage,
     BadImageError,
     Header,
@@ -35,6 +36,7 @@ class SegmentationSet:
         classes: number of classes.
         names: their names in id order.
         unpaired: images that had no mask and were left out.
+        paths: of the images; () where they are not from files.
     """
 
     images: Tensor
@@ -42,6 +44,7 @@ class SegmentationSet:
     classes: int
     names: tuple[str, ...]
     unpaired: tuple[Path, ...] = ()
+    paths: tuple[Path, ...] = ()
 
 
 def load_segmentation(
@@ -62,14 +65,9 @@ def load_segmentation(
             masks where ids are wanted, fewer than two classes.
     """
     images_folder, masks_folder = Path(images_folder), Path(masks_folder)
-    pairs, unpaired = _pairs(images_folder, masks_folder)
-    _check_pairs(images_folder, masks_folder, pairs, binary)
-    if unpaired:
-        some = shorten(below(images_folder, p) for p in unpaired)
-        print(
-            f"{len(unpaired)} of {len(pairs) + len(unpaired)} images have no mask and are left out: {some}",
-            file=sys.stderr,
-        )
+    pairs, unpaired = find_pairs(images_folder, masks_folder)
+    check_pairs(images_folder, masks_folder, pairs, binary)
+    say_unpaired(images_folder, unpaired, len(pairs) + len(unpaired))
     images = torch.empty(len(pairs), 3, *size, dtype=torch.uint8)
     masks = torch.empty(len(pairs), *size, dtype=torch.int64)
 
@@ -81,28 +79,54 @@ def load_segmentation(
             return BadImage(error.path, error.reason)
         return None
 
-    _refuse_bad(in_threads(load, range(len(pairs)), 2, "reading masks"), masks_folder)
+    refuse_bad(in_threads(load, range(len(pairs)), 2, "reading masks"), masks_folder)
     if binary:
         masks = (masks > (0 if masks.max() <= 1 else 127)).long()
         return SegmentationSet(
             images=images, masks=masks, classes=2, names=("background", "foreground"), unpaired=unpaired
         )
-    classes = int(torch.where(masks == ignore_index, -1, masks).max()) + 1
-    if classes < 2 or int(masks.min()) < 0:
-        raise UserError(
-            f"The masks in '{masks_folder}' hold the ids {shorten(map(str, masks.unique().tolist()))}; "
-            f"{ignore_index} is ignored, and at least two classes from 0 are needed.",
-            "If they are black and white pictures, use --binary-masks.",
-        )
+    classes = count_classes(masks.unique().tolist(), masks_folder, ignore_index)
     names = tuple(f"class {i}" for i in range(classes))
     return SegmentationSet(images=images, masks=masks, classes=classes, names=names, unpaired=unpaired)
 
 
-def _pairs(images_folder: Path, masks_folder: Path) -> tuple[list[tuple[Path, Path]], tuple[Path, ...]]:
-    """(image, mask) in order, and the images without a mask."""
+def count_classes(ids: Sequence[int], masks: Path, ignore_index: int) -> int:
+    """The largest id and one, where nothing else says how many classes there are.
+
+    Raises:
+        UserError: that makes fewer than two, or there are negative ids.
+    """
+    classes = max((i for i in ids if i != ignore_index), default=-1) + 1
+    if classes < 2 or min(i for i in ids if i != ignore_index) < 0:
+        raise UserError(
+            f"The masks in '{masks}' hold the ids {shorten(map(str, ids))}; "
+            f"{ignore_index} is ignored, and at least two classes from 0 are needed.",
+            "If they are black and white pictures, use --binary-masks.",
+        )
+    return classes
+
+
+def say_unpaired(folder: Path, unpaired: Sequence[Path], images: int) -> None:
+    """Says on stderr which of so many images are left out, if any are."""
+    if unpaired:
+        some = shorten(below(folder, p) for p in unpaired)
+        print(
+            f"{len(unpaired)} of {images} images have no mask and are left out: {some}",
+            file=sys.stderr,
+        )
+
+
+def find_pairs(
+    images_folder: Path, masks_folder: Path, mask_suffixes: Sequence[str] = IMAGE_SUFFIXES
+) -> tuple[list[tuple[Path, Path]], tuple[Path, ...]]:
+    """(image, mask) in order, and the images without a mask.
+
+    Raises:
+        UserError: masks without an image, or files whose names differ in nothing but their suffix.
+    """
     by_name: list[dict[str, Path]] = []
-    for folder in (images_folder, masks_folder):
-        paths = find_images(folder)
+    for folder, suffixes in ((images_folder, IMAGE_SUFFIXES), (masks_folder, mask_suffixes)):
+        paths = find_images(folder, suffixes)
         by_name.append({below(folder, p.with_suffix("")): p for p in paths})
         if len(by_name[-1]) < len(paths):
             same = (below(folder, p) for p in paths if by_name[-1][below(folder, p.with_suffix(""))] != p)
@@ -122,19 +146,28 @@ def _pairs(images_folder: Path, masks_folder: Path) -> tuple[list[tuple[Path, Pa
     return [(path, masks[name]) for name, path in images.items() if name in masks], unpaired
 
 
-def _check_pairs(
-    images_folder: Path, masks_folder: Path, pairs: Sequence[tuple[Path, Path]], binary: bool
-) -> None:
-    """Everything that the headers tell, before anything is decoded."""
+def check_pairs(
+    images_folder: Path,
+    masks_folder: Path,
+    pairs: Sequence[tuple[Path, Path]],
+    binary: bool,
+    read_mask_header: Callable[[Path], Header] = read_header,
+) -> list[Header]:
+    """Everything that the headers tell, before anything is decoded. Returns those of the masks.
 
-    def check(path: Path) -> Header | BadImage:
+    Raises:
+        UserError: files that cannot be read, shapes that differ, coloured or JPEG masks where ids are wanted.
+    """
+
+    def check(i: int) -> Header | BadImage:
+        path = pairs[i // 2][i % 2]
         try:
-            return read_header(path)
+            return read_mask_header(path) if i % 2 else read_header(path)
         except BadImageError as error:
             return BadImage(path, error.reason)
 
-    found = in_threads(check, [path for pair in pairs for path in pair], 2, "checking masks")
-    _refuse_bad(found, masks_folder)
+    found = in_threads(check, range(2 * len(pairs)), 2, "checking masks")
+    refuse_bad(found, masks_folder)
     headers = [h for h in found if isinstance(h, Header)]
     coloured, oblong = [], []
     for (image, mask), one, two in zip(pairs, headers[::2], headers[1::2], strict=True):
@@ -154,9 +187,11 @@ def _check_pairs(
             f"{len(oblong)} of {len(pairs)} masks are not of their image's shape: {shorten(oblong)}.",
             "Mask and image must show the same part of the scene: width / height must be the same.",
         )
+    return headers[1::2]
 
 
-def _refuse_bad(found: Iterable[object], folder: Path) -> None:
+def refuse_bad(found: Iterable[object], folder: Path) -> None:
+    """Raises a UserError if there is a BadImage among what was found."""
     bad = [b for b in found if isinstance(b, BadImage)]
     if bad:
         raise UserError(

@@ -146,16 +146,12 @@ def prepare(
         )
     size = config.size or teacher.size
     teacher.check_size(*size)
-    everything = labelled if labelled is not None else _read(config, size)
-    if everything.seeds is None and "encode" not in teacher.modes:
-        raise UserError(
-            f"The teacher '{teacher.name}' ({teacher.family}) cannot encode images, so it has no maps of these.",
-            "Label its own samples: `dreamteacher make-labels --samples 40` draws them; give that folder as --images.",
-        )
+    seeded = "encode" not in teacher.modes  # it has maps of its own samples only, which it draws again
+    everything = labelled if labelled is not None else _read(config, size, seeded=seeded)
     chosen, rest = draw(everything, config.labels, config.seed)
     val: LabelledSet | None = rest if len(rest) else None
     if config.val_images is not None:
-        val = _read(config, size, validation=True)
+        val = _read(config, size, seeded=seeded, validation=True)
         if len(val.classes) > len(chosen.classes):
             raise UserError(
                 f"The validation labels have {len(val.classes)} classes, the labels {len(chosen.classes)}.",
@@ -164,12 +160,14 @@ def prepare(
     return InterpreterJob(config, teacher.to(device), chosen, val, size)
 
 
-def _read(config: TrainInterpreterConfig, size: tuple[int, int], *, validation: bool = False) -> LabelledSet:
+def _read(
+    config: TrainInterpreterConfig, size: tuple[int, int], *, seeded: bool, validation: bool = False
+) -> LabelledSet:
     images, masks = (config.val_images, config.val_masks) if validation else (config.images, config.masks)
     assert images is not None
     return read_labelled(
         images, masks, size, binary=config.binary_masks, ignore_index=config.ignore_index,
-        classes=config.class_count,
+        classes=config.class_count, absent_ok=validation or config.class_count is not None, seeded=seeded,
     )  # fmt: skip
 
 

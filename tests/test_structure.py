@@ -42,6 +42,8 @@ LAYERS = [
         "rundir",
         "data",
         "masks",
+        "coco",
+        "labelled",
         "labels",
         "fetch",
     },
@@ -171,7 +173,11 @@ def test_importing_the_package_imports_no_torch() -> None:
 
 # --- dependencies -------------------------------------------------------------------------------------------
 
-IMPORT_NAMES = {"pillow": "PIL", "huggingface-hub": "huggingface_hub"}
+IMPORT_NAMES = {
+    "pillow": "PIL",
+    "huggingface-hub": "huggingface_hub",
+    "faster-coco-eval": "faster_coco_eval",
+}
 
 
 def declared(requirements: list[str]) -> set[str]:
