@@ -38,6 +38,10 @@ VERBS = {
         "dreamteacher.train_interpreter", "TrainInterpreterConfig", "train_interpreter",
         "a few labelled images and a teacher -> labels for every image",
     ),
+    "make-labels": Verb(
+        "dreamteacher.make_labels", "MakeLabelsConfig", "make_labels",
+        "images or a teacher's samples -> a labelled dataset on disk",
+    ),
     "get-teacher": Verb(
         "dreamteacher.teachers.get", "GetTeacherConfig", "get_teacher",
         "a published generator (ADM, Stable Diffusion, StyleGAN2 ...) or a checkpoint of yours -> a teacher",
@@ -82,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(HELP.format(verbs="\n".join(f"  {name:14} {verb.what}" for name, verb in VERBS.items())))
+        print(HELP.format(verbs="\n".join(f"  {name:17} {verb.what}" for name, verb in VERBS.items())))
         return 0
     if arguments[0] in ("-V", "--version"):
         from dreamteacher import __version__

@@ -406,6 +406,8 @@ font-size:14px;font-weight:600;margin:16px 0 2px}
 .maps strong small{font-weight:400;font-size:13px;color:var(--muted);margin-left:10px}
 .maps img{display:block;width:100%;border-radius:4px;image-rendering:pixelated}
 .maps img.photo{image-rendering:auto}
+.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:12px}
+.pairs figure{margin:0}.pairs img{width:50%;image-rendering:pixelated}
 .sheet{width:fit-content;max-width:100%}
 .sheet img{display:block;max-width:100%;width:680px;height:auto;border-radius:4px}
 footer{margin-top:64px;padding-top:16px;border-top:1px solid var(--line);color:var(--muted);font-size:13px}

@@ -236,7 +236,7 @@ def _check_numbers(config: PretrainConfig) -> None:
         raise UserError("BatchNorm needs at least 2 images in a part of a batch.", "Lower --accumulate.")
     if config.dataset == "mixture":
         feature_dataset.synthesized_part(config.batch_size // config.accumulate, config.share)
-    for name in ("lr", "epochs", "log_every", "save_every", "keep"):
+    for name in ("lr", "epochs", "log_every", "save_every", "keep", "tau"):
         if getattr(config, name) <= 0:
             raise UserError(
                 f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}.",

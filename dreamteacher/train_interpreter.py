@@ -48,7 +48,7 @@ class InterpreterTraining:
     betas: tuple[float, float] = (0.9, 0.95)
     """Of the optimizer's moments."""
     width: int = 256
-    """Channels inside the interpreter."""
+    """Channels inside the interpreter, a multiple of 8."""
     dropout: float = 0.1
     """Probability of dropping a channel before the last layer."""
     dice_weight: float = 3.0
@@ -401,6 +401,8 @@ def _check_numbers(config: TrainInterpreterConfig) -> None:
                 f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}.",
                 "Give a larger one.",
             )
+    if config.width % 8:
+        raise UserError(f"--width {config.width} is no multiple of 8.", "GroupNorm has groups of 8 channels.")
     if not 0 <= config.warmup_epochs <= config.epochs or not 0 <= config.dropout < 1:
         raise UserError(
             f"--warmup-epochs {config.warmup_epochs} of --epochs {config.epochs}, --dropout {config.dropout:g}.",

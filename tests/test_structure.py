@@ -50,7 +50,7 @@ LAYERS = [
     {"students", "teachers"},
     {"feature_dataset", "estimate"},
     {"train_interpreter", "training", "pretrain", "downstream"},
-    {"export", "figures", "report", "inspection"},
+    {"export", "figures", "report", "inspection", "make_labels"},
     {"demo", "catalogue", "testing"},
     {"cli"},
     {"__main__"},
