@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -128,17 +128,20 @@ def dreamteacher(task: Task, mode: str) -> Predictions:
         task: its masks train the interpreter and the fine-tuning.
         mode: feature, label or mixed.
     """
-    raise UserError(f"The method '{mode}' is not in this version.", "Leave it out of --methods.")
+    raise _not_here(mode)
 
 
+def _not_here(mode: str) -> UserError:
+    return UserError(f"The method '{mode}' is not in this version.", "Leave it out of --methods.")
+
+
+OURS = ("feature", "label", "mixed")
 METHODS: dict[str, Callable[[Task], Predictions]] = {
     "scratch": scratch,
     "imagenet": imagenet,
     "ddpm-seg": pixels_in_teacher,
     "dataset-ddpm": samples_of_teacher,
-    "feature": lambda task: dreamteacher(task, "feature"),
-    "label": lambda task: dreamteacher(task, "label"),
-    "mixed": lambda task: dreamteacher(task, "mixed"),
+    **{mode: functools.partial(dreamteacher, mode=mode) for mode in OURS},
 }
 
 
@@ -158,9 +161,12 @@ def finetuned(student: Student, task: Task, images: Tensor, masks: Tensor) -> Pr
 
 
 def peak_mb() -> float:
-    """The largest resident memory of this process so far, in 2^20 bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    """The largest resident memory of this process so far, in 2^20 bytes.
+
+    Not getrusage's: that one begins with the peak of the process that started this one.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 
 def measure(settings: argparse.Namespace, method: str, count: int, seed: int) -> dict[str, Any]:
@@ -193,10 +199,13 @@ def load(settings: argparse.Namespace, seed: int) -> Benchmark:
 
 def check(settings: argparse.Namespace) -> None:
     """Raises UserError for what would fail only after hours."""
+    for mode in settings.methods:
+        if mode in OURS:
+            raise _not_here(mode)
     bench = load(settings, 0)
     for count in settings.counts:
         draw_masks(len(bench.pool.images), count, 0)
-    needs_teacher = {"ddpm-seg", "dataset-ddpm", "feature", "label", "mixed"} & set(settings.methods)
+    needs_teacher = {"ddpm-seg", "dataset-ddpm", *OURS} & set(settings.methods)
     if needs_teacher and settings.teacher is None:
         raise UserError(
             f"'{settings.data}' has no teacher of its own for {', '.join(sorted(needs_teacher))}.",
@@ -273,6 +282,7 @@ def same_settings(settings: argparse.Namespace) -> None:
                 "Use the same, or another --out.",
             )  # fmt: skip
         return
+    settings.out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(path, json.dumps(now, indent=2) + "\n")
 
 
