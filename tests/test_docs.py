@@ -34,7 +34,9 @@ GENERATED = ("errors.md",)  # full of wrong commands, on purpose
 SMALL = {
     "pretrain": {
         "--epochs": "1", "--warmup-epochs": "0", "--batch-size": "8", "--width": "16", "--log-every": "1",
+        "--label.epochs": "2", "--label.warmup-epochs": "0", "--label.width": "16",
     },
+    "train-interpreter": {"--epochs": "2", "--warmup-epochs": "0", "--width": "16"},
     "train-teacher": {"--steps": "2", "--batch-size": "4"},
     "evaluate": {
         "--labels": "2", "--seeds": "0", "--mask-counts": "4", "--size": "64 64", "--finetune.steps": "2",

@@ -14,6 +14,7 @@ and `dataset_ddpm.SamplesConfig`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import functools
 import json
@@ -21,7 +22,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,22 @@ import torch
 from dataset_ddpm import SamplesConfig, dataset_ddpm
 from ddpm_seg import PixelConfig, PixelSegmenter, ddpm_seg
 from protocol import SETS, Benchmark, load_benchmark, score
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamteacher import checkpoint
 from dreamteacher.distributed import autocast, pick_device
 from dreamteacher.downstream import device_of, frozen, to_input
+from dreamteacher.downstream.distilled import load_distilled, neck_weights
 from dreamteacher.downstream.segmentation import SegmentConfig, draw_masks, train_segmenter
 from dreamteacher.errors import UserError
+from dreamteacher.feature_dataset import device_generator
+from dreamteacher.interpreter import load_interpreter
+from dreamteacher.labels import LabelledSet
+from dreamteacher.pretrain import PretrainConfig, pretrain
+from dreamteacher.regressor import resize
 from dreamteacher.students import Student, create_student
 from dreamteacher.teachers import load_teacher
+from dreamteacher.train_interpreter import TrainInterpreterConfig, train_interpreter
 
 # miou_published: see `protocol.Scores`. seconds and peak_mb (resident memory; gpu_mb: on the card) are of the
 # method, data loaded before; data_mb: the peak until then.
@@ -121,40 +129,127 @@ def samples_of_teacher(task: Task) -> Predictions:
     return finetuned(student, task, made.images, made.masks)
 
 
-def dreamteacher(task: Task, mode: str) -> Predictions:
+def dreamteacher(task: Task, mode: str, *, as_distilled: bool = False) -> Predictions:
     """The backbone pretrained with the teacher's maps and, but for `feature`, its interpreter's labels.
 
     Args:
         task: its masks train the interpreter and the fine-tuning.
-        mode: feature, label or mixed.
+        mode: feature, label or mixed. Feature transfers the backbone alone, the others the neck too, as the paper.
+        as_distilled: the pretrained model labels the test images itself; nothing is fine-tuned.
     """
-    raise _not_here(mode)
+    run = pretrained(task, mode)
+    if as_distilled:
+        yield from predictions(load_distilled(run).to(task.device), task)
+        return
+    student = create_student(task.settings.student, init=str(run))
+    neck = None if mode == "feature" else neck_weights(run)
+    yield from finetuned(student, task, task.images, task.masks, neck)
 
 
-def _not_here(mode: str) -> UserError:
-    return UserError(f"The method '{mode}' is not in this version.", "Leave it out of --methods.")
+def pretrained(task: Task, mode: str) -> Path:
+    """The run of a mode; runs that rows share (feature: all counts) are made once, and their seconds counted."""
+    args, bench = task.settings, task.benchmark
+    name = f"feature-{task.seed}" if mode == "feature" else f"{mode}-{len(task.images)}-{task.seed}"
+    out = args.out / "work" / name
+    labels = None if mode == "feature" else interpreter(task)
+    with shared(out):
+        pretrain(
+        PretrainConfig(
+            images=bench.unlabelled, out=out, teacher=args.teacher, student=args.student, mode=mode,  # type: ignore[arg-type]
+            interpreter=labels, size=bench.size, t=tuple(args.t),
+            epochs=args.epochs, warmup_epochs=args.epochs / 10, batch_size=args.pretrain_batch, lr=4e-3,
+            width=args.width, flip=not args.no_flip, seed=task.seed, device=args.device, log_every=20,
+            probe_every=0, save_every=1000, keep=1,
+        )
+    )  # fmt: skip
+    return out
+
+
+def interpreter(task: Task) -> Path:
+    """The interpreter of these masks, trained once for all rows that use it."""
+    args, bench = task.settings, task.benchmark
+    out = args.out / "work" / f"interpreter-{len(task.images)}-{task.seed}"
+    names = tuple(f"class {i}" for i in range(bench.classes))
+    with shared(out):
+        train_interpreter(
+        TrainInterpreterConfig(
+            images=Path("in memory"), out=out, teacher=args.teacher, size=bench.size, t=tuple(args.t),
+            ignore_index=bench.ignore, width=args.width, epochs=args.interpreter_epochs,
+            warmup_epochs=args.interpreter_epochs // 5, batch_size=args.interpreter_batch, flip=not args.no_flip,
+            seed=task.seed, device=args.device, look_every=0,
+        ),
+        labelled=LabelledSet(images=task.images, targets=task.masks, classes=names),
+    )  # fmt: skip
+    return out
+
+
+# Seconds and peak memory of runs that an earlier row has paid for: they count in this one too.
+_SHARED = {"seconds": 0.0, "peak_mb": 0.0}
+
+
+@contextlib.contextmanager
+def shared(out: Path) -> Iterator[None]:
+    """Around a run that several rows use: what it took is kept beside it, and counted wherever it is used."""
+    path, start = out / "cost.json", time.perf_counter()
+    before = json.loads(path.read_text()) if path.is_file() else None
+    yield
+    spent = time.perf_counter() - start
+    if before is None:
+        path.write_text(json.dumps({"seconds": spent, "peak_mb": peak_mb()}))
+    else:
+        _SHARED["seconds"] += before["seconds"] - spent
+        _SHARED["peak_mb"] = max(_SHARED["peak_mb"], before["peak_mb"])
+
+
+def interpreter_in_teacher(task: Task) -> Predictions:
+    """The interpreter alone: no student, the teacher itself runs on every test image."""
+    network, spec = load_interpreter(interpreter(task))
+    teacher = load_teacher(spec.teacher, timesteps=spec.t, device=task.device)
+    test, network = task.benchmark.test, network.to(task.device)
+    for part, index in enumerate(torch.arange(len(test.images)).split(16)):
+        noise = device_generator(task.seed, part, "test", task.device)
+        with torch.no_grad(), autocast(task.device, "auto"):
+            maps = teacher.encode(to_input(test.images[index], task.device), generator=noise)
+            logits = resize(network(maps).float(), task.benchmark.size)
+        yield logits.argmax(1).cpu(), test.masks[index]
 
 
 OURS = ("feature", "label", "mixed")
+TEACHES = {"ddpm-seg", "dataset-ddpm", "interpreter", *OURS, "label-distilled", "mixed-distilled"}
 METHODS: dict[str, Callable[[Task], Predictions]] = {
     "scratch": scratch,
     "imagenet": imagenet,
     "ddpm-seg": pixels_in_teacher,
     "dataset-ddpm": samples_of_teacher,
+    "interpreter": interpreter_in_teacher,
     **{mode: functools.partial(dreamteacher, mode=mode) for mode in OURS},
+    "label-distilled": functools.partial(dreamteacher, mode="label", as_distilled=True),
+    "mixed-distilled": functools.partial(dreamteacher, mode="mixed", as_distilled=True),
 }
 
 
-def finetuned(student: Student, task: Task, images: Tensor, masks: Tensor) -> Predictions:
+def finetuned(
+    student: Student,
+    task: Task,
+    images: Tensor,
+    masks: Tensor,
+    neck: Mapping[str, Tensor] | None = None,
+) -> Predictions:
     """Predictions for the test set after fine-tuning backbone and UPerNet head on images and masks."""
     args, bench = task.settings, task.benchmark
     config = SegmentConfig(
         steps=args.steps, batch_size=args.batch_size, flip=not args.no_flip, ignore_index=bench.ignore
     )
     model = train_segmenter(
-        student.to(task.device), images, masks, config, classes=bench.classes, freeze=False, seed=task.seed
-    )
-    device = device_of(model)
+        student.to(task.device), images, masks, config, classes=bench.classes, freeze=False, seed=task.seed,
+        neck=neck,
+    )  # fmt: skip
+    yield from predictions(model, task)
+
+
+def predictions(model: nn.Module, task: Task) -> Predictions:
+    """Class ids that a model gives the test images, and the true ones."""
+    bench, device = task.benchmark, device_of(model)
     for index in torch.arange(len(bench.test.images)).split(32):
         with frozen(model), autocast(device, "auto"):
             yield model(to_input(bench.test.images[index], device)).argmax(1).cpu(), bench.test.masks[index]
@@ -187,7 +282,8 @@ def measure(settings: argparse.Namespace, method: str, count: int, seed: int) ->
         "data": bench.name, "method": method, "count": count, "seed": seed,
         "miou": round(found.miou, 5), "miou_published": round(found.miou_published, 5),
         "iou": " ".join(f"{c}:{value:.4f}" for c, value in found.iou.items()),
-        "seconds": round(time.perf_counter() - start, 1), "peak_mb": round(peak_mb()), "data_mb": round(data_mb),
+        "seconds": round(time.perf_counter() - start + _SHARED["seconds"], 1),
+        "peak_mb": round(max(peak_mb(), _SHARED["peak_mb"])), "data_mb": round(data_mb),
         "gpu_mb": round(gpu),
     }  # fmt: skip
 
@@ -199,13 +295,10 @@ def load(settings: argparse.Namespace, seed: int) -> Benchmark:
 
 def check(settings: argparse.Namespace) -> None:
     """Raises UserError for what would fail only after hours."""
-    for mode in settings.methods:
-        if mode in OURS:
-            raise _not_here(mode)
     bench = load(settings, 0)
     for count in settings.counts:
         draw_masks(len(bench.pool.images), count, 0)
-    needs_teacher = {"ddpm-seg", "dataset-ddpm", *OURS} & set(settings.methods)
+    needs_teacher = TEACHES & set(settings.methods)
     if needs_teacher and settings.teacher is None:
         raise UserError(
             f"'{settings.data}' has no teacher of its own for {', '.join(sorted(needs_teacher))}.",
@@ -255,6 +348,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--samples", type=int, default=200, help="of dataset-ddpm; published: 10,000 and more"
     )
     parser.add_argument("--sampling-steps", type=int, default=25, help="DDIM steps of a sample")
+    parser.add_argument(
+        "--t", type=int, nargs="*", default=[], help="of our methods; none: the teacher's own"
+    )
+    parser.add_argument("--epochs", type=float, default=2.0, help="of the pretraining")
+    parser.add_argument("--pretrain-batch", type=int, default=32)
+    parser.add_argument("--width", type=int, default=128, help="of regressor and interpreter")
+    parser.add_argument("--interpreter-epochs", type=int, default=100)
+    parser.add_argument("--interpreter-batch", type=int, default=4)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--only", nargs=3, metavar=("METHOD", "COUNT", "SEED"), help=argparse.SUPPRESS)
     settings = parser.parse_args(arguments)
