@@ -40,10 +40,10 @@ from dreamteacher.errors import UserError
 from dreamteacher.students import Student, create_student
 from dreamteacher.teachers import load_teacher
 
-# miou_published: see `protocol.Scores`. seconds and peak_mb (resident memory; gpu_mb: on the card) are of the
-# method, data loaded before; data_mb: the peak until then.
+# miou_published: see `protocol.Scores`. seconds, cpu_seconds (of all cores) and gpu_mb are of the method, its data
+# loaded before; peak_mb is the process's resident memory, and data_mb what that was when the method began.
 COLUMNS = (
-    "data", "method", "count", "seed", "miou", "miou_published", "iou", "seconds", "peak_mb", "data_mb", "gpu_mb",
+    "data", "method", "count", "seed", "miou", "miou_published", "iou", "seconds", "cpu_seconds", "peak_mb", "data_mb", "gpu_mb",
 )  # fmt: skip
 Predictions = Iterator[tuple[Tensor, Tensor]]
 
@@ -180,14 +180,15 @@ def measure(settings: argparse.Namespace, method: str, count: int, seed: int) ->
         seed=seed,
         settings=settings,
     )
-    data_mb, start = peak_mb(), time.perf_counter()
+    data_mb, start, cpu = peak_mb(), time.perf_counter(), time.process_time()
     found = score(METHODS[method](task), bench)
     gpu = torch.cuda.max_memory_allocated() / 2**20 if task.device.type == "cuda" else 0.0
     return {
         "data": bench.name, "method": method, "count": count, "seed": seed,
         "miou": round(found.miou, 5), "miou_published": round(found.miou_published, 5),
         "iou": " ".join(f"{c}:{value:.4f}" for c, value in found.iou.items()),
-        "seconds": round(time.perf_counter() - start, 1), "peak_mb": round(peak_mb()), "data_mb": round(data_mb),
+        "seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1),
+        "peak_mb": round(peak_mb()), "data_mb": round(data_mb),
         "gpu_mb": round(gpu),
     }  # fmt: skip
 
