@@ -361,7 +361,7 @@ def break_mask(root: Path) -> None:
 
 
 def break_shape(root: Path) -> None:
-    np.save(root / "train" / "004.npy", np.zeros((8, 9), np.uint8))
+    np.save(root / "train" / "004.npy", np.zeros((8, 16), np.uint8))
 
 
 def break_ids(root: Path) -> None:
@@ -369,7 +369,7 @@ def break_ids(root: Path) -> None:
 
 
 def break_float(root: Path) -> None:
-    np.save(root / "train" / "004.npy", np.full((8, 8), 0.5))
+    np.save(root / "train" / "004.npy", np.full((16, 16), 0.5))
 
 
 def break_pickle(root: Path) -> None:
@@ -390,11 +390,11 @@ def break_image(root: Path) -> None:
         (break_folder, ("missing", "20 images")),
         (break_count, ("29 of 30 images",)),
         (break_mask, ("without a .npy mask: 003.png",)),
-        (break_shape, ("mask 9 x 8", "square")),
-        (break_ids, ("ids 77", "0 to 14, and 255")),
-        (break_float, ("is no mask",)),
-        (break_pickle, ("cannot be read",)),
-        (break_bytes, ("cannot be read",)),
+        (break_shape, ("004.png 8 x 8 and its mask 16 x 8",)),
+        (break_ids, ("004.npy (77)", "0 to 14", "255 is ignored")),
+        (break_float, ("004.npy", "floating")),
+        (break_pickle, ("004.npy", "whole numbers")),
+        (break_bytes, ("004.npy", "empty file")),
         (break_image, ("004.png", "cannot be read")),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

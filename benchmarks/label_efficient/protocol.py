@@ -12,21 +12,20 @@ camvid: 367 driving scenes to draw from and 233 to test on, 11 classes, 64 x 96.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dreamteacher.data import step_generator
 from dreamteacher.demo import xray_folders
 from dreamteacher.downstream.segmentation import split_masks
 from dreamteacher.errors import UserError, shorten
-from dreamteacher.images import BadImageError, Size, below, find_images, read_image
+from dreamteacher.images import Size, below, find_images
+from dreamteacher.labelled import load_labelled
 from dreamteacher.masks import SegmentationSet, load_segmentation
 from dreamteacher.metrics import confusion
 
@@ -189,22 +188,35 @@ def published_benchmark(
 ) -> Benchmark:
     """One of the four sets, as large a train and a test part as published, 256 x 256.
 
+    Of more images the first in sorted order are taken, as the published code does. Masks of another size are
+    brought to 256 by the nearest pixel at each centre (there: OpenCV's, at each corner).
+
     Args:
         root: holds a folder `name`.
         unlabelled, split: see `load_benchmark`.
-        size: (height, width); the published code takes square images only.
+        size: (height, width).
 
     Raises:
-        UserError: see `check_published`; a mask with unknown ids, or not of its image's shape.
+        UserError: see `check_published` and `load_labelled`.
     """
+    check_published(name, root)
     facts = PUBLISHED[name]
-    train, test = check_published(name, root)
+    pool, test = (
+        _first(
+            load_labelled(
+                folder := root / name / "real" / part, folder, size, ignore_index=facts.ignore,
+                classes=facts.classes, absent_ok=True,
+            ),
+            count,
+        )
+        for part, count in (("train", facts.train), ("test", facts.test))
+    )  # fmt: skip
     if split:
-        both = [*train, *test]
-        order = torch.randperm(len(both), generator=step_generator(split, 0, "published split")).tolist()
-        chosen = [both[i] for i in order]
-        train, test = sorted(chosen[: facts.train]), sorted(chosen[facts.train :])
-    pool, held = (_read(name, paths, size) for paths in (train, test))
+        images, masks = torch.cat([pool.images, test.images]), torch.cat([pool.masks, test.masks])
+        order = torch.randperm(len(images), generator=step_generator(split, 0, "published split"))
+        train, held = order[: facts.train].sort().values, order[facts.train :].sort().values
+        pool = replace(pool, images=images[train], masks=masks[train])
+        test = replace(test, images=images[held], masks=masks[held])
     return Benchmark(
         name=name,
         classes=facts.classes,
@@ -212,18 +224,21 @@ def published_benchmark(
         size=size,
         unlabelled=unlabelled,
         pool=pool,
-        test=held,
+        test=test,
     )
 
 
-def check_published(name: str, root: Path) -> tuple[list[Path], list[Path]]:
-    """The images of the train and the test part: the first ones in sorted order, as the published code takes.
+def _first(part: SegmentationSet, count: int) -> SegmentationSet:
+    return replace(part, images=part.images[:count], masks=part.masks[:count], unpaired=())
+
+
+def check_published(name: str, root: Path) -> None:
+    """Whether both parts are there: as many images as published, each with its mask.
 
     Raises:
         UserError: says which folder, how many images, or which masks are missing.
     """
     facts = PUBLISHED[name]
-    parts = []
     for part, count in (("train", facts.train), ("test", facts.test)):
         folder = root / name / "real" / part
         if not folder.is_dir():
@@ -231,57 +246,11 @@ def check_published(name: str, root: Path) -> tuple[list[Path], list[Path]]:
                 f"'{name}' is not complete: the folder '{folder}' is missing.",
                 f"It must hold {count} images with a .npy mask beside each, as DDPM-seg's authors publish them.",
             )
-        images = sorted(find_images(folder))
-        bare = [below(folder, p) for p in images[:count] if not p.with_suffix(".npy").is_file()]
+        images = find_images(folder)
+        bare = [below(folder, p) for p in images if not p.with_suffix(".npy").is_file()]
         if len(images) < count or bare:
-            lack = f"{len(images)} of {count} images are there" if len(images) < count else "images are there"
-            masks = f"; without a .npy mask: {shorten(bare)}" if bare else ""
+            masks = f", without a .npy mask: {shorten(bare)}" if bare else ""
             raise UserError(
-                f"'{name}' is not complete: in '{folder}' {lack}{masks}.",
+                f"'{name}' is not complete: {len(images)} of {count} images are in '{folder}'{masks}.",
                 "Copy the published folder again, images and .npy files.",
             )
-        parts.append(images[:count])
-    return parts[0], parts[1]
-
-
-def _read(name: str, paths: list[Path], size: Size) -> SegmentationSet:
-    facts = PUBLISHED[name]
-    images = torch.empty(len(paths), 3, *size, dtype=torch.uint8)
-    masks = torch.empty(len(paths), *size, dtype=torch.int64)
-    for i, path in enumerate(paths):
-        file = path.with_suffix(".npy")
-        try:
-            whole = read_image(path, None)
-            images[i] = read_image(path, size)
-        except BadImageError as error:
-            raise UserError(f"'{path}' cannot be read: {error.reason}.", "Replace it.") from None
-        mask = _read_npy(file)
-        if whole.shape[1] != whole.shape[2] or mask.shape[0] != mask.shape[1]:
-            raise UserError(
-                f"'{path}' is {whole.shape[2]} x {whole.shape[1]} and its mask {mask.shape[1]} x {mask.shape[0]}.",
-                "The protocol takes square images and masks.",
-            )
-        # Nearest as OpenCV's, which the published code uses.
-        masks[i] = F.interpolate(mask[None, None].float(), size=size, mode="nearest")[0, 0].long()
-        unknown = [v for v in masks[i].unique().tolist() if not 0 <= v < facts.classes and v != facts.ignore]
-        if unknown:
-            raise UserError(
-                f"'{file}' holds the ids {shorten(map(str, unknown))}.",
-                f"'{name}' has 0 to {facts.classes - 1}, and {facts.ignore} is ignored.",
-            )
-    names = tuple(f"class {i}" for i in range(facts.classes))
-    return SegmentationSet(images=images, masks=masks, classes=facts.classes, names=names)
-
-
-def _read_npy(path: Path) -> Tensor:
-    """A mask H x W of whole numbers; nothing in the file can run code."""
-    numpy: Any = importlib.import_module("numpy")
-    try:
-        array = numpy.load(path, allow_pickle=False)
-        values = torch.from_numpy(array.astype("int64"))
-    except (OSError, ValueError, EOFError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"'{path}' cannot be read: {reason}", "Copy it again.") from None
-    if values.ndim != 2 or bool((array != array.astype("int64")).any()):
-        raise UserError(f"'{path}' is no mask: {tuple(array.shape)} {array.dtype}.", "Give H x W class ids.")
-    return values

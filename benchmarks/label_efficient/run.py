@@ -48,10 +48,10 @@ from dreamteacher.students import Student, create_student
 from dreamteacher.teachers import load_teacher
 from dreamteacher.train_interpreter import TrainInterpreterConfig, train_interpreter
 
-# miou_published: see `protocol.Scores`. seconds and peak_mb (resident memory; gpu_mb: on the card) are of the
-# method, data loaded before; data_mb: the peak until then.
+# miou_published: see `protocol.Scores`. seconds, cpu_seconds (of all cores) and gpu_mb are of the method, its data
+# loaded before; peak_mb is the process's resident memory, and data_mb what that was when the method began.
 COLUMNS = (
-    "data", "method", "count", "seed", "miou", "miou_published", "iou", "seconds", "peak_mb", "data_mb", "gpu_mb",
+    "data", "method", "count", "seed", "miou", "miou_published", "iou", "seconds", "cpu_seconds", "peak_mb", "data_mb", "gpu_mb",
 )  # fmt: skip
 Predictions = Iterator[tuple[Tensor, Tensor]]
 
@@ -184,20 +184,21 @@ def interpreter(task: Task) -> Path:
 
 
 # Seconds and peak memory of runs that an earlier row has paid for: they count in this one too.
-_SHARED = {"seconds": 0.0, "peak_mb": 0.0}
+_SHARED = {"seconds": 0.0, "cpu_seconds": 0.0, "peak_mb": 0.0}
 
 
 @contextlib.contextmanager
 def shared(out: Path) -> Iterator[None]:
     """Around a run that several rows use: what it took is kept beside it, and counted wherever it is used."""
-    path, start = out / "cost.json", time.perf_counter()
+    path, start, cpu = out / "cost.json", time.perf_counter(), time.process_time()
     before = json.loads(path.read_text()) if path.is_file() else None
     yield
-    spent = time.perf_counter() - start
+    spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
     if before is None:
-        path.write_text(json.dumps({"seconds": spent, "peak_mb": peak_mb()}))
+        path.write_text(json.dumps({**spent, "peak_mb": peak_mb()}))
     else:
-        _SHARED["seconds"] += before["seconds"] - spent
+        for what, value in spent.items():
+            _SHARED[what] += before[what] - value
         _SHARED["peak_mb"] = max(_SHARED["peak_mb"], before["peak_mb"])
 
 
@@ -275,7 +276,7 @@ def measure(settings: argparse.Namespace, method: str, count: int, seed: int) ->
         seed=seed,
         settings=settings,
     )
-    data_mb, start = peak_mb(), time.perf_counter()
+    data_mb, start, cpu = peak_mb(), time.perf_counter(), time.process_time()
     found = score(METHODS[method](task), bench)
     gpu = torch.cuda.max_memory_allocated() / 2**20 if task.device.type == "cuda" else 0.0
     return {
@@ -283,6 +284,7 @@ def measure(settings: argparse.Namespace, method: str, count: int, seed: int) ->
         "miou": round(found.miou, 5), "miou_published": round(found.miou_published, 5),
         "iou": " ".join(f"{c}:{value:.4f}" for c, value in found.iou.items()),
         "seconds": round(time.perf_counter() - start + _SHARED["seconds"], 1),
+        "cpu_seconds": round(time.process_time() - cpu + _SHARED["cpu_seconds"], 1),
         "peak_mb": round(max(peak_mb(), _SHARED["peak_mb"])), "data_mb": round(data_mb),
         "gpu_mb": round(gpu),
     }  # fmt: skip
