@@ -10,6 +10,7 @@ import errno
 import functools
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_stylegan2 import tiny as tiny_gan
 
 from dreamteacher import checkpoint, report, teachers
@@ -77,6 +78,21 @@ def inspect(*flags: str, **settings: str) -> list[str]:
     """A small inspection of the folder `photos`."""
     base = {"images": "photos", "teacher": "teacher", "labels": "2", "out": "new/inspected", "t": "50"}
     return _command("inspect", base, settings, flags)
+
+
+def interpret(*flags: str, **settings: str) -> list[str]:
+    """An interpreter trained on `masked` images with `masks`."""
+    base = {
+        "images": "masked", "masks": "masks", "teacher": "teacher", "out": "new/interpreter", "epochs": "1",
+        "warmup-epochs": "0", "width": "16", "device": "cpu",
+    }  # fmt: skip
+    return _command("train-interpreter", base, settings, flags)
+
+
+def label(*flags: str, **settings: str) -> list[str]:
+    """A folder of images labelled by an interpreter."""
+    base = {"interpreter": "interpreter", "images": "photos", "out": "new/labels"}
+    return _command("make-labels", base, settings, flags)
 
 
 def _command(verb: str, base: dict[str, str], settings: dict[str, str], flags: tuple[str, ...]) -> list[str]:
@@ -314,6 +330,64 @@ SECTIONS: dict[str, list[Case]] = {
         case("Masks in colours", segment(masks="masks-rgb"), "no class ids", "RGB"),
         case("Black and white masks as ids", segment(masks="masks-empty"), "at least two classes"),
     ],
+    "The label branch": [
+        case("A mask of another shape", interpret(masks="masks-oblong"), "64 x 64 and its mask 32 x 64"),
+        case("A mask without an image", interpret(masks="masks-alone"), "lonely.png"),
+        case("Masks in colours", interpret(masks="masks-rgb"), "no class ids", "RGB"),
+        case("Palettes that differ", interpret(masks="masks-palettes"), "palette", "1.png"),
+        case("Unknown classes", interpret("--class-count", "2", masks="masks-unknown"), "3.png (7)"),
+        case(
+            "Unknown classes in .npy files", interpret("--class-count", "2", masks="masks-npy"), "2.npy (9)"
+        ),
+        case("A .npy file that holds objects", interpret(masks="masks-npy-objects"), "0.npy"),
+        case("A JSON file that is none", interpret(masks="labels/broken.json"), "broken.json"),
+        case("A JSON file whose images are missing", interpret(masks="labels/missing.json"), "gone.png"),
+        case("A JSON file of unknown categories", interpret(masks="labels/category.json"), "categor"),
+        case(
+            "More labels than there are", interpret("--labels", "100"), "--labels 100", "8 images have masks"
+        ),
+        case("No labels at all", interpret(masks=""), "not sorted into at least two subfolders"),
+        case("A GAN's maps of images that it did not draw", interpret(teacher="gan"), "samples.json"),
+        case("A block that the network does not have", interpret("--blocks", "3", "99"), "has 0 to 9"),
+        case("Blocks of another family", interpret("--blocks", "1", teacher="gan"), "Leave out --blocks"),
+        case("A mode without labels", pretrain(mode="mixed"), "--interpreter FOLDER"),
+        case("Labels without a mode", pretrain(interpreter="interpreter"), "--mode mixed"),
+        case(
+            "An interpreter of another teacher",
+            pretrain(mode="mixed", interpreter="interpreter", teacher="teacher-two"),
+            "another teacher",
+        ),
+        case(
+            "An interpreter of other timesteps",
+            pretrain(mode="mixed", interpreter="interpreter", t="50 150"),
+            "--t 100",
+        ),
+        case(
+            "An unfinished interpreter",
+            pretrain(mode="mixed", interpreter="empty"),
+            "holds no finished interpreter",
+        ),
+        case(
+            "Bad masks in the one command",
+            pretrain(mode="mixed", labelled="masked", masks="masks-rgb"),
+            "no class ids",
+        ),
+        case(
+            "A neck of a run that has none",
+            segment("--neck", init="weights/other.safetensors", student="test_efficientnet"),
+            "regressor",
+        ),
+        case(
+            "A label head of a run that has none", segment(tasks="distilled", init="run"), "head.safetensors"
+        ),
+        case("Nothing that labels", label(interpreter=""), "0 are given"),
+        case(
+            "Samples of a student",
+            label(interpreter="", run="run", images="", samples="4"),
+            "draws no samples",
+        ),
+        case("A teacher alone", label(interpreter="", teacher="gan"), "labels nothing"),
+    ],
 }
 CASES = {(section, c.what): c for section, cases in SECTIONS.items() for c in cases}
 
@@ -386,6 +460,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, image_fo
         Path("thesis").mkdir()
         Path("thesis/thesis.txt").write_text("years of work")
         assert main(pretrain(out="run", save_every="1")) == 0
+        assert main(interpret(out="interpreter")) == 0
         _runs()
         _weights()
     return root
@@ -415,18 +490,53 @@ def _images(source: Path) -> None:
             mask.save(f"{folder}/{i}.png")
         mask.convert("RGB").save(f"masks-rgb/{i}.png")
         Image.new("L", (64, 64)).save(f"masks-empty/{i}.png")
+    _label_files()
     mask.save("masks-alone/lonely.png")
     mask.resize((32, 64)).save("masks-oblong/3.png")
+
+
+def _label_files() -> None:
+    """Masks that look right at first sight."""
+    import numpy as np
+
+    for kind in ("palettes", "unknown", "npy", "npy-objects"):
+        Path(f"masks-{kind}").mkdir()
+    for i in range(8):
+        ids = noise(100 + i, 2)
+        coloured = ids.copy()
+        coloured.putpalette([0, 0, 0, 255 - i, i, 0])
+        coloured.save(f"masks-palettes/{i}.png")
+        (ids.point(lambda v: v * 7) if i == 3 else ids).save(f"masks-unknown/{i}.png")
+        array = np.asarray(ids).astype(np.int64)
+        np.save(f"masks-npy/{i}.npy", array * 9 if i == 2 else array)
+        np.save(f"masks-npy-objects/{i}.npy", np.array([None, {}], dtype=object))
+    Path("labels").mkdir()
+    Path("labels/broken.json").write_text("{ not json")
+    image = {"id": 1, "file_name": "0.png", "width": 64, "height": 64}
+    box = {
+        "id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "bbox": [4, 4, 20, 20], "area": 400,
+        "segmentation": [[4, 4, 24, 4, 24, 24, 4, 24]],
+    }  # fmt: skip
+    good = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "thing"}]}
+    missing = good | {"images": [image | {"file_name": "gone.png"}]}
+    Path("labels/missing.json").write_text(json.dumps(missing))
+    category = good | {"annotations": [box | {"category_id": 5}]}
+    Path("labels/category.json").write_text(json.dumps(category))
 
 
 def _teachers(tiny: Path) -> None:
     for name in ("teacher", "teacher-damaged", "teacher-card", "teacher-other"):
         shutil.copytree(tiny, name)
-    weights = bytearray(Path("teacher/teacher.safetensors").read_bytes())
-    weights[-100] ^= 1
-    Path("teacher-damaged/teacher.safetensors").write_bytes(weights)
+    damaged_weights = bytearray(Path("teacher/teacher.safetensors").read_bytes())
+    damaged_weights[-100] ^= 1
+    Path("teacher-damaged/teacher.safetensors").write_bytes(damaged_weights)
     text = Path("teacher/teacher.json").read_text()
     Path("teacher-card/teacher.json").write_text(text[: len(text) // 2])
+    card = teachers.read_card(Path("teacher"))
+    weights = {k: v + 1 for k, v in load_file("teacher/teacher.safetensors").items()}
+    spec = teachers.read_spec(Path("teacher"), card)
+    Path("teacher-two").mkdir()
+    teachers.save_teacher(Path("teacher-two"), weights, spec, {"name": "two", "licence": "CC0-1.0"})
     Path("gan").mkdir()
     tiny_gan(Path("gan"))
     shutil.copyfile(Path(__file__).parent / "golden" / "hostile_os_system.pkl", "hostile.pkl")
