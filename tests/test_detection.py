@@ -26,7 +26,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from dreamteacher.downstream import summary_table
 from dreamteacher.downstream.detection import build_groups, detect, predict, rate_at, train_detector
 from dreamteacher.downstream.detection_cascade import CascadeHeads, box_losses
-from dreamteacher.downstream.detection_config import PRESETS, DetectConfig
+from dreamteacher.downstream.detection_config import PRESETS, DetectConfig, check_detect
 from dreamteacher.downstream.detection_data import (
     DetectionData,
     Draw,
@@ -691,6 +691,8 @@ def test_learning_rates():
     assert rates == pytest.approx([1 / 9, 1, 1, 1, 0.25, 0.25, 0.0625, 0.0625])
     smooth = dataclasses.replace(config, milestones=())
     assert rate_at(89, smooth) < 0.01 < rate_at(45, smooth) < 1
+    for preset in PRESETS.values():
+        check_detect(preset)
     coco = PRESETS["coco-1x"]
     assert [rate_at(s, coco) for s in (999, 59_999, 60_000, 80_000)] == pytest.approx(
         [2.5e-4, 2.5e-4, 6.25e-5, 1.5625e-5]
@@ -707,7 +709,8 @@ def test_learning_rates():
     ],
 )  # fmt: skip
 def test_settings_are_checked(settings, word):
-    refused(lambda: dataclasses.replace(TINY, **settings), word)
+    check_detect(TINY)
+    refused(lambda: check_detect(dataclasses.replace(TINY, **settings)), word)
 
 
 # --- evaluate -----------------------------------------------------------------------------------------------
@@ -748,6 +751,7 @@ def test_evaluate_refuses_before_any_work(tmp_path):
         ({"images": None}, "--images"),
         ({"test_images": images}, "--test-instances"),
         ({"detect": dataclasses.replace(TINY, images=(3,))}, "3 masks asked for"),
+        ({"detect": dataclasses.replace(TINY, cut=0.0)}, "cut is 0.0"),
         ({"instances": images}, "no numbers of objects"),
     ):
         changed = dataclasses.replace(config, **changes)  # type: ignore[arg-type]

@@ -62,6 +62,7 @@ def main() -> None:
     def trained(init: str) -> Student:
         return create_student(args.student, init=init)
 
+    args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for init in args.init:
 

@@ -14,7 +14,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from dreamteacher.data import step_generator
 from dreamteacher.distributed import Precision, seeded
 from dreamteacher.downstream import Metric, device_of, frozen
-from dreamteacher.downstream.detection_config import DetectConfig
+from dreamteacher.downstream.detection_config import DetectConfig, check_detect
 from dreamteacher.downstream.detection_data import (
     DetectionData,
     Draw,
@@ -76,7 +76,11 @@ def train_detector(
         seed: of the heads, the batches, scales, mirroring, and of what torchvision draws (anchors, proposals).
         precision: of the matrix products of the backbone and the FPN.
         log: called with (step, losses by name) after each update.
+
+    Raises:
+        UserError: for settings out of their range.
     """
+    check_detect(config)
     device = device_of(student)
     data = data.shown()
     generator = step_generator(seed, 0, "detect")

@@ -64,29 +64,6 @@ class DetectConfig:
     workers: int = 2
     """Threads that decode training images; change speed only."""
 
-    def __post_init__(self) -> None:
-        check_training(self.steps, self.batch_size, self.lr)
-        least, greatest = self.short_side
-        if not 32 <= least <= greatest <= self.longest_side or not 32 <= self.test_side <= self.longest_side:
-            raise UserError(
-                f"Sides of {least} to {greatest} (test {self.test_side}), at most {self.longest_side}.",
-                "Give at least 32 pixels, in rising order.",
-            )
-        if self.images and (min(self.images) < 2 or len(set(self.images)) < len(self.images)):
-            raise UserError(
-                f"images is {self.images}.", "Give different numbers of at least 2, or none for all."
-            )
-        for name in ("layer_decay", "cut"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}.", "Give a number above 0 and up to 1.")
-        if not 0 <= self.warmup <= 1 or any(not 0 < m < 1 for m in self.milestones):
-            raise UserError(
-                f"warmup {self.warmup}, milestones {self.milestones}.", "Give shares of the steps: 0 to 1."
-            )
-        numbers = ("width", "fc", "anchor", "anchors", "proposals", "rois", "detections")
-        if low := [name for name in numbers if getattr(self, name) < 1]:
-            raise UserError(f"{', '.join(low)} below 1.", "Give at least 1.")
-
 
 # Mask R-CNN of a ResNet-50 on COCO for 12 epochs. Expected there (box / mask AP): supervised 38.9 / 35.4,
 # SparK 41.6 / 37.7, DreamTeacher 44.1 / 40.1. On 8 GPUs of the paper, 2 images each; not run by us.
@@ -108,3 +85,31 @@ PRESETS: dict[str, DetectConfig] = {
         milestones=(2 / 3, 11 / 12), cut=0.1, short_side=(600, 720), test_side=720, longest_side=1280,
     ),
 }  # fmt: skip
+
+
+def check_detect(config: DetectConfig) -> None:
+    """Raises UserError for settings that nothing can be trained with."""
+    check_training(config.steps, config.batch_size, config.lr)
+    least, greatest = config.short_side
+    if (
+        not 32 <= least <= greatest <= config.longest_side
+        or not 32 <= config.test_side <= config.longest_side
+    ):
+        raise UserError(
+            f"Sides of {least} to {greatest} (test {config.test_side}), at most {config.longest_side}.",
+            "Give at least 32 pixels, in rising order.",
+        )
+    if config.images and (min(config.images) < 2 or len(set(config.images)) < len(config.images)):
+        raise UserError(
+            f"images is {config.images}.", "Give different numbers of at least 2, or none for all."
+        )
+    for name in ("layer_decay", "cut"):
+        if not 0 < getattr(config, name) <= 1:
+            raise UserError(f"{name} is {getattr(config, name)}.", "Give a number above 0 and up to 1.")
+    if not 0 <= config.warmup <= 1 or any(not 0 < m < 1 for m in config.milestones):
+        raise UserError(
+            f"warmup {config.warmup}, milestones {config.milestones}.", "Give shares of the steps: 0 to 1."
+        )
+    numbers = ("width", "fc", "anchor", "anchors", "proposals", "rois", "detections")
+    if low := [name for name in numbers if getattr(config, name) < 1]:
+        raise UserError(f"{', '.join(low)} below 1.", "Give at least 1.")

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from dreamteacher.distributed import Precision, pick_device
 from dreamteacher.downstream import CLASSIFICATION, DETECTION, DISTILLED, SEGMENTATION, check_classes
-from dreamteacher.downstream.detection_config import DetectConfig
+from dreamteacher.downstream.detection_config import DetectConfig, check_detect
 from dreamteacher.downstream.detection_scores import check_scores
 from dreamteacher.downstream.distilled import has_head, load_distilled
 from dreamteacher.downstream.finetune import FinetuneConfig
@@ -142,6 +142,7 @@ def check_config(config: EvaluateConfig) -> tuple[str, ...]:
             if folder is not None:
                 find_images(folder)
     if set(tasks) & set(DETECTION):
+        check_detect(config.detect)
         check_scores()
         if config.images is None or config.instances is None:
             raise UserError("The detection tasks need instances.", "Give both --images and --instances.")
