@@ -66,7 +66,7 @@ class DetectConfig:
 
 
 # Mask R-CNN of a ResNet-50 on COCO for 12 epochs. Expected there (box / mask AP): supervised 38.9 / 35.4,
-# SparK 41.6 / 37.7, DreamTeacher 44.1 / 40.1. On 8 GPUs of the paper, 2 images each; not run by us.
+# SparK 41.6 / 37.7, DreamTeacher 44.1 / 40.1. Not run by us.
 _COCO = DetectConfig(
     steps=90_000, batch_size=16, optimizer="adamw", lr=2.5e-4, layer_decay=0.6, weight_decay=1e-4,
     warmup=1000 / 90_000, milestones=(2 / 3, 8 / 9), cut=0.25, short_side=(480, 896), test_side=800,
@@ -77,7 +77,8 @@ PRESETS: dict[str, DetectConfig] = {
     "coco-1x": _COCO,
     # 24 epochs: DreamTeacher 45.1 / 40.8.
     "coco-2x": replace(_COCO, steps=180_000, warmup=1000 / 180_000),
-    # ConvNeXt-B, for detect-cascade: supervised 51.2 / 44.3, SparK 51.9 / 44.6, DreamTeacher 52.5 / 45.2.
+    # ConvNeXt-B, for detect-cascade: supervised 51.2 / 44.3, SparK 51.9 / 44.6, DreamTeacher 52.5 / 45.2. The paper
+    # gives the 12 epochs only: the rest is as for the ResNet-50.
     "coco-cascade-1x": _COCO,
     # 36 epochs of BDD100K's 7,000 images with instances: supervised 26.1 / 20.2, DreamTeacher 28.3 / 24.8.
     "bdd100k-36": replace(
