@@ -21,8 +21,11 @@ TASKS = {
     "segment-frozen": "segmentation mIoU, frozen backbone",
     "segment-linear": "segmentation mIoU, frozen, linear per pixel",
     "segment-finetune": "segmentation mIoU, fine-tuned",
+    "detect": "Mask R-CNN, mask AP",
+    "detect-cascade": "Cascade Mask R-CNN, mask AP",
 }
 HEADLINE = {"knn": "accuracy", "linear": "accuracy", "finetune": "accuracy"}
+HEADLINE |= {"detect": "mask_ap", "detect-cascade": "mask_ap"}
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -46,7 +49,9 @@ def results_table(*paths: Path) -> str:
         means, spreads = [statistics.mean(c) for c in cells], [statistics.stdev(c) for c in cells]
         shown = [f"{m:.3f} ± {s:.3f}" for m, s in zip(means, spreads, strict=True)]
         shown[means.index(max(means))] = f"**{shown[means.index(max(means))]}**"
-        unit = "masks" if task.startswith("segment") else "per class"
+        unit = (
+            "masks" if task.startswith("segment") else "images" if task.startswith("detect") else "per class"
+        )
         amount = "all" if labels in ("", "None") else f"{labels} {unit}"
         gain = means[-1] - means[0]
         apart = f"{gain / max(spreads):+.1f} deviations" if max(spreads) else ""

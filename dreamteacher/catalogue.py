@@ -23,6 +23,7 @@ EXTRAS = {
     "tensorboard": "pretrain --tensorboard",
     "huggingface_hub": "get-teacher, of teachers on the model hub",
     "transformers": "get-teacher, of Stable Diffusion",
+    "faster_coco_eval": "evaluate, of detection",
 }
 
 

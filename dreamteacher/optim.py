@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -78,3 +78,65 @@ class Ema:
             else:
                 self.tensors[key].copy_(value)
         torch._foreach_lerp_(averaged, current, weight)
+
+
+def layer_depths(model: Any) -> dict[str, int]:
+    """Parameter name -> depth of its group in a timm model, 0 for the stem, without gaps.
+
+    A group is a stage as timm splits the model; a stage of six blocks or more makes one group of each three
+    blocks (the first takes what is left over). So a ResNet-50 has 6 groups: stem, stages 1 and 2, two halves of
+    stage 3, stage 4; and a ConvNeXt-B has 13.
+
+    Args:
+        model: a timm model; one that does not say how it is grouped is one group.
+
+    Source: the groups of SparK's fine-tuning (arXiv 2301.03580), which follow ConvNeXt's (arXiv 2201.03545).
+    """
+    from timm.models import group_parameters
+
+    matcher = getattr(model, "group_matcher", None)
+    if matcher is None:
+        return {name: 0 for name, _ in model.named_parameters()}
+    stages = group_parameters(model, matcher(coarse=True), reverse=True)
+    blocks = group_parameters(model, matcher(coarse=False), reverse=True)
+    members: dict[int, list[int]] = {}
+    for name, stage in stages.items():
+        members.setdefault(stage, []).append(blocks[name])
+    order = {stage: sorted(set(found)) for stage, found in members.items()}
+
+    def group(name: str) -> tuple[int, int]:
+        """The stage, and in a long one which three of its blocks: counted from its end."""
+        found = order[stages[name]]
+        left = len(found) - 1 - found.index(blocks[name])
+        return stages[name], max(0, len(found) // 3 - 1 - left // 3) if len(found) >= 6 else 0
+
+    keys = {name: group(name) for name in stages}
+    ranks = {key: i for i, key in enumerate(sorted(set(keys.values())))}
+    last = f"{model.feature_info[-1]['module']}."  # a norm or a convolution after it is no layer more
+    deepest = max((ranks[key] for name, key in keys.items() if name.startswith(last)), default=len(ranks))
+    return {name: min(ranks[key], deepest) for name, key in keys.items()}
+
+
+def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, object]]:
+    """`parameter_groups` of a timm model by depth, each with the `factor` on its learning rate.
+
+    The deepest group has the factor `layer_decay`, the one before its square, and so on: what comes after
+    the backbone has 1.
+
+    Args:
+        model: see `layer_depths`.
+        weight_decay: of matrices and kernels.
+        layer_decay: above 0, up to 1.
+    """
+    depths = layer_depths(model)
+    deepest = max(depths.values())
+    parts: dict[int, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts.setdefault(depths[name], []).append(parameter)
+    return [
+        {**group, "factor": layer_decay ** (deepest + 1 - depth)}
+        for depth, parameters in sorted(parts.items())
+        for group in parameter_groups([nn.ParameterList(parameters)], weight_decay)
+        if group["params"]
+    ]

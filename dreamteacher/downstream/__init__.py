@@ -1,4 +1,4 @@
-"""What a backbone is worth: k nearest neighbours, linear probes, fine-tuning, segmentation.
+"""What a backbone is worth: k nearest neighbours, linear probes, fine-tuning, segmentation, detection.
 
 A task is a function (backbone, data, settings) that yields (metric, value) pairs. It leaves the backbone it
 was given exactly as it was (weights, buffers, mode): probes freeze it, fine-tuning works on a copy. It knows
@@ -33,12 +33,14 @@ Row: TypeAlias = dict[str, Any]
 Levels = Literal["last", "all"]
 CLASSIFICATION = ("knn", "linear", "finetune")
 SEGMENTATION = ("segment-frozen", "segment-finetune", "segment-linear")
+DETECTION = ("detect", "detect-cascade")
 # The model that label distillation leaves, scored as it is; only a run with a label head has one.
 DISTILLED = {"distilled": "miou", "distilled-classes": "accuracy"}
 # The metric that stands for a task in tables.
 HEADLINE = {
     **dict.fromkeys(CLASSIFICATION, "accuracy"),
     **dict.fromkeys(SEGMENTATION, "miou"),
+    **dict.fromkeys(DETECTION, "mask_ap"),
     **DISTILLED,
 }
 
@@ -221,6 +223,7 @@ def class_metrics(scores: Tensor, target: Tensor) -> Iterator[Metric]:
 def row_title(row: Mapping[str, Any]) -> str:
     """Task, labels and metric in words: what the rows of one line of a table share."""
     unit = "masks" if row["task"] in SEGMENTATION else "labels per class"
+    unit = "images" if row["task"] in DETECTION else unit
     amount = "all labels" if row["labels"] is None else f"{row['labels']} {unit}"
     if row["task"] in DISTILLED:
         amount = "as pretrained"

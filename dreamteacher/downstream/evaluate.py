@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
 from dreamteacher.data import ImageSet, load_images
-from dreamteacher.distributed import Precision, pick_device
+from dreamteacher.distributed import pick_device
 from dreamteacher.downstream import (
     CLASSIFICATION,
+    DETECTION,
     DISTILLED,
     HEADLINE,
     SEGMENTATION,
     ClassificationData,
     Metric,
     Row,
-    check_classes,
     device_of,
     extract_features,
     labelled_data,
@@ -31,20 +29,28 @@ from dreamteacher.downstream import (
     separated,
     summary_table,
 )
-from dreamteacher.downstream.distilled import distilled, has_head, load_distilled, neck_weights
-from dreamteacher.downstream.finetune import FinetuneConfig, finetune
+from dreamteacher.downstream.detection import detect
+from dreamteacher.downstream.detection_data import DetectionData, load_detection
+from dreamteacher.downstream.distilled import distilled, load_distilled, neck_weights
+from dreamteacher.downstream.evaluate_config import (
+    UNDRAWN,
+    EvaluateConfig,
+    budgets,
+    check_config,
+    with_classes,
+    with_masks,
+)
+from dreamteacher.downstream.finetune import finetune
 from dreamteacher.downstream.knn import knn
 from dreamteacher.downstream.linear import linear
 from dreamteacher.downstream.segmentation import (
     SegmentationData,
-    SegmentConfig,
     draw_masks,
     segment,
     segment_linear,
     split_masks,
 )
-from dreamteacher.errors import UserError, did_you_mean
-from dreamteacher.images import find_images
+from dreamteacher.errors import UserError
 from dreamteacher.masks import SegmentationSet, load_segmentation
 from dreamteacher.students import Student, create_student, is_ours, recorded_student, weight_file
 
@@ -52,74 +58,12 @@ __all__ = [
     "ClassificationData",
     "EvaluateConfig",
     "SegmentationData",
+    "check_config",
     "evaluate",
     "evaluate_student",
     "separated",
     "summary_table",
 ]
-
-Task = Literal[
-    "knn", "linear", "finetune", "segment-frozen", "segment-finetune", "segment-linear", "distilled",
-    "distilled-classes",
-]  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Evaluate any backbone: kNN, linear probe, fine-tuning, segmentation, with a few labels."""
-
-    student: str | None = None
-    """timm name of the backbone; none: the one that a run or export in `init` was made with."""
-    init: str = "random"
-    """random, imagenet (timm's weights), or the path of weights, an export folder or a run folder."""
-    tasks: tuple[Task, ...] = ()
-    """Which tasks; none: all that the given folders allow."""
-    train: Path | None = None
-    """Folder with one subfolder of images per class: for knn, linear, finetune."""
-    test: Path | None = None
-    """Folder with the same classes, for their scores."""
-    images: Path | None = None
-    """Images that have masks: for the segmentation tasks."""
-    masks: Path | None = None
-    """One mask per image, under the image's name; pixel values are class ids."""
-    test_images: Path | None = None
-    """Images for the segmentation scores; none: half of `images` is set aside."""
-    test_masks: Path | None = None
-    """Their masks."""
-    binary_masks: bool = False
-    """Masks are black and white: class 0 and class 1."""
-    labels: tuple[int, ...] = (10, 50)
-    """Labelled images per class for linear and finetune; each number is a result of its own."""
-    mask_counts: tuple[int, ...] = (10,)
-    """Labelled images for the segmentation tasks; each number is a result of its own."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of draws, heads and batches; a random backbone is a new one for each."""
-    size: tuple[int, int] = (224, 224)
-    """Height and width in pixels, multiples of 32."""
-    neck: bool = False
-    """Start the segmentation head's neck from the run's (what mixed pretraining transfers beside the backbone)."""
-    knn_k: int = 20
-    """Neighbours of knn."""
-    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    """Training of finetune."""
-    segment: SegmentConfig = field(default_factory=SegmentConfig)
-    """Training of segment-frozen and segment-finetune."""
-    batch_size: int = 128
-    """Images at once where nothing is trained: changes speed and memory only."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 ..."""
-    precision: Precision = "auto"
-    """Autocast dtype; auto: bfloat16 where the hardware has it."""
-    strict: bool = False
-    """Stop at a damaged image instead of leaving it out."""
-    cache_gb: float = 2.0
-    """Decoded images are kept in memory up to this size."""
-    workers: int = 2
-    """Processes that decode images."""
-    method: str | None = None
-    """What the rows are called in tables; none: random init, ImageNet, DreamTeacher or the path's name."""
-    out: Path | None = None
-    """Folder whose results.jsonl the rows are added to."""
 
 
 @dataclass
@@ -131,6 +75,7 @@ class Bench:
     classification: ClassificationData | None
     segmentation: SegmentationData | None
     run: Path | None = None
+    detection: DetectionData | None = None
     extracted: tuple[Tensor, Tensor] | None = None
 
     def labelled(self) -> ClassificationData:
@@ -144,6 +89,12 @@ class Bench:
         if self.segmentation is None:
             raise UserError("The segmentation tasks need masks.", "Give --images and --masks.")
         return self.segmentation
+
+    def instances(self) -> DetectionData:
+        """The images with instances, or a UserError."""
+        if self.detection is None:
+            raise UserError("detect and detect-cascade need instances.", "Give --images and --instances.")
+        return self.detection
 
     def run_folder(self) -> Path:
         """The run that the backbone is from, or a UserError."""
@@ -218,7 +169,21 @@ def _segment_linear(bench: Bench, masks: int, seed: int) -> Iterator[Metric]:
     )
 
 
-# Name -> (bench, labels per class or masks, seed) -> (metric, value) pairs.
+def _detect(bench: Bench, images: int, seed: int, *, cascade: bool) -> Iterator[Metric]:
+    config, precision = bench.config.detect, bench.config.precision
+    wanted = images or None
+    return detect(
+        bench.student,
+        bench.instances(),
+        config,
+        images=wanted,
+        cascade=cascade,
+        seed=seed,
+        precision=precision,
+    )
+
+
+# Name -> (bench, labels per class, masks or images, seed) -> (metric, value) pairs.
 TASKS: dict[str, Callable[[Bench, int, int], Iterator[Metric]]] = {
     "knn": _knn,
     "linear": _linear,
@@ -226,20 +191,10 @@ TASKS: dict[str, Callable[[Bench, int, int], Iterator[Metric]]] = {
     "segment-frozen": functools.partial(_segment, freeze=True),
     "segment-finetune": functools.partial(_segment, freeze=False),
     "segment-linear": _segment_linear,
+    "detect": functools.partial(_detect, cascade=False),
+    "detect-cascade": functools.partial(_detect, cascade=True),
     **dict.fromkeys(DISTILLED, _distilled),
 }
-
-
-# Tasks that depend on no draw of labels.
-UNDRAWN = ("knn", *DISTILLED)
-
-
-def _with_masks(tasks: Sequence[str]) -> bool:
-    return bool({*SEGMENTATION, "distilled"} & set(tasks))
-
-
-def _with_classes(tasks: Sequence[str]) -> bool:
-    return bool({*CLASSIFICATION, "distilled-classes"} & set(tasks))
 
 
 def evaluate_student(
@@ -250,6 +205,7 @@ def evaluate_student(
     classification: ClassificationData | None = None,
     segmentation: SegmentationData | None = None,
     run_of: Callable[[int], Path] | None = None,
+    detection: DetectionData | None = None,
 ) -> Iterator[Row]:
     """The rows of one method, in memory: `config` gives tasks, seeds and settings, its folders are not read.
 
@@ -261,15 +217,17 @@ def evaluate_student(
         classification: for knn, linear, finetune.
         segmentation: for segment-frozen, segment-finetune, segment-linear.
         run_of: the run folder of a seed's backbone, for the config's `neck` and the task distilled.
+        detection: for detect, detect-cascade.
 
     Yields:
         {"method", "student", "task", "metric", "value", "labels", "seed", "seconds"}: `labels` is per class
-        (None for knn, which uses all of them) or a number of masks, `seconds` that of the whole task.
+        (None: all of them, as for knn) or a number of masks or images, `seconds` that of the whole task.
     """
     device = pick_device(config.device)
     tasks: Sequence[str] = config.tasks or [
         *(CLASSIFICATION if classification is not None else ()),
         *(SEGMENTATION if segmentation is not None else ()),
+        *(DETECTION if detection is not None else ()),
     ]
     bench: Bench | None = None
     for seed in config.seeds:
@@ -277,11 +235,11 @@ def evaluate_student(
         seen = bench is not None and student is bench.student
         if bench is None or not seen:
             run = run_of(seed) if run_of else None
-            bench = Bench(student.to(device), config, classification, segmentation, run)
+            bench = Bench(student.to(device), config, classification, segmentation, run, detection)
         for task in tasks:
             if seen and task in UNDRAWN:
                 continue
-            for budget in _budgets(task, config):
+            for budget in budgets(task, config):
                 start = time.perf_counter()
                 results = list(TASKS[task](bench, budget or 0, seed))
                 seconds = round(time.perf_counter() - start, 3)
@@ -296,13 +254,6 @@ def evaluate_student(
                         "seed": seed,
                         "seconds": seconds,
                     }
-
-
-def _budgets(task: str, config: EvaluateConfig) -> tuple[int | None, ...]:
-    """Labels per class or masks that a task runs with."""
-    if task in UNDRAWN:
-        return (None,)
-    return config.mask_counts if task in SEGMENTATION else config.labels
 
 
 def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> list[Row]:
@@ -327,8 +278,9 @@ def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> l
         return create_student(name, seed=seed) if config.init == "random" else first
 
     run = _run_folder(config, tasks)
-    segmentation = _load_segmentation(config) if _with_masks(tasks) else None
-    classification = _load_classification(config) if _with_classes(tasks) else None
+    segmentation = _load_segmentation(config) if with_masks(tasks) else None
+    classification = _load_classification(config) if with_classes(tasks) else None
+    detection = _load_detection(config) if set(tasks) & set(DETECTION) else None
     if config.out is not None:
         config.out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -339,6 +291,7 @@ def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> l
         classification=classification,
         segmentation=segmentation,
         run_of=(lambda _seed: run) if run else None,
+        detection=detection,
     ):
         rows.append(row)
         if config.out is not None:
@@ -348,16 +301,6 @@ def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> l
             log(f"{row_title(row)}, seed {row['seed']}: {row['value']:.3f} ({row['seconds']:.1f} s)")
     log(summary_table(rows))
     return rows
-
-
-def _distilled_task(config: EvaluateConfig) -> tuple[str, ...]:
-    """The task that scores the label head of the run in `init`, where it has one and there is data for it."""
-    run = Path(config.init).expanduser()
-    if not has_head(run):
-        return ()
-    if load_distilled(run).pooled:
-        return ("distilled-classes",) if config.train or config.test else ()
-    return ("distilled",) if config.images or config.masks else ()
 
 
 def _run_folder(config: EvaluateConfig, tasks: Sequence[str]) -> Path | None:
@@ -376,68 +319,6 @@ def method_name(init: str) -> str:
         return {"random": "random init", "imagenet": "ImageNet"}[init]
     ours = is_ours(weight_file(init))
     return "DreamTeacher" if ours else Path(init).name
-
-
-def check_config(config: EvaluateConfig) -> tuple[str, ...]:
-    """The tasks that will run; reads no image.
-
-    Raises:
-        UserError: for an unknown task, missing or differing folders, or more labels than there are.
-    """
-    for task in config.tasks:
-        if task not in TASKS:
-            raise UserError(
-                f"There is no task '{task}'.{did_you_mean(task, TASKS)}", f"Tasks: {', '.join(TASKS)}."
-            )
-    pick_device(config.device)
-    _check_numbers(config)
-    tasks: tuple[str, ...] = config.tasks or (
-        *(CLASSIFICATION if config.train or config.test else ()),
-        *(SEGMENTATION if config.images or config.masks else ()),
-        *_distilled_task(config),
-    )
-    if not tasks:
-        raise UserError(
-            "There is nothing to evaluate on.",
-            "Give --train and --test (one folder per class), or --images and --masks.",
-        )
-    if _with_classes(tasks):
-        if config.train is None or config.test is None:
-            raise UserError("knn, linear and finetune need labelled images.", "Give both --train and --test.")
-        drawn = set(tasks) & {"linear", "finetune"}
-        check_classes(config.train, config.test, max(config.labels) if drawn else 1)
-    if _with_masks(tasks):
-        if config.images is None or config.masks is None:
-            raise UserError("The segmentation tasks need masks.", "Give both --images and --masks.")
-        if (config.test_images is None) != (config.test_masks is None):
-            raise UserError("Only one of --test-images and --test-masks is given.", "Give both, or neither.")
-        for folder in (config.images, config.masks, config.test_images, config.test_masks):
-            if folder is not None:
-                find_images(folder)
-    for place in (config.out, *config.out.parents) if config.out is not None else ():
-        if place.exists():
-            if not place.is_dir() or not os.access(place, os.W_OK):
-                raise UserError(f"'{place}' is no folder that can be written.", "Choose another --out.")
-            break
-    return tasks
-
-
-def _check_numbers(config: EvaluateConfig) -> None:
-    wanted = {"labels": 1, "mask_counts": 2, "seeds": 0}
-    for name, least in wanted.items():
-        values = getattr(config, name)
-        if not values or min(values) < least or len(set(values)) < len(values):
-            raise UserError(
-                f"{name} = {values or 'nothing'}: expected different numbers, each at least {least}.",
-                f"Give for example {EvaluateConfig.__dataclass_fields__[name].default}.",
-            )
-    if any(side < 32 or side % 32 for side in config.size):
-        raise UserError(
-            f"size {config.size[0]}x{config.size[1]} does not fit strides up to 32.",
-            "Give height and width as multiples of 32.",
-        )
-    if min(config.batch_size, config.knn_k) < 1:
-        raise UserError("batch_size or knn_k is below 1.", "Give at least 1.")
 
 
 def _load_classification(config: EvaluateConfig) -> ClassificationData:
@@ -469,3 +350,12 @@ def _load_segmentation(config: EvaluateConfig) -> SegmentationData:
     )
     draw_masks(len(pool.images), max(config.mask_counts), seed=0)  # fails where there are too few
     return SegmentationData(pool=pool, test=test)
+
+
+def _load_detection(config: EvaluateConfig) -> DetectionData:
+    assert config.images is not None
+    assert config.instances is not None
+    data = load_detection(config.images, config.instances, config.test_images, config.test_instances)
+    shown = len(data.pool.shown())
+    draw_masks(shown, max(config.detect.images, default=shown), seed=0)  # fails where there are too few
+    return data

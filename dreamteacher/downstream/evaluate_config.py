@@ -1,0 +1,198 @@
+"""What `evaluate` is asked for, and the checks of it that read no image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from dreamteacher.distributed import Precision, pick_device
+from dreamteacher.downstream import CLASSIFICATION, DETECTION, DISTILLED, SEGMENTATION, check_classes
+from dreamteacher.downstream.detection_config import DetectConfig, check_detect
+from dreamteacher.downstream.detection_scores import check_scores
+from dreamteacher.downstream.distilled import has_head, load_distilled
+from dreamteacher.downstream.finetune import FinetuneConfig
+from dreamteacher.downstream.segmentation import SegmentConfig
+from dreamteacher.errors import UserError, did_you_mean
+from dreamteacher.images import find_images
+
+Task = Literal[
+    "knn", "linear", "finetune", "segment-frozen", "segment-finetune", "segment-linear", "distilled",
+    "distilled-classes", "detect", "detect-cascade",
+]  # fmt: skip
+TASK_NAMES: tuple[str, ...] = get_args(Task)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Evaluate any backbone: kNN, linear probe, fine-tuning, segmentation, detection, with a few labels."""
+
+    student: str | None = None
+    """timm name of the backbone; none: the one that a run or export in `init` was made with."""
+    init: str = "random"
+    """random, imagenet (timm's weights), or the path of weights, an export folder or a run folder."""
+    tasks: tuple[Task, ...] = ()
+    """Which tasks; none: all that the given folders allow."""
+    train: Path | None = None
+    """Folder with one subfolder of images per class: for knn, linear, finetune."""
+    test: Path | None = None
+    """Folder with the same classes, for their scores."""
+    images: Path | None = None
+    """Images that have masks (or instances): for the segmentation (or detection) tasks."""
+    masks: Path | None = None
+    """One mask per image, under the image's name; pixel values are class ids."""
+    test_images: Path | None = None
+    """Images for these scores; none: half of `images` is set aside, or those of `test_instances` are there."""
+    test_masks: Path | None = None
+    """Their masks."""
+    binary_masks: bool = False
+    """Masks are black and white: class 0 and class 1."""
+    instances: Path | None = None
+    """COCO JSON file, or folder of PNGs (0 = background, k = k-th object) under the images' names."""
+    test_instances: Path | None = None
+    """As `instances`, for the detection scores; none: half of the images is set aside."""
+    labels: tuple[int, ...] = (10, 50)
+    """Labelled images per class for linear and finetune; each number is a result of its own."""
+    mask_counts: tuple[int, ...] = (10,)
+    """Labelled images for the segmentation tasks; each number is a result of its own."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of draws, heads and batches; a random backbone is a new one for each."""
+    size: tuple[int, int] = (224, 224)
+    """Height and width in pixels, multiples of 32."""
+    neck: bool = False
+    """Start the segmentation head's neck from the run's (what mixed pretraining transfers beside the backbone)."""
+    knn_k: int = 20
+    """Neighbours of knn."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """Training of finetune."""
+    segment: SegmentConfig = field(default_factory=SegmentConfig)
+    """Training of segment-frozen and segment-finetune."""
+    detect: DetectConfig = field(default_factory=DetectConfig)
+    """Detector and training of detect and detect-cascade."""
+    batch_size: int = 128
+    """Images at once where nothing is trained: changes speed and memory only."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 ..."""
+    precision: Precision = "auto"
+    """Autocast dtype; auto: bfloat16 where the hardware has it."""
+    strict: bool = False
+    """Stop at a damaged image instead of leaving it out."""
+    cache_gb: float = 2.0
+    """Decoded images are kept in memory up to this size."""
+    workers: int = 2
+    """Processes that decode images."""
+    method: str | None = None
+    """What the rows are called in tables; none: random init, ImageNet, DreamTeacher or the path's name."""
+    out: Path | None = None
+    """Folder whose results.jsonl the rows are added to."""
+
+
+# Tasks that depend on no draw of labels.
+UNDRAWN = ("knn", *DISTILLED)
+
+
+def with_masks(tasks: Sequence[str]) -> bool:
+    """Whether one of these tasks needs images with masks."""
+    return bool({*SEGMENTATION, "distilled"} & set(tasks))
+
+
+def with_classes(tasks: Sequence[str]) -> bool:
+    """Whether one of these tasks needs classes of images."""
+    return bool({*CLASSIFICATION, "distilled-classes"} & set(tasks))
+
+
+def check_config(config: EvaluateConfig) -> tuple[str, ...]:
+    """The tasks that will run; reads no image.
+
+    Raises:
+        UserError: for an unknown task, missing or differing folders, or more labels than there are.
+    """
+    for task in config.tasks:
+        if task not in TASK_NAMES:
+            raise UserError(
+                f"There is no task '{task}'.{did_you_mean(task, TASK_NAMES)}",
+                f"Tasks: {', '.join(TASK_NAMES)}.",
+            )
+    pick_device(config.device)
+    _check_numbers(config)
+    tasks: tuple[str, ...] = config.tasks or (
+        *(CLASSIFICATION if config.train or config.test else ()),
+        *(SEGMENTATION if _masked(config) else ()),
+        *_distilled_task(config),
+        *(DETECTION if config.instances else ()),
+    )
+    if not tasks:
+        raise UserError(
+            "There is nothing to evaluate on.",
+            "Give --train and --test (one folder per class), or --images and --masks (or --instances).",
+        )
+    if with_classes(tasks):
+        if config.train is None or config.test is None:
+            raise UserError("knn, linear and finetune need labelled images.", "Give both --train and --test.")
+        drawn = set(tasks) & {"linear", "finetune"}
+        check_classes(config.train, config.test, max(config.labels) if drawn else 1)
+    if with_masks(tasks):
+        if config.images is None or config.masks is None:
+            raise UserError("The segmentation tasks need masks.", "Give both --images and --masks.")
+        if (config.test_images is None) != (config.test_masks is None):
+            raise UserError("Only one of --test-images and --test-masks is given.", "Give both, or neither.")
+        for folder in (config.images, config.masks, config.test_images, config.test_masks):
+            if folder is not None:
+                find_images(folder)
+    if set(tasks) & set(DETECTION):
+        check_detect(config.detect)
+        check_scores()
+        if config.images is None or config.instances is None:
+            raise UserError("The detection tasks need instances.", "Give both --images and --instances.")
+        if config.test_images is not None and config.test_instances is None and config.test_masks is None:
+            raise UserError("The test images have no instances.", "Give --test-instances too.")
+    for place in (config.out, *config.out.parents) if config.out is not None else ():
+        if place.exists():
+            if not place.is_dir() or not os.access(place, os.W_OK):
+                raise UserError(f"'{place}' is no folder that can be written.", "Choose another --out.")
+            break
+    return tasks
+
+
+def _check_numbers(config: EvaluateConfig) -> None:
+    wanted = {"labels": 1, "mask_counts": 2, "seeds": 0}
+    for name, least in wanted.items():
+        values = getattr(config, name)
+        if not values or min(values) < least or len(set(values)) < len(values):
+            raise UserError(
+                f"{name} = {values or 'nothing'}: expected different numbers, each at least {least}.",
+                f"Give for example {EvaluateConfig.__dataclass_fields__[name].default}.",
+            )
+    if any(side < 32 or side % 32 for side in config.size):
+        raise UserError(
+            f"size {config.size[0]}x{config.size[1]} does not fit strides up to 32.",
+            "Give height and width as multiples of 32.",
+        )
+    if min(config.batch_size, config.knn_k) < 1:
+        raise UserError("batch_size or knn_k is below 1.", "Give at least 1.")
+
+
+def _masked(config: EvaluateConfig) -> bool:
+    """Whether the folders are those of the segmentation tasks."""
+    return config.masks is not None or (config.images is not None and config.instances is None)
+
+
+def _distilled_task(config: EvaluateConfig) -> tuple[str, ...]:
+    """The task that scores the label head of the run in `init`, where it has one and there is data for it."""
+    run = Path(config.init).expanduser()
+    if not has_head(run):
+        return ()
+    if load_distilled(run).pooled:
+        return ("distilled-classes",) if config.train or config.test else ()
+    return ("distilled",) if _masked(config) else ()
+
+
+def budgets(task: str, config: EvaluateConfig) -> tuple[int | None, ...]:
+    """Labels per class, masks or images that a task runs with."""
+    if task in UNDRAWN:
+        return (None,)
+    if task in DETECTION:
+        return config.detect.images or (None,)
+    return config.mask_counts if task in SEGMENTATION else config.labels
