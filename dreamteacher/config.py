@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,7 +102,7 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def describe(title: str, facts: dict[str, Any], width: int = 96) -> str:
     """Settings for the screen: several to a line, aligned, at most 25 lines for what we print."""
-    cells = [f"{key} {_short(value)}" for key, value in facts.items()]
+    cells = [f"{key} {_short(value)}" for key, value in _flat(facts)]
     lines, line = [], ""
     for cell in cells:
         if line and len(line) + len(cell) + 3 > width:
@@ -109,6 +110,14 @@ def describe(title: str, facts: dict[str, Any], width: int = 96) -> str:
             line = ""
         line += (" | " if line else "  ") + cell
     return "\n".join([title, *lines, line])
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _short(value: Any) -> str:

@@ -18,6 +18,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from dreamteacher import downstream, metrics
 from dreamteacher.config import from_json, to_json
 from dreamteacher.data import ImageSet
+from dreamteacher.distributed import seeded
 from dreamteacher.downstream import ClassificationData, evaluate, finetune, linear, segmentation
 from dreamteacher.downstream.evaluate import EvaluateConfig
 from dreamteacher.downstream.finetune import FinetuneConfig
@@ -56,6 +57,10 @@ def squares(count: int, seed: int) -> SegmentationSet:
         masks[i, y : y + 16, x : x + 16] = 1
         images[i, :, y : y + 16, x : x + 16] += 130
     return SegmentationSet(images=images.to(torch.uint8), masks=masks, classes=2, names=("ground", "square"))
+
+
+# What needs instances, or a run with a label head: tested in files of their own.
+OTHERS = {*downstream.DETECTION, *downstream.DISTILLED}
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +289,7 @@ def test_batches_are_whole_and_cover_every_epoch() -> None:
 
 
 def test_training_minimises_and_factors_scale_the_rate() -> None:
-    with downstream.seeded(0, torch.device("cpu")):
+    with seeded(0, torch.device("cpu")):
         a, b = nn.Linear(3, 1), nn.Linear(3, 1)
     kept = [p.clone() for p in b.parameters()]
     x = torch.randn(20, 3, generator=generator(1))
@@ -341,7 +346,7 @@ def test_finetuning_is_reproducible(student: Student, data: ClassificationData) 
 
 
 def test_the_head_gives_logits_of_the_image_size(student: Student) -> None:
-    with downstream.seeded(0, torch.device("cpu")):
+    with seeded(0, torch.device("cpu")):
         head = segmentation.SegmentationHead(student.specs, classes=3, width=8)
         model = segmentation.Segmenter(create_student(NAME), head)
         logits = model(torch.rand(2, 3, 64, 96, generator=generator(0)))
@@ -463,7 +468,7 @@ def test_every_task_gives_rows(student: Student, data: ClassificationData, maske
     )
     assert all(set(row) == KEYS and row["method"] == "fixed" and row["student"] == NAME for row in rows)
     assert json.loads(json.dumps(rows)) == rows
-    assert {row["task"] for row in rows} == set(evaluate.TASKS) - set(downstream.DETECTION)
+    assert {row["task"] for row in rows} == set(evaluate.TASKS) - OTHERS
     assert counted(rows, "knn", "accuracy") == [(None, 0)]  # the same backbone again: nothing was drawn
     for task in ("linear", "finetune"):
         assert counted(rows, task, "auroc") == [(4, 0), (4, 1)]
@@ -472,7 +477,7 @@ def test_every_task_gives_rows(student: Student, data: ClassificationData, maske
         assert counted(rows, task, "iou/square") == [(4, 0), (4, 1)]
 
 
-@pytest.mark.parametrize("task", sorted(set(evaluate.TASKS) - set(downstream.DETECTION)))
+@pytest.mark.parametrize("task", sorted(set(evaluate.TASKS) - OTHERS))
 def test_tasks_keep_their_contract(
     student: Student, data: ClassificationData, masked: SegmentationData, task: str
 ) -> None:

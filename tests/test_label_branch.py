@@ -226,7 +226,9 @@ def test_maps_of_decoder_blocks_are_ddpm_segs(tiny_teacher: Path) -> None:
 def by_step_and_block(maps: list[Tensor], steps: int) -> Tensor:
     """Levels, fine to coarse, as DDPM-seg stacks them: step by step, coarse blocks first within a step."""
     large = [torch.nn.functional.interpolate(m, (64, 64), mode="bilinear", align_corners=False) for m in maps]
-    by_step = [m.chunk(steps, dim=1) for m in reversed(large)]  # in a level: step by step, then block by block
+    by_step = [
+        m.chunk(steps, dim=1) for m in reversed(large)
+    ]  # in a level: step by step, then block by block
     return torch.cat([level[t] for t in range(steps) for level in by_step], dim=1)
 
 
