@@ -7,13 +7,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
-from dreamteacher.data import ImageSet, load_images
 from dreamteacher.distributed import Precision, pick_device
 from dreamteacher.downstream import (
     CLASSIFICATION,
@@ -26,7 +25,6 @@ from dreamteacher.downstream import (
     check_classes,
     device_of,
     extract_features,
-    labelled_data,
     row_title,
     separated,
     summary_table,
@@ -41,11 +39,9 @@ from dreamteacher.downstream.segmentation import (
     draw_masks,
     segment,
     segment_linear,
-    split_masks,
 )
+from dreamteacher.downstream.sources import check_masks, load_classes, load_masks, test_source
 from dreamteacher.errors import UserError, did_you_mean
-from dreamteacher.images import find_images
-from dreamteacher.masks import SegmentationSet, load_segmentation
 from dreamteacher.students import Student, create_student, is_ours, recorded_student, weight_file
 
 __all__ = [
@@ -75,15 +71,15 @@ class EvaluateConfig:
     tasks: tuple[Task, ...] = ()
     """Which tasks; none: all that the given folders allow."""
     train: Path | None = None
-    """Folder with one subfolder of images per class: for knn, linear, finetune."""
+    """Folder with one subfolder of images per class, or imagenet:ROOT: for knn, linear, finetune."""
     test: Path | None = None
-    """Folder with the same classes, for their scores."""
+    """Folder with the same classes, for their scores; none: the validation part of the layout in `train`."""
     images: Path | None = None
-    """Images that have masks: for the segmentation tasks."""
+    """Images that have masks: for the segmentation tasks; or LAYOUT:ROOT (ade20k ...), masks included."""
     masks: Path | None = None
-    """One mask per image, under the image's name; pixel values are class ids."""
+    """One mask per image, under the image's name; pixel values are class ids. None with a layout."""
     test_images: Path | None = None
-    """Images for the segmentation scores; none: half of `images` is set aside."""
+    """Images for the segmentation scores; none: a layout's own, or half of `images`."""
     test_masks: Path | None = None
     """Their masks."""
     binary_masks: bool = False
@@ -328,7 +324,12 @@ def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> l
 
     run = _run_folder(config, tasks)
     segmentation = _load_segmentation(config) if _with_masks(tasks) else None
-    classification = _load_classification(config) if _with_classes(tasks) else None
+    classification = None
+    if _with_classes(tasks):
+        classification = load_classes(
+            config.train, config.test, config.size,
+            strict=config.strict, cache_gb=config.cache_gb, workers=config.workers,
+        )  # fmt: skip
     if config.out is not None:
         config.out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -402,18 +403,13 @@ def check_config(config: EvaluateConfig) -> tuple[str, ...]:
             "Give --train and --test (one folder per class), or --images and --masks.",
         )
     if _with_classes(tasks):
-        if config.train is None or config.test is None:
+        test = test_source(config.train, config.test)
+        if config.train is None or test is None:
             raise UserError("knn, linear and finetune need labelled images.", "Give both --train and --test.")
         drawn = set(tasks) & {"linear", "finetune"}
-        check_classes(config.train, config.test, max(config.labels) if drawn else 1)
+        check_classes(config.train, test, max(config.labels) if drawn else 1)
     if _with_masks(tasks):
-        if config.images is None or config.masks is None:
-            raise UserError("The segmentation tasks need masks.", "Give both --images and --masks.")
-        if (config.test_images is None) != (config.test_masks is None):
-            raise UserError("Only one of --test-images and --test-masks is given.", "Give both, or neither.")
-        for folder in (config.images, config.masks, config.test_images, config.test_masks):
-            if folder is not None:
-                find_images(folder)
+        check_masks(*_places(config))
     for place in (config.out, *config.out.parents) if config.out is not None else ():
         if place.exists():
             if not place.is_dir() or not os.access(place, os.W_OK):
@@ -440,32 +436,13 @@ def _check_numbers(config: EvaluateConfig) -> None:
         raise UserError("batch_size or knn_k is below 1.", "Give at least 1.")
 
 
-def _load_classification(config: EvaluateConfig) -> ClassificationData:
-    def load(folder: Path | None) -> ImageSet:
-        assert folder is not None
-        return load_images(
-            folder, config.size, strict=config.strict, cache_gb=config.cache_gb, workers=config.workers
-        )
-
-    return labelled_data(load(config.train), load(config.test))
-
-
 def _load_segmentation(config: EvaluateConfig) -> SegmentationData:
-    def load(images: Path | None, masks: Path | None) -> SegmentationSet:
-        assert images is not None
-        assert masks is not None
-        ignore = config.segment.ignore_index
-        return load_segmentation(images, masks, config.size, ignore_index=ignore, binary=config.binary_masks)
-
-    pool = load(config.images, config.masks)
-    if config.test_images is None:
-        data = split_masks(pool)
-    else:
-        data = SegmentationData(pool=pool, test=load(config.test_images, config.test_masks))
-    # A small set may lack the last classes: both take the larger number.
-    larger = max(data.pool, data.test, key=lambda part: part.classes)
-    pool, test = (
-        replace(part, classes=larger.classes, names=larger.names) for part in (data.pool, data.test)
+    data = load_masks(
+        *_places(config), config.size, ignore_index=config.segment.ignore_index, binary=config.binary_masks
     )
-    draw_masks(len(pool.images), max(config.mask_counts), seed=0)  # fails where there are too few
-    return SegmentationData(pool=pool, test=test)
+    draw_masks(len(data.pool.images), max(config.mask_counts), seed=0)  # fails where there are too few
+    return data
+
+
+def _places(config: EvaluateConfig) -> tuple[Path | None, Path | None, Path | None, Path | None]:
+    return config.images, config.masks, config.test_images, config.test_masks
