@@ -19,13 +19,14 @@ from dreamteacher.errors import UserError, shorten
 from dreamteacher.images import (
     BadImage,
     BadImageError,
+    ImageFile,
     Size,
     below,
-    find_images,
     in_threads,
     read_header,
     read_image,
 )
+from dreamteacher.layouts import Part, image_files
 
 _MOST_TRIED = 1000
 
@@ -43,8 +44,8 @@ class ImageSet:
     """The readable images of a folder, decoded in memory or on the way.
 
     Args:
-        folder: where they lie.
-        paths: N files, sorted.
+        folder: where they lie; of a layout, the folder of the part.
+        paths: N files, sorted; what lies in shards or tables stands for itself.
         size: (height, width) of every image.
         labels: int64 N, or None when the folders name no classes.
         classes: class names in id order, or ().
@@ -54,7 +55,7 @@ class ImageSet:
     """
 
     folder: Path
-    paths: list[Path]
+    paths: list[ImageFile]
     size: Size
     labels: Tensor | None
     classes: tuple[str, ...]
@@ -63,6 +64,21 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def files(self) -> list[Path]:
+        """The images' own files.
+
+        Raises:
+            UserError: they have none: they lie in shards or tables.
+        """
+        files = [path for path in self.paths if isinstance(path, Path)]
+        if len(files) < len(self.paths):
+            raise UserError(
+                f"The images of '{self.folder}' lie in larger files; here each must be a file of its own.",
+                "Unpack them into a folder.",
+            )
+        return files
 
     def get(self, indices: Tensor) -> Tensor:
         """The uint8 batch K x 3 x H x W of these indices (int64 K).
@@ -130,16 +146,24 @@ def _replacements(images: ImageSet, i: int) -> Iterator[int]:
 
 
 def load_images(
-    folder: Path, size: Size, *, strict: bool = False, cache_gb: float = 2.0, workers: int = 2
+    folder: Path,
+    size: Size,
+    *,
+    strict: bool = False,
+    cache_gb: float = 2.0,
+    workers: int = 2,
+    part: Part = "train",
 ) -> ImageSet:
     """Every readable image below `folder`; the damaged ones are left out and kept in `.bad`.
 
     Args:
+        folder: a folder, or LAYOUT:ROOT (see `layouts.image_files`): then its training images.
         size: (height, width) that every image is brought to.
         strict: refuse any damaged image.
         cache_gb: images that take at most this many 10^9 bytes, decoded, are decoded now and kept, so that
             every damaged file is known. Otherwise headers are checked now (with `strict`: everything).
         workers: threads.
+        part: which images of a layout.
 
     Raises:
         UserError: no folder, no images, none readable, or a damaged one with `strict`.
@@ -147,7 +171,8 @@ def load_images(
     folder = Path(folder)
     if min(size) < 1:
         raise UserError(f"The size {size[0]} x {size[1]} is empty.", "Give height and width of at least 1.")
-    paths = find_images(folder)
+    found = image_files(folder, part)
+    paths = found.paths
     fits = len(paths) * 3 * size[0] * size[1] <= cache_gb * 1e9
     cache = torch.empty(len(paths), 3, *size, dtype=torch.uint8) if fits else None
 
@@ -167,7 +192,7 @@ def load_images(
     bad = tuple(b for b in checked if b is not None)
     if len(bad) == len(paths) or (bad and strict):
         raise UserError(
-            f"{len(bad)} of {len(paths)} images in '{folder}' cannot be read: {_some(folder, bad)}.",
+            f"{len(bad)} of {len(paths)} images in '{folder}' cannot be read: {_some(found.folder, bad)}.",
             "Replace or remove them" + (", or leave out --strict." if len(bad) < len(paths) else "."),
         )
     good = [i for i, b in enumerate(checked) if b is None]
@@ -176,9 +201,13 @@ def load_images(
             cache[new] = cache[old]
         cache = cache[: len(good)]
     kept = [paths[i] for i in good]
-    labels, classes = folder_labels(folder, kept)
+    labels, classes = None, found.classes
+    if found.labels is not None:
+        labels = torch.tensor(found.labels)[good]
+    elif found.by_folder:
+        labels, classes = folder_labels(found.folder, kept)
     return ImageSet(
-        folder=folder, paths=kept, size=size, labels=labels, classes=classes, cache=cache, bad=bad
+        folder=found.folder, paths=kept, size=size, labels=labels, classes=classes, cache=cache, bad=bad
     )
 
 
@@ -186,7 +215,7 @@ def _some(folder: Path, bad: Sequence[BadImage]) -> str:
     return shorten(f"{below(folder, b.path)} ({b.reason})" for b in bad)
 
 
-def folder_labels(folder: Path, paths: Sequence[Path]) -> tuple[Tensor | None, tuple[str, ...]]:
+def folder_labels(folder: Path, paths: Sequence[ImageFile]) -> tuple[Tensor | None, tuple[str, ...]]:
     """Class ids (int64 N) and names from the first folder below `folder`, names in sorted order.
 
     (None, ()) unless every image lies in such a folder and there are at least two of them.

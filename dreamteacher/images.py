@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 import os
 import sys
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -42,17 +43,34 @@ _TURN = {
 _PIL_STATE = threading.Lock()
 
 
+class Packed(abc.ABC):
+    """An image that is no file of its own but lies in a larger one; it can be read wherever a path can."""
+
+    __slots__ = ()
+
+    @abc.abstractmethod
+    def open(self, mode: str = "rb") -> IO[bytes]:
+        """The image's bytes, and no others; the file can be moved about in."""
+
+    @abc.abstractmethod
+    def relative_to(self, folder: Path) -> PurePosixPath:
+        """Its name as seen from a folder that the larger file lies in, for messages."""
+
+
+ImageFile: TypeAlias = Path | Packed
+
+
 class BadImage(NamedTuple):
     """A file that could not be read, and why, in one line of plain words."""
 
-    path: Path
+    path: ImageFile
     reason: str
 
 
 class BadImageError(Exception):
     """An image or mask that cannot be read; `.reason` says why in one line of plain words."""
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, path: ImageFile, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path, self.reason = path, reason
 
@@ -95,7 +113,7 @@ def _walk(folder: Path, above: frozenset[str], suffixes: Sequence[str]) -> Itera
             yield folder / entry.name
 
 
-def below(folder: Path, path: Path) -> str:
+def below(folder: Path, path: ImageFile) -> str:
     """The path as seen from the folder, with forward slashes: a/1.png."""
     return path.relative_to(folder).as_posix()
 
@@ -111,7 +129,7 @@ def in_threads(function: Callable[[T], R], items: Sequence[T], workers: int, wha
     return results
 
 
-def read_image(path: Path, size: Size | None) -> Tensor:
+def read_image(path: ImageFile, size: Size | None) -> Tensor:
     """One image as uint8 RGB 3 x H x W, upright, the first frame where there are several.
 
     Grey, palette, CMYK ... become RGB; 16-bit grey is scaled from the full 16-bit range; what is transparent
@@ -131,7 +149,7 @@ def read_image(path: Path, size: Size | None) -> Tensor:
     return pil_to_tensor(_turned(image, turn).convert("RGB"))
 
 
-def read_mask(path: Path, size: Size | None, *, binary: bool = False) -> Tensor:
+def read_mask(path: ImageFile, size: Size | None, *, binary: bool = False) -> Tensor:
     """One mask as int64 H x W, nearest neighbour, cropped exactly as `read_image` crops.
 
     Args:
@@ -166,6 +184,18 @@ def scale_mask(ids: Tensor, size: Size) -> Tensor:
     image = to_pil_image(ids.to(torch.int32)[None])
     height, width = ids.shape
     return pil_to_tensor(_scale(image, (height, width), 1, size, Image.Resampling.NEAREST))[0].long()
+
+
+def read_channels(path: ImageFile) -> Tensor:
+    """The values of a picture as they are in the file, uint8 C x H x W: for label maps in RGB or RGBA.
+
+    Raises:
+        BadImageError: it cannot be read, or is neither RGB nor RGBA.
+    """
+    image, turn, _ = _load(path, None)
+    if image.mode not in ("RGB", "RGBA"):
+        raise BadImageError(path, f"{image.mode} instead of RGB or RGBA")
+    return pil_to_tensor(_turned(image, turn))
 
 
 def _cover_box(have: tuple[float, float], want: Size) -> tuple[float, float, float, float]:
@@ -207,7 +237,7 @@ class Header(NamedTuple):
     palette: bytes = b""
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: ImageFile) -> Header:
     """Size, mode and format of an image or mask, without decoding it.
 
     Raises:
@@ -239,10 +269,11 @@ def _quiet_pil() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _open(path: Path, file: IO[bytes]) -> tuple[Image.Image, int]:
+def _open(path: ImageFile, file: IO[bytes]) -> tuple[Image.Image, int]:
     """Reads the header; the image and its EXIF orientation (1 where that is read later, or not there)."""
-    if os.fstat(file.fileno()).st_size == 0:
+    if not file.read(1):
         raise BadImageError(path, "empty file")
+    file.seek(0)
     with _quiet_pil():
         Image.init()
         image = Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN])
@@ -264,7 +295,7 @@ def _orientation(image: Image.Image) -> int:
     return turn if turn in _TURN else 1
 
 
-def _load(path: Path, size: Size | None) -> tuple[Image.Image, int, tuple[float, float]]:
+def _load(path: ImageFile, size: Size | None) -> tuple[Image.Image, int, tuple[float, float]]:
     """Decodes the first frame in the file's own mode; not yet turned; reduced, but never below twice `size`.
 
     Returns:
@@ -272,7 +303,7 @@ def _load(path: Path, size: Size | None) -> tuple[Image.Image, int, tuple[float,
         reduced scale, where the last row and column may be covered in part.
     """
     try:
-        with Path(path).open("rb") as file:
+        with path.open("rb") as file:
             image, turn = _open(path, file)
             extent: tuple[float, float] = (image.height, image.width)
             if size is not None:  # JPEG can be decoded at 1/2, 1/4, 1/8, which saves time
@@ -306,7 +337,7 @@ def _reason(error: Exception) -> str:
     return f"damaged: {text or type(error).__name__}"
 
 
-def _eight_bits(path: Path, image: Image.Image) -> Image.Image:
+def _eight_bits(path: ImageFile, image: Image.Image) -> Image.Image:
     """Mode L or RGB, transparency laid over white."""
     if image.mode.startswith("I"):
         values = pil_to_tensor(image.convert("I"))

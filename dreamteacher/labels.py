@@ -97,7 +97,7 @@ def read_labelled(
             "Give --masks, or put every image into a subfolder that names its class.",
         )
     index = torch.arange(len(folder))
-    seeds = read_seeds(images, folder.paths) if seeded else None
+    seeds = read_seeds(images, folder.files) if seeded else None
     return LabelledSet(images=folder.get(index), targets=folder.labels, classes=folder.classes, seeds=seeds)
 
 

@@ -227,7 +227,7 @@ class _Batches:
         )
         if config.images is not None:
             self.images = data.load_images(config.images, size, cache_gb=0.0)
-            self.names = [below(config.images, p.with_suffix(".png")) for p in self.images.paths]
+            self.names = [below(self.images.folder, p.with_suffix(".png")) for p in self.images.files]
             twice = [name for name, count in Counter(self.names).items() if count > 1]
             if twice:
                 raise UserError(

@@ -23,7 +23,10 @@ from dreamteacher.images import (
     read_header,
     read_image,
     read_mask,
+    scale_mask,
 )
+from dreamteacher.labelled_npy import read_npy, read_npy_header
+from dreamteacher.layouts import MaskFiles, Part, mask_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,23 +51,41 @@ class SegmentationSet:
 
 
 def load_segmentation(
-    images_folder: Path, masks_folder: Path, size: Size, *, ignore_index: int = 255, binary: bool = False
+    images_folder: Path,
+    masks_folder: Path | None,
+    size: Size,
+    *,
+    ignore_index: int = 255,
+    binary: bool = False,
+    part: Part = "train",
 ) -> SegmentationSet:
     """Images and their masks, paired by their paths below the folders without suffix (a/1.jpg with a/1.png).
 
     Images without a mask are left out, which is said on stderr: labels are expected to be few.
 
     Args:
+        images_folder: a folder, or LAYOUT:ROOT (see `layouts.mask_files`), whose classes are then known.
+        masks_folder: a folder; none for a layout, which has its own.
         size: (height, width) that images and masks are brought to, alike.
         ignore_index: id in the masks that is no class.
         binary: masks are black and white pictures of any kind: class 1 where brighter than 127 (or than 0 if
             no mask holds more than 1), class 0 elsewhere. Otherwise grey values or palette indices are ids.
+        part: of a layout.
 
     Raises:
         UserError: masks without an image, files that cannot be read, shapes that differ, coloured or JPEG
             masks where ids are wanted, fewer than two classes.
     """
-    images_folder, masks_folder = Path(images_folder), Path(masks_folder)
+    images_folder = Path(images_folder)
+    if masks_folder is None:
+        if binary:
+            raise UserError(
+                f"The masks of '{images_folder}' are not black and white.", "Leave out --binary-masks."
+            )
+        return load_mask_files(
+            mask_files(images_folder, part), images_folder, size, ignore_index=ignore_index
+        )
+    masks_folder = Path(masks_folder)
     pairs, unpaired = find_pairs(images_folder, masks_folder)
     check_pairs(images_folder, masks_folder, pairs, binary)
     say_unpaired(images_folder, unpaired, len(pairs) + len(unpaired))
@@ -88,6 +109,51 @@ def load_segmentation(
     classes = count_classes(masks.unique().tolist(), masks_folder, ignore_index)
     names = tuple(f"class {i}" for i in range(classes))
     return SegmentationSet(images=images, masks=masks, classes=classes, names=names, unpaired=unpaired)
+
+
+def load_mask_files(
+    files: MaskFiles, source: Path, size: Size, *, ignore_index: int = 255
+) -> SegmentationSet:
+    """The images and masks of a layout (see `layouts.mask_files`), its values as class ids.
+
+    Args:
+        source: what the user called it, for messages.
+        size: (height, width) that images and masks are brought to, alike.
+        ignore_index: id of what the data set does not count.
+
+    Raises:
+        UserError: files that cannot be read, shapes that differ, values that mean nothing.
+    """
+    if 0 <= ignore_index < len(files.names):
+        raise UserError(
+            f"{ignore_index} is to be ignored, but is '{files.names[ignore_index]}' in '{source}'.",
+            "Leave the id to be ignored at 255: what a data set does not count becomes that.",
+        )
+    check_pairs(source, source, files.pairs, False, _label_header)
+    images = torch.empty(len(files.pairs), 3, *size, dtype=torch.uint8)
+    masks = torch.empty(len(files.pairs), *size, dtype=torch.int64)
+
+    def load(i: int) -> BadImage | None:
+        image, mask = files.pairs[i]
+        try:
+            values = read_npy(mask) if mask.suffix == ".npy" else read_mask(mask, None)
+            masks[i] = scale_mask(files.class_ids(values, ignore_index), size)
+            images[i] = read_image(image, size)
+        except BadImageError as error:
+            return BadImage(error.path, error.reason)
+        except ValueError as error:
+            return BadImage(mask, f"it holds {error}")
+        return None
+
+    refuse_bad(in_threads(load, range(len(files.pairs)), 2, "reading masks"), source)
+    paths = tuple(image for image, _ in files.pairs)
+    return SegmentationSet(
+        images=images, masks=masks, classes=len(files.names), names=files.names, paths=paths
+    )
+
+
+def _label_header(path: Path) -> Header:
+    return read_npy_header(path) if path.suffix == ".npy" else read_header(path)
 
 
 def count_classes(ids: Sequence[int], masks: Path, ignore_index: int) -> int:
@@ -173,9 +239,9 @@ def check_pairs(
     for (image, mask), one, two in zip(pairs, headers[::2], headers[1::2], strict=True):
         (h, w), (height, width) = one.size, two.size
         if abs(h * width - w * height) > max(h, w, height, width):  # more than a pixel of rounding
-            oblong.append(f"{below(images_folder, image)} {w} x {h} and its mask {width} x {height}")
+            oblong.append(f"{_seen(images_folder, image)} {w} x {h} and its mask {width} x {height}")
         if two.format in ("JPEG", "MPO") or not (two.mode in ("1", "L", "P") or two.mode.startswith("I")):
-            coloured.append(f"{below(masks_folder, mask)} ({two.format}, {two.mode})")
+            coloured.append(f"{_seen(masks_folder, mask)} ({two.format}, {two.mode})")
     if coloured and not binary:
         raise UserError(
             f"{len(coloured)} of {len(pairs)} masks in '{masks_folder}' have no class ids: "
@@ -188,6 +254,11 @@ def check_pairs(
             "Mask and image must show the same part of the scene: width / height must be the same.",
         )
     return headers[1::2]
+
+
+def _seen(folder: Path, path: Path) -> str:
+    """As `below`; where the folder is a layout, the path itself."""
+    return below(folder, path) if path.is_relative_to(folder) else str(path)
 
 
 def refuse_bad(found: Iterable[object], folder: Path) -> None:

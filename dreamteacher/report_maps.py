@@ -18,7 +18,8 @@ from dreamteacher.distributed import pick_device
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
 from dreamteacher.figures import data_uri, pca_basis, pca_colours
-from dreamteacher.images import BadImageError, find_images, read_image
+from dreamteacher.images import BadImageError, read_image
+from dreamteacher.layouts import image_files, layout_of
 from dreamteacher.losses import whiten
 from dreamteacher.regressor import FeatureRegressor
 from dreamteacher.students import create_student, read_weights
@@ -100,7 +101,10 @@ def _pick_images(facts: Mapping[str, Any], count: int) -> Tensor:
     """`count` readable images at even distances in the run's folder, uint8 N x 3 x H x W."""
     config = as_dict(facts.get("config"))
     height, width = as_dict(facts.get("data")).get("size") or config["size"]
-    paths = find_images(Path(config["images"]))
+    layout = layout_of(Path(config["images"]))
+    if layout is not None and layout[0] == "hf" and not layout[1].exists():
+        raise UserError("A page about a run downloads nothing, such as the run's images.", "")
+    paths = image_files(Path(config["images"])).paths
     found: list[Tensor] = []
     for i in range(min(count, len(paths))):
         first = i * len(paths) // min(count, len(paths))

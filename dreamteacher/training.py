@@ -33,6 +33,7 @@ class PretrainConfig:
 
     images: Path | None = None
     """Folder of images, searched recursively; subfolders are class names, used to watch (kNN), not to learn.
+    Or LAYOUT:ROOT of a public data set (imagenet:/data/imagenet), shards:FOLDER of tar files, hf:DATASET.
     May be left out when the dataset is synthesized."""
     out: Path
     """Run folder; the same command resumes a run that was stopped."""

@@ -42,6 +42,8 @@ LAYERS = [
         "rundir",
         "data",
         "masks",
+        "layouts",
+        "shards",
         "coco",
         "labelled",
         "labels",

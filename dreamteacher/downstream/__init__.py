@@ -24,7 +24,8 @@ from dreamteacher import metrics
 from dreamteacher.data import ImageSet, step_generator
 from dreamteacher.distributed import Precision, autocast
 from dreamteacher.errors import UserError, shorten
-from dreamteacher.images import find_images
+from dreamteacher.images import below
+from dreamteacher.layouts import Part, image_files
 from dreamteacher.students import Student
 
 Images: TypeAlias = Tensor | ImageSet
@@ -168,15 +169,18 @@ def draw_labels(labels: Tensor, per_class: int, *, classes: int, seed: int) -> T
     return torch.cat(drawn).sort().values
 
 
-def class_counts(folder: Path) -> Counter[str]:
-    """Images per class of a folder with one subfolder per class; only paths are read.
+def class_counts(folder: Path, part: Part = "train") -> Counter[str]:
+    """Images per class of a folder with one subfolder per class, or of LAYOUT:ROOT; only paths are read.
 
     Raises:
-        UserError: there are fewer than two subfolders, or images beside them.
+        UserError: there are fewer than two subfolders, or images beside them; a layout has no classes.
     """
-    parts = [path.relative_to(folder).parts for path in find_images(folder)]
-    counts = Counter(part[0] for part in parts if len(part) > 1)
-    if len(counts) < 2 or any(len(part) == 1 for part in parts):
+    files = image_files(folder, part)
+    if files.labels is not None:
+        return Counter(files.classes[label] for label in files.labels)
+    parts = [below(files.folder, path).split("/") for path in files.paths]
+    counts = Counter(names[0] for names in parts if len(names) > 1)
+    if not files.by_folder or len(counts) < 2 or any(len(names) == 1 for names in parts):
         raise UserError(
             f"'{folder}' is not sorted into classes.",
             "Put every image into one of at least two subfolders, one per class.",
@@ -190,7 +194,7 @@ def check_classes(train: Path, test: Path, per_class: int) -> None:
     Raises:
         UserError: the classes differ, or a training class has fewer than `per_class` images.
     """
-    counts, others = class_counts(train), class_counts(test)
+    counts, others = class_counts(train), class_counts(test, "val")
     if set(counts) != set(others):
         only = shorten(sorted(set(counts) ^ set(others)))
         raise UserError(

@@ -6,12 +6,11 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from dreamteacher.data import ImageSet, load_images
 from dreamteacher.distributed import pick_device
 from dreamteacher.downstream import (
     CLASSIFICATION,
@@ -24,7 +23,6 @@ from dreamteacher.downstream import (
     Row,
     device_of,
     extract_features,
-    labelled_data,
     row_title,
     separated,
     summary_table,
@@ -37,6 +35,7 @@ from dreamteacher.downstream.evaluate_config import (
     EvaluateConfig,
     budgets,
     check_config,
+    mask_places,
     with_classes,
     with_masks,
 )
@@ -48,10 +47,9 @@ from dreamteacher.downstream.segmentation import (
     draw_masks,
     segment,
     segment_linear,
-    split_masks,
 )
+from dreamteacher.downstream.sources import load_classes, load_masks
 from dreamteacher.errors import UserError
-from dreamteacher.masks import SegmentationSet, load_segmentation
 from dreamteacher.students import Student, create_student, is_ours, recorded_student, weight_file
 
 __all__ = [
@@ -279,7 +277,12 @@ def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> l
 
     run = _run_folder(config, tasks)
     segmentation = _load_segmentation(config) if with_masks(tasks) else None
-    classification = _load_classification(config) if with_classes(tasks) else None
+    classification = None
+    if with_classes(tasks):
+        classification = load_classes(
+            config.train, config.test, config.size, strict=config.strict, cache_gb=config.cache_gb,
+            workers=config.workers,
+        )  # fmt: skip
     detection = _load_detection(config) if set(tasks) & set(DETECTION) else None
     if config.out is not None:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -321,35 +324,15 @@ def method_name(init: str) -> str:
     return "DreamTeacher" if ours else Path(init).name
 
 
-def _load_classification(config: EvaluateConfig) -> ClassificationData:
-    def load(folder: Path | None) -> ImageSet:
-        assert folder is not None
-        return load_images(
-            folder, config.size, strict=config.strict, cache_gb=config.cache_gb, workers=config.workers
-        )
-
-    return labelled_data(load(config.train), load(config.test))
-
-
 def _load_segmentation(config: EvaluateConfig) -> SegmentationData:
-    def load(images: Path | None, masks: Path | None) -> SegmentationSet:
-        assert images is not None
-        assert masks is not None
-        ignore = config.segment.ignore_index
-        return load_segmentation(images, masks, config.size, ignore_index=ignore, binary=config.binary_masks)
-
-    pool = load(config.images, config.masks)
-    if config.test_images is None:
-        data = split_masks(pool)
-    else:
-        data = SegmentationData(pool=pool, test=load(config.test_images, config.test_masks))
-    # A small set may lack the last classes: both take the larger number.
-    larger = max(data.pool, data.test, key=lambda part: part.classes)
-    pool, test = (
-        replace(part, classes=larger.classes, names=larger.names) for part in (data.pool, data.test)
+    data = load_masks(
+        *mask_places(config),
+        config.size,
+        ignore_index=config.segment.ignore_index,
+        binary=config.binary_masks,
     )
-    draw_masks(len(pool.images), max(config.mask_counts), seed=0)  # fails where there are too few
-    return SegmentationData(pool=pool, test=test)
+    draw_masks(len(data.pool.images), max(config.mask_counts), seed=0)  # fails where there are too few
+    return data
 
 
 def _load_detection(config: EvaluateConfig) -> DetectionData:

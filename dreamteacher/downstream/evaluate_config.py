@@ -15,8 +15,8 @@ from dreamteacher.downstream.detection_scores import check_scores
 from dreamteacher.downstream.distilled import has_head, load_distilled
 from dreamteacher.downstream.finetune import FinetuneConfig
 from dreamteacher.downstream.segmentation import SegmentConfig
+from dreamteacher.downstream.sources import check_masks, test_source
 from dreamteacher.errors import UserError, did_you_mean
-from dreamteacher.images import find_images
 
 Task = Literal[
     "knn", "linear", "finetune", "segment-frozen", "segment-finetune", "segment-linear", "distilled",
@@ -36,15 +36,15 @@ class EvaluateConfig:
     tasks: tuple[Task, ...] = ()
     """Which tasks; none: all that the given folders allow."""
     train: Path | None = None
-    """Folder with one subfolder of images per class: for knn, linear, finetune."""
+    """Folder with one subfolder of images per class, or imagenet:ROOT: for knn, linear, finetune."""
     test: Path | None = None
-    """Folder with the same classes, for their scores."""
+    """Folder with the same classes, for their scores; none: the validation part of the layout in `train`."""
     images: Path | None = None
-    """Images that have masks (or instances): for the segmentation (or detection) tasks."""
+    """Images that have masks (or instances); or LAYOUT:ROOT (ade20k ...), masks included."""
     masks: Path | None = None
-    """One mask per image, under the image's name; pixel values are class ids."""
+    """Their masks: a folder of images of class ids, a COCO-style JSON file, or a folder of .npy files."""
     test_images: Path | None = None
-    """Images for these scores; none: half of `images` is set aside, or those of `test_instances` are there."""
+    """Images for these scores; none: a layout's own, half of `images`, or where `test_instances` are."""
     test_masks: Path | None = None
     """Their masks."""
     binary_masks: bool = False
@@ -129,18 +129,13 @@ def check_config(config: EvaluateConfig) -> tuple[str, ...]:
             "Give --train and --test (one folder per class), or --images and --masks (or --instances).",
         )
     if with_classes(tasks):
-        if config.train is None or config.test is None:
+        test = test_source(config.train, config.test)
+        if config.train is None or test is None:
             raise UserError("knn, linear and finetune need labelled images.", "Give both --train and --test.")
         drawn = set(tasks) & {"linear", "finetune"}
-        check_classes(config.train, config.test, max(config.labels) if drawn else 1)
+        check_classes(config.train, test, max(config.labels) if drawn else 1)
     if with_masks(tasks):
-        if config.images is None or config.masks is None:
-            raise UserError("The segmentation tasks need masks.", "Give both --images and --masks.")
-        if (config.test_images is None) != (config.test_masks is None):
-            raise UserError("Only one of --test-images and --test-masks is given.", "Give both, or neither.")
-        for folder in (config.images, config.masks, config.test_images, config.test_masks):
-            if folder is not None:
-                find_images(folder)
+        check_masks(*mask_places(config))
     if set(tasks) & set(DETECTION):
         check_detect(config.detect)
         check_scores()
@@ -172,6 +167,11 @@ def _check_numbers(config: EvaluateConfig) -> None:
         )
     if min(config.batch_size, config.knn_k) < 1:
         raise UserError("batch_size or knn_k is below 1.", "Give at least 1.")
+
+
+def mask_places(config: EvaluateConfig) -> tuple[Path | None, Path | None, Path | None, Path | None]:
+    """Images, masks, test images, test masks."""
+    return config.images, config.masks, config.test_images, config.test_masks
 
 
 def _masked(config: EvaluateConfig) -> bool:
