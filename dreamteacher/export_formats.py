@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import timm
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor
 
 from dreamteacher.errors import UserError, did_you_mean
@@ -48,6 +49,7 @@ _SAID = {
     "detectron2": "Detectron2's plain ResNet and ResNeXt, and detrex's ConvNeXt",
     "mmdetection": "MMDetection's plain ResNet and ResNeXt, and MMPretrain's ConvNeXt",
     "smp": "networks with maps at strides (2,) 4, 8, 16, 32 whose features timm names as the whole",
+    "onnx": "networks whose padding does not depend on the image's size",
 }
 
 
@@ -86,8 +88,7 @@ def formats_for(student: Student) -> list[str]:
         >>> formats_for(create_student("mobilenetv3_small_100"))
         ['timm', 'smp', 'onnx', 'hub']
     """
-    own = {name: _architecture(student) in names for name, names in _NAMES.items()}
-    return [n for n in FORMATS if (_smp_names(student) is not None if n == "smp" else own.get(n, True))]
+    return [name for name in FORMATS if _knows(name, student)]
 
 
 def layout(name: str, student: Student) -> Layout:
@@ -107,13 +108,21 @@ def layout(name: str, student: Student) -> Layout:
         "smp": _smp,
         "onnx": _onnx,
     }
-    known = _smp_names(student) is not None if name == "smp" else True
-    if not known or _architecture(student) not in _NAMES.get(name, (_architecture(student),)):
+    if not _knows(name, student):
         raise UserError(
             f"The format {name} has no {student.name}: it takes {_SAID[name]}.",
             f"Formats that know it: {', '.join(formats_for(student))}.",
         )
     return makers[name](student)
+
+
+def _knows(name: str, student: Student) -> bool:
+    if name == "smp":
+        return _smp_names(student) is not None
+    if name == "onnx":
+        # Padding that depends on the size (TensorFlow's) keeps torch's exporter busy for minutes and more.
+        return not any(isinstance(module, Conv2dSame) for module in student.modules())
+    return name not in _NAMES or _architecture(student) in _NAMES[name]
 
 
 def _architecture(student: Student) -> str:
