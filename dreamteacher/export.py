@@ -1,4 +1,7 @@
-"""Export: a finished run as a folder that plain timm loads, with a model card beside the weights."""
+"""Export: a finished run as a folder that plain timm loads, with a model card beside the weights.
+
+Other libraries' formats are in `export_formats`; what they share (reading the run, the card, the one rename that
+makes the folder whole) is here."""
 
 from __future__ import annotations
 
@@ -18,6 +21,9 @@ from safetensors.torch import save_file
 
 from dreamteacher import __version__
 from dreamteacher.errors import UserError, shorten
+from dreamteacher.export_formats import Format, Layout, check_format, layout
+from dreamteacher.export_hub import LICENCE_FILE, OTHER, check_hub, front_matter, licence_text
+from dreamteacher.export_onnx import check_onnx, write_onnx
 from dreamteacher.rundir import read_rows
 from dreamteacher.students import (
     Student,
@@ -30,6 +36,8 @@ from dreamteacher.students import (
 )
 
 FILES = ("model.safetensors", "config.json", "README.md")
+# What a folder may hold to be taken for an earlier export.
+KNOWN_FILES = (*FILES, "model.onnx", LICENCE_FILE)
 UNKNOWN = "not recorded"
 
 # What the card shows of the run's settings, in this order, when the run has them.
@@ -47,29 +55,52 @@ class ExportConfig:
         run: folder of a finished pretraining run.
         out: folder to make; None is "export" inside the run folder.
         overwrite: replace an earlier export that lies at `out`.
+        format: whose names the weights get; each format's card has the code that loads it. "hub" is timm's
+            format with what the model hub asks of a card; "onnx" is a graph with the normalisation inside.
+        licence: of the weights, as the model hub calls it (only for the format hub); "other" points to the
+            terms of the teacher and the images.
+        datasets: the model hub's names of the images, where they lie there (only for the format hub).
     """
 
     run: Path
     out: Path | None = None
     overwrite: bool = False
+    format: Format = "timm"
+    licence: str = OTHER
+    datasets: tuple[str, ...] = ()
 
 
-def export(run: Path, out: Path | None = None, *, overwrite: bool = False) -> Path:
-    """Writes model.safetensors (timm's names), config.json (timm's hub style) and README.md, all or nothing.
+def export(
+    run: Path,
+    out: Path | None = None,
+    *,
+    overwrite: bool = False,
+    format: Format = "timm",
+    licence: str = OTHER,
+    datasets: Sequence[str] = (),
+) -> Path:
+    """Writes the weights (model.safetensors, or model.onnx) and README.md, all or nothing.
+
+    The formats timm and hub have timm's names and config.json beside them (timm's hub style).
 
     Args:
         run: folder of a finished run: backbone.safetensors, and config.json, metrics.jsonl, results.jsonl
             as far as they exist; the card says what was not recorded.
         out: folder to make; None is "export" inside the run folder.
         overwrite: replace an earlier export. A folder with anything else in it is never replaced.
+        format: one of `export_formats.FORMATS`.
+        licence: identifier of the model hub; only for the format hub.
+        datasets: identifiers of the model hub; only for the format hub.
 
     Returns:
-        The folder. `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it; `load_snippet` shows
+        The folder. Of timm's format: `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it; `load_snippet` shows
         the way by name.
 
     Raises:
-        UserError: when the run has no backbone, its weights do not fit, or `out` cannot be written.
+        UserError: when the run has no backbone, its weights do not fit, the format has no such network, or
+            `out` cannot be written.
     """
+    _check_settings(format, licence, datasets)
     out = run / "export" if out is None else out
     _check_out(out, overwrite)
     if not run.is_dir():
@@ -87,13 +118,15 @@ def export(run: Path, out: Path | None = None, *, overwrite: bool = False) -> Pa
         )
     student = create_student(name)
     load_weights(student.model, weights, name=name, source=str(source))
-    contents = {
-        "config.json": json.dumps(_timm_config(student, facts), indent=2) + "\n",
-        "README.md": model_card(
-            student, facts, read_rows(run / "metrics.jsonl"), read_rows(run / "results.jsonl")
-        ),
-    }
-    _write_folder(out, student, contents)
+    made = None if format in ("timm", "hub") else layout(format, student)
+    front, load = _front(made, format, licence, datasets), _load(student, made, format)
+    metrics, results = (read_rows(run / f"{rows}.jsonl") for rows in ("metrics", "results"))
+    contents = {"README.md": model_card(student, facts, metrics, results, front=front, load=load)}
+    if made is None:
+        contents["config.json"] = json.dumps(_timm_config(student, facts), indent=2) + "\n"
+    if format == "hub" and licence == OTHER:
+        contents[LICENCE_FILE] = _licence_text(facts)
+    _write_folder(out, student, contents, student.model.state_dict() if made is None else made.tensors)
     return out
 
 
@@ -136,6 +169,9 @@ def model_card(
     facts: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
     results: Sequence[Mapping[str, Any]],
+    *,
+    front: str,
+    load: str,
 ) -> str:
     """The text of README.md: teacher, data, settings, numbers, licences, and how to load the weights.
 
@@ -143,6 +179,8 @@ def model_card(
         facts: the run's config.json; what it lacks is shown as "not recorded".
         metrics: rows of metrics.jsonl; the last value of each key is shown.
         results: rows of results.jsonl; seeds of one evaluation are averaged.
+        front: the YAML block on top, for the model hub.
+        load: how to load the weights, Markdown.
     """
     config, teacher, data = (facts.get(key) or {} for key in ("config", "teacher", "data"))
     classes, made = data.get("classes"), config.get("dataset") == "synthesized"
@@ -166,11 +204,7 @@ def model_card(
         **{key: config[key] for key in _SETTINGS if key in config},
         "size": data.get("size") or config.get("size"),
     }
-    return f"""---
-library_name: timm
-tags: [timm, image-feature-extraction, dreamteacher]
----
-# {student.name}, pretrained with DreamTeacher
+    return f"""{front}# {student.name}, pretrained with DreamTeacher
 
 An image backbone that was pretrained without labels: it learned to reproduce the features of a frozen
 generative model (DreamTeacher, [arXiv 2307.07487](https://arxiv.org/abs/2307.07487); an independent
@@ -188,20 +222,44 @@ implementation, not the authors' code). It gives feature maps; it has no classif
 
 ## Load it without dreamteacher
 
-Run it in the folder of this file, with `pip install timm safetensors`:
-
-```python
-{load_snippet(".", student.name).rstrip()}
-```
-
-With timm 1.0.16 or newer, `timm.create_model("local-dir:.", pretrained=True, num_classes=10)` makes the
-same with a new classifier, to fine-tune. Layers after the last map, where there are any, were not trained.
+{load}
 
 ## Licences
 
 The weights you trained are yours; the teacher's licence ({_text(teacher.get("licence"))}) may bind you,
 and so may the terms of the images. The software, dreamteacher, is Apache-2.0.
 """
+
+
+def _front(made: Layout | None, format: Format, licence: str, datasets: Sequence[str]) -> str:
+    """The YAML block of a format; the hub's is as complete as the hub wants it."""
+    if format == "hub":
+        return front_matter(licence, datasets)
+    library = "timm" if made is None else made.library
+    lines = [] if library is None else [f"library_name: {library}"]
+    lines.append(f"tags: [{format}, image-feature-extraction, dreamteacher]")
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _load(student: Student, made: Layout | None, format: Format) -> str:
+    """The card's section on loading: what to install, the code, what to know."""
+    if made is None:
+        install, snippet = "timm safetensors", load_snippet(".", student.name)
+        notes = """With timm 1.0.16 or newer, `timm.create_model("local-dir:.", pretrained=True, num_classes=10)` makes the
+same with a new classifier, to fine-tune. Layers after the last map, where there are any, were not trained."""
+        if format == "hub":
+            notes += """
+Once this folder lies on the model hub, `timm.create_model("hf-hub:OWNER/NAME", pretrained=True)` loads it from
+there."""
+    else:
+        install, snippet, notes = made.install, made.snippet, made.notes
+    return f"""Run it in the folder of this file, with `pip install {install}`:
+
+```python
+{snippet.rstrip()}
+```
+
+{notes}"""
 
 
 def _numbers(metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -292,28 +350,57 @@ def _timm_config(student: Student, facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _licence_text(facts: Mapping[str, Any]) -> str:
+    config, teacher = facts.get("config") or {}, facts.get("teacher") or {}
+    made = config.get("dataset") == "synthesized"
+    images = config.get("images") or ("the teacher's own" if made else None)
+    name = teacher.get("name") or config.get("teacher")
+    return licence_text(_text(name), _text(teacher.get("licence")), _text(images))
+
+
+def _check_settings(format: str, licence: str, datasets: Sequence[str]) -> None:
+    """What is wrong before anything is read."""
+    check_format(format)
+    check_hub(licence, datasets)
+    if format != "hub" and (licence != OTHER or datasets):
+        raise UserError(
+            f"A licence and datasets are for the model hub, and the format is {format}.",
+            "Add --format hub, or leave them out.",
+        )
+    if format == "onnx":
+        check_onnx()
+
+
 def _check_out(out: Path, overwrite: bool) -> None:
     if not out.exists():
         return
     if not out.is_dir():
         raise UserError(f"'{out}' is a file, not a folder.", "Choose another --out.")
-    foreign = sorted(p.name for p in out.iterdir() if p.name not in FILES)
+    foreign = sorted(p.name for p in out.iterdir() if p.name not in KNOWN_FILES)
     if foreign:
         raise UserError(f"'{out}' holds other files ({shorten(foreign)}).", "Choose another --out.")
     if any(out.iterdir()) and not overwrite:
         raise UserError(f"'{out}' holds an export already.", "Add --overwrite, or choose another --out.")
 
 
-def _write_folder(out: Path, student: Student, contents: Mapping[str, str]) -> None:
-    """Everything into a temporary folder beside `out`, then one rename: `out` is whole or as it was."""
+def _write_folder(
+    out: Path, student: Student, contents: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Everything into a temporary folder beside `out`, then one rename: `out` is whole or as it was.
+
+    Without tensors, the weights are written as an ONNX graph.
+    """
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     replaced = out.with_name(f".{out.name}.{os.getpid()}.old")
     # Channels-last weights are made row-major: safetensors stores nothing else.
-    state = {k: v.detach().contiguous() for k, v in student.model.state_dict().items()}
+    state = {k: v.detach().contiguous() for k, v in tensors.items()}
     metadata = {"format": "pt", "student": student.name, "producer": f"dreamteacher {__version__}"}
     try:
         temporary.mkdir(parents=True)
-        save_file(state, temporary / "model.safetensors", metadata)
+        if state:
+            save_file(state, temporary / "model.safetensors", metadata)
+        else:
+            write_onnx(student, temporary / "model.onnx")
         for file, text in contents.items():
             (temporary / file).write_text(text, encoding="utf-8")
         if out.exists():
