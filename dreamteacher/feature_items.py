@@ -98,6 +98,11 @@ class Plan:
         return self.what == "latents" or self.keep == "all"
 
     @property
+    def projected(self) -> bool:
+        """Whether there is a basis for each level."""
+        return self.keep in ("pca", "random")
+
+    @property
     def shards(self) -> int:
         """How many shards there are."""
         return math.ceil(self.images / self.shard_images)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dreamteacher import __version__, checkpoint, data
@@ -174,7 +174,7 @@ def make_features(config: MakeFeaturesConfig) -> Path | None:
 
 def estimate_bytes(plan: Plan, images: int) -> int:
     """Bytes that a store of so many images takes, its small files among them."""
-    basis = sum(4 * v.kept * v.channels for v in plan.levels) if plan.keep in ("pca", "random") else 0
+    basis = sum(4 * v.kept * v.channels for v in plan.levels) if plan.projected else 0
     shards = math.ceil(images / plan.shard_images)
     small = 65_536 + 200 * shards + 64 * plan.images
     return images * plan.draws * (layout(plan)[1] + 9) + 256 * shards + basis + small
@@ -225,7 +225,7 @@ def _measure(
     plan = replace(draft, deterministic=same, draws=draws, levels=_levels(config, teacher, images, first))
     groups = round(config.shard_mb * 1e6 / (layout(plan)[1] * draws * plan.group))
     plan = replace(plan, shard_images=plan.group * max(1, groups))
-    bases = [torch.zeros(v.kept, v.channels, device=device) if b else None for v, b in _projected(plan)]
+    bases = [torch.zeros(v.kept, v.channels, device=device) if plan.projected else None for v in plan.levels]
     begin = time.perf_counter()
     pack(plan, bases, encode_group(plan, teacher, pixels, plain, 1, device)).cpu()
     return plan, time.perf_counter() - begin
@@ -233,11 +233,6 @@ def _measure(
 
 def _dtype_name(device: torch.device, precision: Precision) -> Literal["float32", "bfloat16"]:
     return "float32" if resolve_precision(device, precision) == torch.float32 else "bfloat16"
-
-
-def _projected(plan: Plan) -> list[tuple[Level, bool]]:
-    """Each level, and whether a basis is needed for it."""
-    return [(v, plan.keep in ("pca", "random")) for v in plan.levels]
 
 
 def _levels(
@@ -296,7 +291,6 @@ class _Writer:
     ) -> None:
         self.out, self.plan, self.teacher, self.images, self.device = out, plan, teacher, images, device
         self.bases: list[Tensor | None] = [None] * len(plan.levels)
-        self.projected = any(needed for _, needed in _projected(plan))
 
     def done(self, shard: int) -> bool:
         """Whether a shard is there, whole: its checksum is written after it."""
@@ -339,7 +333,7 @@ class _Writer:
 
     def fit(self, groups: list[int], positions: int) -> None:
         """Fits or draws the basis of each level, or takes the one that is there."""
-        if not self.projected:
+        if not self.plan.projected:
             return
         path = self.out / BASIS
         self._wait_for(BASIS, lambda: self._write_basis(groups, positions), path.exists)
@@ -355,7 +349,7 @@ class _Writer:
         else:
             moments = self._moments(groups, positions)
             bases = {v.name: principal_basis(m, v.kept) for v, m in zip(plan.levels, moments, strict=True)}
-        checkpoint.atomic_write(self.out / BASIS, lambda temporary: save_file(bases, temporary))
+        _put(self.out / BASIS, save(bases))
 
     def _moments(self, groups: list[int], positions: int) -> list[Tensor]:
         """Second moments (float64 C x C) of whitened maps at positions drawn from batches of the first draw."""
@@ -435,19 +429,20 @@ class _Writer:
         tensors = {"items": items, "flip": flips_of(plan, first, last).to(torch.uint8), "noise_seed": seeds}
         path = self.out / shard_name(shard)
         self._sum_file(shard).unlink(missing_ok=True)
-        found: list[str] = []
-
-        def write(temporary: Path) -> None:
-            save_file(tensors, temporary)
-            found.append(sha256(temporary))
-
-        checkpoint.atomic_write(path, write)
-        checkpoint.write_text(self._sum_file(shard), f"{found[0]}  {path.name}\n")
+        content = save(tensors)
+        _put(path, content)
+        digest = hashlib.sha256(content).hexdigest()
+        checkpoint.write_text(self._sum_file(shard), f"{digest}  {path.name}\n")
 
     def _write_manifest(self) -> None:
         shards = []
         for i in range(self.plan.shards):
             digest = self._sum_file(i).read_text("utf-8").split()[0]
             shards.append((digest, (self.out / shard_name(i)).stat().st_size))
-        basis = sha256(self.out / BASIS) if self.projected else None
+        basis = sha256(self.out / BASIS) if self.plan.projected else None
         checkpoint.write_text(self.out / MANIFEST, manifest_text(self.plan, basis, shards))
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Writes a file atomically. Not with `save_file`: its own temporary file would outlive a killed writer."""
+    checkpoint.atomic_write(path, lambda temporary: temporary.write_bytes(content))
