@@ -314,6 +314,9 @@ def test_batches_belong_together_resume_and_show_every_draw(asked):
         far = (batch.maps[0].flip(3) - seen).flatten(1).abs().amax(1)
         assert bool((near < 0.03).all())  # the noise of the teacher
         assert bool((far > 0.1).all())
+        order = data._batch_indices(13, batch_size=4, seed=5, step=batch.step)
+        rows, _ = store.rows(order, store.draws_of(order, batch.step // 3, 5))  # 3 batches an epoch
+        assert all(map(torch.equal, batch.maps, unpack(store.plan, rows).maps))
     for a, b in zip(batches[5:], stream(store, asked, first=5), strict=True):
         assert torch.equal(a.images, b.images)
         assert all(map(torch.equal, a.maps, b.maps))
@@ -501,6 +504,15 @@ def test_a_full_disk_leaves_a_store_that_resumes(asked, monkeypatch):
     made(asked)
     assert files(asked.out) == files(asked.out.with_name("whole"))
     assert min(encoded) == 4  # the shards that were finished are not made again
+
+
+def test_a_shard_whose_checksum_was_not_yet_written_is_made_again(asked):
+    made(asked)
+    whole = files(asked.out)
+    for name in (MANIFEST, f"{shard_name(2)}.sha256"):
+        (asked.out / name).unlink()
+    made(asked)
+    assert files(asked.out) == whole
 
 
 def test_space_is_checked_and_a_dry_run_writes_nothing(asked, monkeypatch, capsys):
