@@ -36,9 +36,9 @@ class FeatureBatch(NamedTuple):
     step: int
     kept: Kept | None = None
 
-    def targets(self, axes: WhitenAxes) -> list[Tensor]:
-        """What the student's maps are compared with in eq. 1."""
-        return self.maps if self.kept is not None else [whiten(m, axes) for m in self.maps]
+    def target(self, level: int, axes: WhitenAxes) -> Tensor:
+        """What the student's map of a level is compared with in eq. 1."""
+        return whiten(self.maps[level], axes) if self.kept is None else self.maps[level]
 
 
 def batch_loss(

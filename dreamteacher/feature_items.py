@@ -20,7 +20,7 @@ from dreamteacher.distributed import autocast
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
 from dreamteacher.losses import WhitenAxes, energy, whiten
-from dreamteacher.teachers.base import Teacher
+from dreamteacher.teachers.base import Noise, Teacher
 
 What = Literal["maps", "latents"]
 Keep = Literal["pca", "random", "whitened", "all"]
@@ -56,7 +56,7 @@ class Plan:
     Args:
         what: maps, or latents alone (noise is added later).
         teacher, family, licence, sha256: of the teacher; `sha256` as `teachers.fingerprint`.
-        t, noise: of a diffusion teacher, else () and "none".
+        t, blocks, noise: of a diffusion teacher, as it was asked for; latents depend on none of them.
         device: kind of device that drew the noise: another kind draws other numbers from the same seed.
         precision: of the teacher's pass, float32 or bfloat16.
         deterministic: the teacher draws no random numbers.
@@ -76,7 +76,8 @@ class Plan:
     licence: str
     sha256: str
     t: tuple[int, ...]
-    noise: str
+    blocks: tuple[int, ...]
+    noise: Noise
     device: str
     precision: Literal["float32", "bfloat16"]
     deterministic: bool

@@ -74,6 +74,8 @@ class MakeFeaturesConfig:
     """Height and width in pixels; none: the teacher's."""
     t: tuple[int, ...] = ()
     """Timesteps of a diffusion teacher; none: the one its card recommends."""
+    blocks: tuple[int, ...] = ()
+    """Decoder blocks of a diffusion U-Net whose maps are kept; none: the paper's four levels."""
     noise: Noise = "stochastic"
     """stochastic (fresh for every draw), fixed (one for all), inversion (DDIM, deterministic) or none."""
     keep: Keep = "pca"
@@ -122,7 +124,7 @@ def make_features(config: MakeFeaturesConfig) -> Path | None:
     """
     device = pick_device(config.device)
     _check_numbers(config)
-    teacher = load_teacher(config.teacher, timesteps=config.t, noise=config.noise)
+    teacher = load_teacher(config.teacher, timesteps=config.t, blocks=config.blocks, noise=config.noise)
     size = config.size or teacher.size
     check_mode(teacher, "encoded", size)
     teacher.keep_only("encode")
@@ -203,7 +205,7 @@ def _measure(
     """The plan, and the seconds of one batch, encoded and packed; the first batch is really encoded here."""
     draft = Plan(
         what=config.what, teacher=teacher.name, family=teacher.family, licence=teacher.licence,
-        sha256=fingerprint(config.teacher), t=teacher.timesteps, noise=config.noise, device=device.type,
+        sha256=fingerprint(config.teacher), t=teacher.timesteps, blocks=config.blocks, noise=config.noise, device=device.type,
         precision=_dtype_name(device, config.precision), deterministic=False, size=images.size,
         images=len(images), images_sha256=hashlib.sha256(image_lines(images).encode()).hexdigest(), seed=config.seed, flip=config.flip,
         draws=1, group=config.batch_size, shard_images=config.batch_size,

@@ -40,6 +40,7 @@ from dreamteacher.feature_items import (
 from dreamteacher.feature_store import MANIFEST, FeatureStore, claim, manifest_text, read_manifest, shard_name
 from dreamteacher.losses import feature_loss, projected_loss, whiten
 from dreamteacher.make_features import MakeFeaturesConfig
+from dreamteacher.pretrain import PretrainConfig, pretrain
 from dreamteacher.teachers import fingerprint, load_teacher
 
 CPU = torch.device("cpu")
@@ -130,7 +131,7 @@ def live(
 
 def plan_of(levels: tuple[Level, ...], **other: Any) -> Plan:
     fields: dict[str, Any] = {
-        "what": "maps", "teacher": "t", "family": "f", "licence": "-", "sha256": "0", "t": (), "noise": "none",
+        "what": "maps", "teacher": "t", "family": "f", "licence": "-", "sha256": "0", "t": (), "blocks": (), "noise": "none",
         "device": "cpu", "precision": "float32", "deterministic": False, "size": (256, 256), "images": 10,
         "images_sha256": "0", "seed": 0, "flip": True, "draws": 1, "group": 2, "shard_images": 4, "keep": "pca",
         "whiten": "chw", "levels": levels,
@@ -314,7 +315,7 @@ def test_batches_belong_together_resume_and_show_every_draw(asked):
         far = (batch.maps[0].flip(3) - seen).flatten(1).abs().amax(1)
         assert bool((near < 0.03).all())  # the noise of the teacher
         assert bool((far > 0.1).all())
-        order = data._batch_indices(13, batch_size=4, seed=5, step=batch.step)
+        order = data.batch_indices(13, batch_size=4, seed=5, step=batch.step)
         rows, _ = store.rows(order, store.draws_of(order, batch.step // 3, 5))  # 3 batches an epoch
         assert all(map(torch.equal, batch.maps, unpack(store.plan, rows).maps))
     for a, b in zip(batches[5:], stream(store, asked, first=5), strict=True):
@@ -336,7 +337,7 @@ def test_a_stored_batch_has_the_loss_of_the_live_one(asked):
     images = images_of(asked)
     places = {p.read_bytes(): i for i, p in enumerate(images.paths)}
     assert len(places) == 13
-    order = data._batch_indices(13, batch_size=4, seed=5, step=2)
+    order = data.batch_indices(13, batch_size=4, seed=5, step=2)
     draws = store.draws_of(order, 0, 5)
     maps = [live(store, asked.teacher, images, int(i), int(k)) for i, k in zip(order, draws, strict=True)]
     teacher = [torch.stack(level).double() for level in zip(*maps, strict=True)]
@@ -354,8 +355,8 @@ def test_a_stored_batch_has_the_loss_of_the_live_one(asked):
         feature_dataset.batch_loss(meant, raw, axes="c", at_weight=1.0, at_reduction="public").total,
         feature_loss(meant, teacher, axes="c", at_weight=1.0, at_reduction="public").total,
     )
-    assert torch.equal(raw.targets("c")[0], whiten(teacher[0], "c"))
-    assert batch.targets("c")[0] is batch.maps[0]
+    assert torch.equal(raw.target(0, "c"), whiten(teacher[0], "c"))
+    assert batch.target(0, "c") is batch.maps[0]
 
 
 def test_a_part_of_the_images_is_enough(asked, tmp_path):
@@ -400,6 +401,95 @@ def test_latents_alone_are_exact(tmp_path):
     wrong = replace(config, teacher="chest-xray-64", out=tmp_path / "none")
     refused(lambda: make_features.make_features(wrong), "has no latents", "--what maps")
     assert not (tmp_path / "none").exists()
+
+
+# --- pretraining from a store -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(image_folder: Path, tiny_teacher: Path, tmp_path: Path) -> PretrainConfig:
+    return PretrainConfig(
+        images=image_folder, out=tmp_path / "run", teacher=str(tiny_teacher), student="test_resnet", width=8,
+        batch_size=8, epochs=6, warmup_epochs=2, lr=2e-3, device="cpu", precision="float32", log_every=2,
+        save_every=4, probe_every=0,
+    )  # fmt: skip
+
+
+def features_for(run: PretrainConfig, **asked: Any) -> PretrainConfig:
+    """The same run, from a store that is made for it."""
+    assert run.images is not None
+    folder = run.out.with_name("features")
+    config = MakeFeaturesConfig(
+        images=run.images,
+        out=folder,
+        teacher=run.teacher,
+        batch_size=8,
+        device="cpu",
+        precision="float32",
+        **asked,
+    )
+    make_features.make_features(config)
+    return replace(run, features=folder)
+
+
+def rows_of(run: PretrainConfig) -> list[dict[str, float]]:
+    folder = pretrain(run)
+    assert folder is not None
+    return rundir.read_rows(folder / "metrics.jsonl")
+
+
+def test_pretraining_from_raw_maps_is_pretraining_with_the_teacher(run):
+    online = replace(run, noise="none", flip=False, out=run.out.with_name("online"))
+    stored = features_for(online, keep="all", store=("float32",), noise="none", flip=False)
+    for a, b in zip(rows_of(online), rows_of(replace(stored, out=run.out)), strict=True):
+        assert a.keys() == b.keys()
+        assert a == pytest.approx(b, rel=2e-3, abs=1e-5)
+
+
+def test_pretraining_from_projected_maps_learns_stops_and_resumes_bitwise(run, monkeypatch, capsys):
+    config = replace(features_for(run, channels=5, draws=3), epochs=40)
+    whole = rows_of(replace(config, out=run.out.with_name("whole")))
+    assert whole[-1]["loss"] < 0.8 * whole[0]["loss"]
+    assert whole[-1]["r2/s4"] > whole[0]["r2/s4"]
+    assert "compared with the teacher, at most" in capsys.readouterr().out
+    original = data.batches
+
+    def signalled(*args, **kwargs):
+        for batch in original(*args, **kwargs):
+            if batch.step == 9:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(data, "batches", signalled)
+    with pytest.raises(SystemExit) as stop:
+        pretrain(config)
+    assert stop.value.code == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert rows_of(config) == whole
+    facts = json.loads((run.out / "config.json").read_text())["features"]
+    assert (facts["keep"], facts["draws"]) == ("pca", 3)
+    before = len(list(run.out.iterdir()))
+    assert pretrain(replace(config, dry_run=True)) is None
+    assert len(list(run.out.iterdir())) == before
+
+
+def test_features_that_cannot_serve_a_run_are_refused(run, tiny_teacher):
+    config = features_for(run, channels=5)
+
+    def told(**change: Any) -> str:
+        text = refused(lambda: pretrain(replace(config, **change)))
+        assert not run.out.exists()
+        return text
+
+    assert "cannot serve --whiten c" in told(whiten="c")
+    assert "cannot serve --mode label" in told(mode="label", labelled=run.images)
+    assert "of real images" in told(dataset="synthesized", samples=16)
+    assert "mirrored images too" in told(flip=False)
+    assert "made with --t 100, not 50" in told(t=(50,))
+    assert "made with --noise stochastic, not fixed" in told(noise="fixed")
+    assert "made with --blocks none, not 1 2" in told(blocks=(1, 2))
+    assert "of the teacher 'tiny'" in told(teacher="chest-xray-64")
+    assert "no finished features" in told(features=run.out.with_name("nowhere"))
 
 
 # --- interrupted, crowded, damaged --------------------------------------------------------------------------
