@@ -193,8 +193,9 @@ def projected_loss(
         |s - w|^2 / C = (K / C) |k - c|^2 / K + (|w|^2 - |c|^2) / C
 
     so eq. 1 is the mean square of k - c times K / C, plus a residual that no student of this subspace changes. As
-    B^T keeps lengths, the energy of s in eq. 2 is that of k, with nothing to convert; the teacher's is of its raw maps
-    and comes as a map of its own.
+    B^T keeps lengths, the energy of s in eq. 2 is that of k, with nothing to convert: as online, it is the energy of
+    what approximates the whitened map, without what lies outside the subspace. The teacher's is of its raw maps, all
+    channels, and comes as a map of its own.
 
     Args:
         student_maps: k, L times N x K x H x W, fine to coarse; targets: c, of the same shapes.

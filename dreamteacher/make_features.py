@@ -11,10 +11,11 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -206,7 +207,7 @@ def _measure(
     draft = Plan(
         what=config.what, teacher=teacher.name, family=teacher.family, licence=teacher.licence,
         sha256=fingerprint(config.teacher), t=teacher.timesteps, blocks=config.blocks, noise=config.noise, device=device.type,
-        precision=_dtype_name(device, config.precision), deterministic=False, size=images.size,
+        precision="float32" if resolve_precision(device, config.precision) == torch.float32 else "bfloat16", deterministic=False, size=images.size,
         images=len(images), images_sha256=hashlib.sha256(image_lines(images).encode()).hexdigest(), seed=config.seed, flip=config.flip,
         draws=1, group=config.batch_size, shard_images=config.batch_size,
         keep="all" if config.what == "latents" else config.keep,
@@ -231,10 +232,6 @@ def _measure(
     begin = time.perf_counter()
     pack(plan, bases, encode_group(plan, teacher, pixels, plain, 1, device)).cpu()
     return plan, time.perf_counter() - begin
-
-
-def _dtype_name(device: torch.device, precision: Precision) -> Literal["float32", "bfloat16"]:
-    return "float32" if resolve_precision(device, precision) == torch.float32 else "bfloat16"
 
 
 def _levels(
@@ -316,7 +313,7 @@ class _Writer:
         if not all(self.done(i) for i in range(self.plan.shards)):
             (self.out / MANIFEST).unlink(missing_ok=True)  # of a store that a shard was taken out of
 
-    def _wait_for(self, name: str, act: Any, there: Any) -> None:
+    def _wait_for(self, name: str, act: Callable[[], None], there: Callable[[], bool]) -> None:
         """Calls `act` under a claim, or waits until what another writer makes under it is there."""
         while not there():
             with claim(self.out, name) as mine:

@@ -505,7 +505,7 @@ torch.set_num_threads(1)
 m._POLL = 0.01
 asked = json.loads(sys.argv[1])
 pack = m.pack
-m.pack = lambda *a: (time.sleep(0.005), pack(*a))[1]
+m.pack = lambda *a: (time.sleep(0.02), pack(*a))[1]
 
 
 def start(out):
@@ -530,9 +530,9 @@ begin = time.perf_counter()
 assert end(start(base / "whole")) == 0
 seconds = time.perf_counter() - begin
 draw, kills = random.Random(0), 0
-for turn in range(6):
+for turn in range(5):
     child = start(base / "killed")
-    time.sleep(seconds * draw.uniform(0.1, 0.9))
+    time.sleep(seconds * draw.uniform(0.05, 0.15 + 0.15 * turn))
     os.kill(child, signal.SIGKILL)
     kills += end(child) == -signal.SIGKILL and not (base / "killed" / "features.json").exists()
 assert end(start(base / "killed")) == 0
