@@ -46,6 +46,10 @@ VERBS = {
         "dreamteacher.teachers.get", "GetTeacherConfig", "get_teacher",
         "a published generator (ADM, Stable Diffusion, StyleGAN2 ...) or a checkpoint of yours -> a teacher",
     ),
+    "make-features": Verb(
+        "dreamteacher.make_features", "MakeFeaturesConfig", "make_features",
+        "a teacher's maps of a folder of images, kept on disk for many pretrainings",
+    ),
     "evaluate": Verb(
         "dreamteacher.downstream.evaluate", "EvaluateConfig", "evaluate",
         "kNN, probes, fine-tuning, segmentation; for any backbone",

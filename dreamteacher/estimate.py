@@ -5,12 +5,14 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from dreamteacher.config import describe
 from dreamteacher.distributed import Precision, autocast
+from dreamteacher.features import FeatureSpec
 from dreamteacher.losses import feature_loss
 from dreamteacher.regressor import FeatureRegressor
 from dreamteacher.students import Student
@@ -31,12 +33,13 @@ def disk_bytes(student: nn.Module, regressor: nn.Module, *, ema: bool, keep: int
 
 def dry_run(
     teacher: Teacher, student: Student, regressor: FeatureRegressor, *, size: tuple[int, int], batch: int,
-    part: int, steps: int, disk: int, precision: Precision,
+    part: int, steps: int, disk: int, precision: Precision, stored: Sequence[FeatureSpec] = (),
 ) -> str:  # fmt: skip
     """The text of a dry run, from one real step on at most 8 random images; nothing is written.
 
     Memory is weights, gradients and two moments of what is trained, the teacher's weights, and what autograd
-    keeps for the backward pass of `part` images, counted tensor by tensor.
+    keeps for the backward pass of `part` images, counted tensor by tensor. Levels that are `stored` are
+    read, and the teacher does not run.
     """
     n = min(8, part)
     device = next(student.parameters()).device
@@ -52,7 +55,9 @@ def dry_run(
         begin = time.perf_counter()
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             with autocast(device, precision):
-                if "encode" in teacher.modes:
+                if stored:
+                    targets = [torch.ones(s.shape(n, size), device=device) for s in stored]
+                elif "encode" in teacher.modes:
                     targets = teacher.encode(images, generator=generator)
                 else:
                     images, targets = teacher.sample(n, generator=generator)
@@ -65,7 +70,8 @@ def dry_run(
     trained = [p for m in (student, regressor) for p in m.parameters()]
     weights = {p.untyped_storage().data_ptr() for p in trained}
     activations = sum(size for pointer, size in kept.items() if pointer not in weights) / n
-    memory = sum(p.numel() for p in trained) * 16 + sum(p.numel() for p in teacher.parameters()) * 4
+    memory = sum(p.numel() for p in trained) * 16
+    memory += 0 if stored else sum(p.numel() for p in teacher.parameters()) * 4
     now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
     return describe("dry run: nothing was written; one small step was measured", {
         "parameters": f"student {millions(student)}, regressor {millions(regressor)}, teacher {millions(teacher)}",

@@ -1,9 +1,10 @@
-"""Feature datasets, online: pairs of (images, teacher maps), encoded from real images, synthesized, or both."""
+"""Feature datasets: pairs of (images, teacher maps), encoded from real images, synthesized, both, or stored."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from dreamteacher import data
 from dreamteacher.distributed import Precision, autocast
 from dreamteacher.errors import UserError
+from dreamteacher.feature_items import Kept, unpack
+from dreamteacher.feature_store import FeatureStore
+from dreamteacher.losses import AtReduction, FeatureLoss, WhitenAxes, feature_loss, projected_loss, whiten
 from dreamteacher.teachers.base import Teacher
 
 DatasetKind = Literal["encoded", "synthesized", "mixture"]
@@ -22,13 +26,32 @@ class FeatureBatch(NamedTuple):
     """Images (float RGB in [0, 1], N x 3 x H x W) and the teacher's maps of exactly these images.
 
     `waited` is the time in seconds that was spent waiting for images, the teacher's work not counted; `step`
-    counts batches from 0.
+    counts batches from 0. Of a store that holds projected maps, `maps` are their coefficients and `kept` has
+    what the loss needs besides.
     """
 
     images: Tensor
     maps: list[Tensor]
     waited: float
     step: int
+    kept: Kept | None = None
+
+    def target(self, level: int, axes: WhitenAxes) -> Tensor:
+        """What the student's map of a level is compared with in eq. 1."""
+        return whiten(self.maps[level], axes) if self.kept is None else self.maps[level]
+
+
+def batch_loss(
+    maps: list[Tensor], batch: FeatureBatch, *, axes: WhitenAxes, at_weight: float, at_reduction: AtReduction
+) -> FeatureLoss:
+    """Eq. 3 of the student's maps against a batch, computed live or stored; of a store `axes` are its own."""
+    if batch.kept is None:
+        return feature_loss(maps, batch.maps, axes=axes, at_weight=at_weight, at_reduction=at_reduction)
+    assert batch.kept.residuals is not None  # a store has them wherever it projects
+    return projected_loss(
+        maps, batch.maps, batch.kept.energies, batch.kept.residuals, factors=batch.kept.factors,
+        at_weight=at_weight, at_reduction=at_reduction,
+    )  # fmt: skip
 
 
 def device_generator(seed: int, step: int, stream: str, device: torch.device) -> torch.Generator:
@@ -120,3 +143,67 @@ def mixture(
             images, maps = teacher.sample(made, generator=generator)
         both = [torch.cat([a, b.to(a.dtype)]) for a, b in zip(real.maps, maps, strict=True)]
         yield FeatureBatch(torch.cat([real.images, images.float()]), both, real.waited, real.step)
+
+
+class _Read(NamedTuple):
+    images: Tensor
+    rows: Tensor
+    step: int
+
+
+def _read_ahead(
+    store: FeatureStore, images: data.ImageSet, batches: Iterator[data.Batch], *, batch_size: int, seed: int
+) -> Iterator[tuple[_Read, float]]:
+    """Items beside their images, mirrored as recorded; a thread reads one step ahead. And the time waited."""
+    places = store.places(images)
+
+    def read(batch: data.Batch) -> _Read:
+        at = places[batch.index]
+        rows, flips = store.rows(at, store.draws_of(at, batch.step // (len(images) // batch_size), seed))
+        mirrored = data.flip_images(batch.images, flips).contiguous(memory_format=torch.channels_last)
+        return _Read(mirrored, rows, batch.step)
+
+    with ThreadPoolExecutor(1) as ahead:
+        waiting: Future[_Read] | None = None
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            coming = None if batch is None else ahead.submit(read, batch)
+            if waiting is not None:
+                ready = waiting.result()
+                yield ready, time.perf_counter() - begin
+            if coming is None:
+                return
+            waiting = coming
+
+
+def stored(
+    store: FeatureStore, images: data.ImageSet, *, batch_size: int, first_step: int, last_step: int, seed: int,
+    device: torch.device, workers: int = 0, teacher: Teacher | None = None, precision: Precision = "auto",
+) -> Iterator[FeatureBatch]:  # fmt: skip
+    """Images and what a store holds of them; step k is the same batch wherever the iteration began.
+
+    The order is that of `data.batches`; which draw an image is seen with follows from seed and epoch; the image is
+    mirrored as the draw was, for a map that is mirrored is not the map of the mirrored image.
+
+    Args:
+        teacher: of a store of latents: it noises them and makes the maps, at its own t, as `encoded` does.
+
+    Raises:
+        UserError: for images that the store does not have.
+    """
+    batches = data.batches(
+        images, batch_size=batch_size, seed=seed, first_step=first_step, last_step=last_step, flip=False,
+        workers=workers,
+    )  # fmt: skip
+    for ready, waited in _read_ahead(store, images, batches, batch_size=batch_size, seed=seed):
+        kept = unpack(store.plan, ready.rows.to(device, non_blocking=True))
+        seen = ready.images.to(device, non_blocking=True)
+        if store.plan.what == "latents":
+            assert teacher is not None
+            generator = device_generator(seed, ready.step, "teacher", device)
+            with autocast(device, precision):
+                maps = teacher.encode_latents(kept.maps[0], generator=generator)
+            yield FeatureBatch(seen, maps, waited, ready.step)
+        else:
+            yield FeatureBatch(seen, kept.maps, waited, ready.step, None if store.plan.raw else kept)

@@ -105,11 +105,31 @@ def attention_transfer(
 
     Source: eq. 2; the normalisation is that of arXiv 1612.03928.
     """
+    pairs = _pairs(student_maps, teacher_maps)
+    return energy_transfer(
+        [energy(s, p) for s, _ in pairs], [energy(t, p) for _, t in pairs], p, reduction=reduction
+    )
+
+
+def energy_transfer(
+    student_energies: Sequence[Tensor],
+    teacher_energies: Sequence[Tensor],
+    p: float = 2,
+    *,
+    reduction: AtReduction = "distance",
+) -> Tensor:
+    """`attention_transfer` from the energy maps themselves (N x H x W, of any scale): (L,).
+
+    Raises:
+        ValueError: for another reduction, or maps that do not match.
+    """
     if reduction not in ("distance", "public"):
         raise ValueError(f"reduction is 'distance' or 'public', not {reduction!r}")
     levels = []
-    for s, t in _pairs(student_maps, teacher_maps):
-        difference = _unit_energy(s, p) - _unit_energy(t, p)
+    for s, t in zip(student_energies, teacher_energies, strict=True):
+        if s.shape != t.shape or s.ndim != 3:
+            raise ValueError(f"student energies {tuple(s.shape)}, teacher energies {tuple(t.shape)}")
+        difference = _unit(s) - _unit(t)
         if reduction == "public":
             levels.append(difference.square().mean())
         else:
@@ -152,6 +172,47 @@ def feature_loss(
         if len(weights) != len(levels):
             raise ValueError(f"{len(weights)} level weights for {len(levels)} levels")
         levels = levels * levels.new_tensor(list(weights))
+    return FeatureLoss(levels.mean(), mse_levels, at_levels)
+
+
+def projected_loss(
+    student_maps: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    energies: Sequence[Tensor],
+    residuals: Tensor,
+    *,
+    factors: Sequence[float],
+    at_weight: float = 10.0,
+    at_reduction: AtReduction = "distance",
+) -> FeatureLoss:
+    """`feature_loss` of a student whose maps live in a subspace of the teacher's channels, given by coefficients.
+
+    Let w be a whitened map of C channels and B (K x C) have orthonormal rows. The target is c = B w; a student that
+    gives k stands for the map s = B^T k. Then, at every position,
+
+        |s - w|^2 / C = (K / C) |k - c|^2 / K + (|w|^2 - |c|^2) / C
+
+    so eq. 1 is the mean square of k - c times K / C, plus a residual that no student of this subspace changes. As
+    B^T keeps lengths, the energy of s in eq. 2 is that of k, with nothing to convert: as online, it is the energy of
+    what approximates the whitened map, without what lies outside the subspace. The teacher's is of its raw maps, all
+    channels, and comes as a map of its own.
+
+    Args:
+        student_maps: k, L times N x K x H x W, fine to coarse; targets: c, of the same shapes.
+        energies: of the teacher's raw maps, L times N x H x W, of any scale per image.
+        residuals: (|w|^2 - |c|^2) / C averaged over positions, N x L. It has no gradient.
+        factors: K / C of each level.
+
+    Raises:
+        ValueError: when lists or shapes do not match.
+
+    Source: eq. 1 to 3, restricted to a subspace (ours). Test: equal to `feature_loss` of s and the whole maps.
+    """
+    squares = mse(student_maps, targets)
+    means = _exact(residuals).mean(0)
+    mse_levels = squares * squares.new_tensor(list(factors)) + means.to(squares.dtype)
+    at_levels = energy_transfer([energy(s) for s in student_maps], energies, reduction=at_reduction)
+    levels = mse_levels + at_weight * at_levels
     return FeatureLoss(levels.mean(), mse_levels, at_levels)
 
 
@@ -226,9 +287,9 @@ def label_distillation(student_logits: Tensor, teacher_logits: Tensor, *, tau: f
     return -(target * (_exact(student_logits) / tau).log_softmax(1)).sum(1).mean()
 
 
-def _unit_energy(f: Tensor, p: float) -> Tensor:
-    """The energy map as a vector of length 1 per image, N x HW; a map of zeros stays zero."""
-    return torch.nn.functional.normalize(energy(f, p).flatten(1), dim=1)
+def _unit(q: Tensor) -> Tensor:
+    """An energy map as a vector of length 1 per image, N x HW; a map of zeros stays zero."""
+    return torch.nn.functional.normalize(_exact(q).flatten(1), dim=1)
 
 
 def _exact(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from dreamteacher.distributed import pick_device, resolve_precision
 from dreamteacher.errors import UserError
 from dreamteacher.estimate import disk_bytes, dry_run, millions
 from dreamteacher.feature_dataset import FeatureBatch
+from dreamteacher.feature_store import FeatureStore
 from dreamteacher.interpreter import Interpreter, InterpreterSpec, load_interpreter, read_interpreter_spec
 from dreamteacher.regressor import FeatureRegressor
 from dreamteacher.rundir import Progress, RunDir, Signals
@@ -38,13 +39,12 @@ def pretrain(config: PretrainConfig) -> Path | None:
     device = pick_device(config.device)
     _check_numbers(config)
     read = _interpreter_spec(config)  # of one that is trained already
-    teacher = load_teacher(
-        config.teacher, timesteps=config.t or (read.t if read else ()), noise=config.noise,
-        blocks=config.blocks or (read.blocks if read else ()), psi=config.psi,
-    )  # fmt: skip
+    store = FeatureStore(config.features) if config.features else None
+    asked = _asked(config, read, store)
+    teacher = load_teacher(config.teacher, **asked, psi=config.psi)
     if read:
         read.check_reads(teacher.specs, fingerprint(config.teacher))
-    size = config.size or teacher.size
+    size = config.size or (store.plan.size if store else teacher.size)
     feature_dataset.check_mode(teacher, config.dataset, size)
     student = create_student(config.student, init=config.init, seed=config.seed)
     images = _images(config, size)
@@ -55,11 +55,14 @@ def pretrain(config: PretrainConfig) -> Path | None:
             f"A batch of {config.batch_size} is more than the {epoch} readable images.",
             f"Use --batch-size {max(2, epoch // 4)}, or add images.",
         )
-    regressor = FeatureRegressor(student.specs, teacher.specs, width=config.width, seed=config.seed)
+    kept = store.plan.specs if store and store.plan.what == "maps" else ()
+    regressor = FeatureRegressor(student.specs, kept or teacher.specs, width=config.width, seed=config.seed)
     job = _interpreter_job(config, teacher, size)  # of one that is trained first
     disk = disk_bytes(student, regressor, ema=bool(config.ema), keep=config.keep)
-    resolved = {"verb": "pretrain", "version": __version__, "config": to_json(config)} | _facts(
-        config, teacher, images, size, read or (job.spec if job else None)
+    resolved = (
+        {"verb": "pretrain", "version": __version__, "config": to_json(config)}
+        | _facts(config, teacher, images, size, read or (job.spec if job else None))
+        | ({"features": to_json(store.plan)} if store else {})
     )
     RunDir.check(config.out, resolved, needed_bytes=0 if config.dry_run else disk)
 
@@ -69,23 +72,32 @@ def pretrain(config: PretrainConfig) -> Path | None:
         teacher.keep_only("encode" if config.dataset == "encoded" else "sample")
     for module in (teacher, student, regressor):
         module.to(device)
+    if store and images:
+        checked = store.verify(teacher, fingerprint(config.teacher), images, device)
+        if kept and job is None:
+            teacher.to("meta")  # nothing runs it any more: its memory is given back
     print(describe(f"pretrain {config.student} <- {teacher.name}", {
         "teacher": f"{teacher.family}, licence: {teacher.licence}", "images": epoch,
-        "skipped": len(bad), "size": size, "dataset": config.dataset, "t": teacher.timesteps,
-        "levels": [f"{s.name}:{s.channels}" for s in teacher.specs], "batch": config.batch_size,
+        "skipped": len(bad), "size": size, "dataset": _source(config, store), "t": teacher.timesteps,
+        "levels": [f"{s.name}:{s.channels}" for s in regressor.teacher_specs], "batch": config.batch_size,
         "steps": steps, "epochs": config.epochs, "lr": config.lr, "optimizer": config.optimizer,
         "parameters": f"{millions(student)} + regressor {millions(regressor)} + teacher {millions(teacher)}",
         "device": device, "precision": str(resolve_precision(device, config.precision)).removeprefix("torch."),
         "mode": config.mode, "labelled": job.spec.labelled if job else read.labelled if read else "-",
         "out": config.out,
     }), flush=True)  # fmt: skip
+    if store and images:
+        print("  stored features: " + (
+            "not compared with the teacher, as their noise was drawn on another kind of device"
+            if checked is None else f"compared with the teacher, at most {checked:.2%} off"
+        ), flush=True)  # fmt: skip
     for path, reason in bad[:3]:
         print(f"  skipped {path}: {reason}")
     if config.dry_run:
         part = config.batch_size // config.accumulate
         print(dry_run(
             teacher, student, regressor, size=size, batch=config.batch_size, part=part, steps=steps,
-            disk=disk, precision=config.precision,
+            disk=disk, precision=config.precision, stored=kept,
         ))  # fmt: skip
         return None
 
@@ -99,7 +111,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
         first = training.restore(resume, run) if resume else 0
         _list_skipped(run.path, images)
         progress = Progress(training.steps, first, config.batch_size, "pretrain")
-        stream = _stream(config, teacher, images, first * config.accumulate, training.steps, device)
+        stream = _stream(config, teacher, images, store, first * config.accumulate, training.steps, device)
 
         # --- the loop ------------------------------------------------------------------------------------
         for step in range(first + 1, training.steps + 1):
@@ -142,6 +154,57 @@ def _images(config: PretrainConfig, size: tuple[int, int]) -> data.ImageSet | No
             "Give --images FOLDER, or --dataset synthesized.",
         )
     return None
+
+
+def _asked(
+    config: PretrainConfig, read: InterpreterSpec | None, store: FeatureStore | None
+) -> dict[str, Any]:
+    """Timesteps, blocks and noise of the teacher: what is asked for, else the interpreter's or the stored ones.
+
+    Raises:
+        UserError: when stored features are of others, or cannot serve what is asked for.
+    """
+    t = config.t or (read.t if read else ())
+    blocks = config.blocks or (read.blocks if read else ())
+    if store is None:
+        return {"timesteps": t, "blocks": blocks, "noise": config.noise}
+    plan, where = store.plan, f"The features in '{store.folder}'"
+    if config.dataset != "encoded":
+        raise UserError(f"{where} are of real images.", "Leave out --dataset, or --features.")
+    if plan.flip and not config.flip:
+        raise UserError(
+            f"{where} are of mirrored images too.", "Leave out --no-flip, or make them with --no-flip."
+        )
+    if plan.what == "latents":
+        return {"timesteps": t, "blocks": blocks, "noise": config.noise}
+    noise = (
+        plan.noise if config.noise == "stochastic" else config.noise
+    )  # which is the default: not asked for
+    for flag, wanted, has in (
+        ("t", t, plan.t),
+        ("blocks", blocks, plan.blocks),
+        ("noise", noise, plan.noise),
+    ):
+        if wanted and wanted != has:
+            raise UserError(
+                f"{where} were made with --{flag} {_words(has)}, not {_words(wanted)}.",
+                f"Leave out --{flag}, or make others with `dreamteacher make-features`.",
+            )
+    if not plan.raw and (config.mode != "feature" or config.whiten != plan.whiten):
+        raise UserError(
+            f"{where} are whitened (--whiten {plan.whiten}), so they cannot serve "
+            + (f"--whiten {config.whiten}." if config.mode == "feature" else f"--mode {config.mode}."),
+            "Use features made with --keep all, which are raw.",
+        )
+    return {"timesteps": plan.t, "blocks": plan.blocks, "noise": plan.noise}
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+
+
+def _source(config: PretrainConfig, store: FeatureStore | None) -> str:
+    return config.dataset if store is None else f"stored {store.plan.what} ({store.plan.keep})"
 
 
 def _interpreter_spec(config: PretrainConfig) -> InterpreterSpec | None:
@@ -201,6 +264,7 @@ def _stream(
     config: PretrainConfig,
     teacher: Teacher,
     images: data.ImageSet | None,
+    store: FeatureStore | None,
     first: int,
     steps: int,
     device: torch.device,
@@ -212,6 +276,11 @@ def _stream(
             precision=config.precision,
         )  # fmt: skip
     assert images is not None  # checked at the start
+    if store is not None:
+        return feature_dataset.stored(
+            store, images, batch_size=part, first_step=first, last_step=last, seed=config.seed, device=device,
+            workers=config.workers, teacher=teacher, precision=config.precision,
+        )  # fmt: skip
     made = feature_dataset.synthesized_part(part, config.share) if config.dataset == "mixture" else 0
     batches = data.batches(
         images, batch_size=part - made, seed=config.seed, first_step=first, last_step=last, flip=config.flip,

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from dreamteacher import checkpoint, data, metrics, optim
 from dreamteacher.distributed import Precision, autocast
 from dreamteacher.errors import UserError
-from dreamteacher.feature_dataset import DatasetKind, FeatureBatch
+from dreamteacher.feature_dataset import DatasetKind, FeatureBatch, batch_loss
 from dreamteacher.interpreter import Interpreter
-from dreamteacher.losses import AtReduction, WhitenAxes, feature_loss, label_distillation, whiten
+from dreamteacher.losses import AtReduction, WhitenAxes, label_distillation
 from dreamteacher.regressor import FeatureRegressor, LabelHead, resize
 from dreamteacher.rundir import Progress, RunDir
 from dreamteacher.students import Student
@@ -63,6 +63,8 @@ class PretrainConfig:
     """random, imagenet (timm's weights) or a file or run folder to start from."""
     dataset: DatasetKind = "encoded"
     """encoded: maps of real images; synthesized: the teacher's own images and maps; mixture: some of each."""
+    features: Path | None = None
+    """A folder that `make-features` made of these images: read, instead of running the teacher at every step."""
     share: float = 0.5
     """Of a mixture: the share of each batch that the teacher makes."""
     samples: int = 50_000
@@ -225,9 +227,7 @@ class Training:
                     soft = self.interpreter(batch.maps).float()
                 logits = self.head(fused).float()
         if maps:
-            found = feature_loss(
-                maps, batch.maps, axes=c.whiten, at_weight=c.at_weight, at_reduction=c.at_reduction
-            )
+            found = batch_loss(maps, batch, axes=c.whiten, at_weight=c.at_weight, at_reduction=c.at_reduction)
             total = found.total
             parts[2:] = torch.cat([found.mse, found.at]).detach()
         if self.head is not None:
@@ -260,7 +260,7 @@ class Training:
         for i, name in enumerate(self.levels if self.config.mode != "label" else ()):
             row[f"mse/{name}"], row[f"at/{name}"] = parts[i] / count, parts[n + i] / count
             row[f"loss/{name}"] = row[f"mse/{name}"] + self.config.at_weight * row[f"at/{name}"]
-            target = whiten(last[0].maps[i], self.config.whiten)
+            target = last[0].target(i, self.config.whiten)
             row[f"r2/{name}"] = metrics.r2(last[1][i], target)
             row[f"cosine/{name}"] = metrics.cosine(last[1][i], target)
         return row

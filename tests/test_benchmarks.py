@@ -37,6 +37,19 @@ def test_step_benchmark_runs(tiny_teacher, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_features_benchmark_runs(tiny_teacher, tmp_path, monkeypatch):
+    out = tmp_path / "speed.csv"
+    run(
+        BENCHMARKS / "features" / "run.py", "speed", "--out", str(out), "--teacher", str(tiny_teacher),
+        "--student", "test_resnet", "--batch-size", "4", "--width", "8", "--images", "8", "--rounds", "2",
+        "--steps", "1", monkeypatch=monkeypatch,
+    )  # fmt: skip
+    (row,) = csv.DictReader(out.read_text().splitlines())
+    assert float(row["speed_median"]) > 0.1
+    assert float(row["stored_ms"]) > float(row["read_ms"]) > 0
+
+
+@pytest.mark.slow
 def test_early_exit_benchmark_runs(tmp_path, monkeypatch):
     out = tmp_path / "early.csv"
     run(

@@ -61,6 +61,24 @@ class Teacher(nn.Module, ABC):
         """n new images (float RGB in [0, 1]) and their feature maps."""
         raise self._cannot("sample")
 
+    def latents(self, images: torch.Tensor) -> torch.Tensor:
+        """What `encode` makes of images before it draws any random number, float32: worth keeping where it is costly.
+
+        Raises:
+            UserError: for a teacher that works on the pixels.
+        """
+        raise self._no_latents()
+
+    def encode_latents(self, latents: torch.Tensor, *, generator: torch.Generator) -> list[torch.Tensor]:
+        """`encode` of images by what `latents` gave."""
+        raise self._no_latents()
+
+    def _no_latents(self) -> UserError:
+        return UserError(
+            f"The teacher '{self.name}' ({self.family}) has no latents that could be kept.",
+            "Use --what maps; Stable Diffusion has latents.",
+        )
+
     def keep_only(self, mode: str) -> None:
         """Frees the weights that `mode` ("encode" or "sample") never runs; nothing else is possible then."""
         self.modes = frozenset({mode})

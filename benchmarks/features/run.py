@@ -1,0 +1,270 @@
+"""Features on disk: do they keep up with the student, how large are they, and what does a format cost in accuracy?
+
+    python benchmarks/features/run.py speed --out benchmarks/features/speed.csv
+    python benchmarks/features/run.py bytes --out benchmarks/features/bytes.csv
+    python benchmarks/features/run.py accuracy --out runs/features
+    python benchmarks/collect.py runs/features/results.jsonl benchmarks/features --command "..."
+
+speed     in turn, on the same networks: steps that read a store, and steps on one batch that stays in memory. The claim
+          is the median over rounds of (student-only time / time with the store), target 0.95. Beside it the time to read
+          and decode a batch alone.
+bytes     a store of the shapes of ADM-256's four levels at 256 px (the maps are noise), as it lies on the disk: target
+          at most 0.35 MB an image and draw with the defaults.
+accuracy  the demo's X-rays, seeds and evaluations, the student taught online and from stores of several formats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+
+from dreamteacher import __version__, checkpoint, data, feature_dataset
+from dreamteacher.demo import DemoConfig, demo_recipe, xray_folders
+from dreamteacher.distributed import pick_device, resolve_precision
+from dreamteacher.downstream import labelled_data, summary_table
+from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
+from dreamteacher.downstream.segmentation import split_masks
+from dreamteacher.feature_dataset import FeatureBatch
+from dreamteacher.feature_store import FeatureStore
+from dreamteacher.features import FeatureSpec
+from dreamteacher.make_features import MakeFeaturesConfig, make_features
+from dreamteacher.masks import load_segmentation
+from dreamteacher.pretrain import PretrainConfig, Training, pretrain
+from dreamteacher.regressor import FeatureRegressor
+from dreamteacher.rundir import Progress
+from dreamteacher.students import create_student
+from dreamteacher.teachers import load_teacher
+from dreamteacher.teachers.base import Teacher
+
+ADM = f"{__file__}:adm_shapes"
+FORMATS: dict[str, dict[str, Any]] = {
+    "pca 64, int8": {},
+    "pca 64, int8, 1 draw": {"draws": 1},
+    "pca 64, int8, 4 draws": {"draws": 4},
+    "pca 64, float16": {"store": ("float16",)},
+    "pca 32, int8": {"channels": 32},
+    "random 64, int8": {"keep": "random"},
+    "whitened, int8": {"keep": "whitened"},
+    "all, float16": {"keep": "all"},
+}
+
+
+class NoiseMaps(Teacher):
+    """Maps of ADM-256's shapes, of noise with a spectrum that falls over channels: no network runs."""
+
+    name, family, licence, size, multiple = "adm-shapes", "noise", "-", (256, 256), 32
+    modes = frozenset({"encode"})
+    specs = tuple(FeatureSpec(f"s{s}", c, s) for c, s in ((512, 4), (512, 8), (1024, 16), (1024, 32)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("anchor", torch.zeros(1))
+        self.freeze()
+
+    def encode(self, images: Tensor, *, generator: torch.Generator) -> list[Tensor]:
+        height, width = images.shape[-2:]
+        maps = []
+        for spec in self.specs:
+            shape = spec.shape(len(images), (height, width))
+            noise = torch.randn(shape, generator=generator, device=images.device)
+            falling = torch.arange(1, spec.channels + 1, device=images.device).float().rsqrt()
+            maps.append(noise * falling[:, None, None])
+        return maps
+
+
+def adm_shapes() -> Teacher:
+    """For --teacher FILE.py:FUNCTION."""
+    return NoiseMaps()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = parser.add_subparsers(dest="part", required=True)
+    speed = parts.add_parser("speed")
+    speed.add_argument("--out", type=Path)
+    speed.add_argument("--teacher", default="chest-xray-64", help="'adm' for noise of ADM-256's shapes")
+    speed.add_argument("--student", default="resnet18")
+    speed.add_argument("--batch-size", type=int, default=32)
+    speed.add_argument("--width", type=int, default=256)
+    speed.add_argument("--images", type=int, default=512)
+    speed.add_argument("--rounds", type=int, default=20)
+    speed.add_argument("--steps", type=int, default=4, help="steps of each kind in a round")
+    speed.add_argument("--folder", type=Path, help="where the store lies; none: a temporary folder")
+    size = parts.add_parser("bytes")
+    size.add_argument("--out", type=Path)
+    size.add_argument("--images", type=int, default=16)
+    accuracy = parts.add_parser("accuracy")
+    accuracy.add_argument("--out", type=Path, default=Path("runs/features"))
+    accuracy.add_argument("--images", type=Path, help="as of the demo")
+    accuracy.add_argument("--teacher", default="chest-xray-64")
+    accuracy.add_argument("--formats", nargs="+", choices=["online", *FORMATS], default=["online", *FORMATS])
+    accuracy.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    accuracy.add_argument("--labels", type=int, nargs="+", default=[10, 50])
+    accuracy.add_argument("--masks", type=int, nargs="+", default=[10])
+    args = parser.parse_args()
+    {"speed": measure_speed, "bytes": measure_bytes, "accuracy": measure_accuracy}[args.part](args)
+
+
+def noise_folder(folder: Path, count: int, size: tuple[int, int]) -> Path:
+    """A folder of PNG files of noise."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        pixels = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
+        to_pil_image(pixels).save(folder / f"{i:05d}.png", compress_level=0)
+    return folder
+
+
+def measure_speed(args: argparse.Namespace) -> None:
+    device = pick_device()
+    name = ADM if args.teacher == "adm" else args.teacher
+    teacher = load_teacher(name)
+    with tempfile.TemporaryDirectory(dir=args.folder) as place:
+        folder = noise_folder(Path(place, "images"), args.images, teacher.size)
+        asked = MakeFeaturesConfig(images=folder, out=Path(place, "store"), teacher=name)
+        begin = time.perf_counter()
+        make_features(asked)
+        making = time.perf_counter() - begin
+        store, images = FeatureStore(asked.out), data.load_images(folder, teacher.size)
+        row = timed_steps(args, store, images, device)
+    row |= {"bytes_an_item": f"{row.pop('bytes')}", "made_images_per_s": f"{args.images / making:.1f}"}
+    write(args.out, row | environment(device, args.part))
+
+
+def timed_steps(
+    args: argparse.Namespace, store: FeatureStore, images: data.ImageSet, device: torch.device
+) -> dict[str, Any]:
+    """Steps from the store and steps without it, round by round."""
+    config = PretrainConfig(
+        images=images.folder,
+        out=Path("-"),
+        student=args.student,
+        batch_size=args.batch_size,
+        width=args.width,
+    )
+    student = create_student(args.student).to(device)
+    regressor = FeatureRegressor(student.specs, store.plan.specs, width=args.width).to(device)
+    training = Training(config, student, regressor, steps=10**6)
+
+    def stream() -> Any:
+        return feature_dataset.stored(
+            store, images, batch_size=args.batch_size, first_step=0, last_step=10**6, seed=0, device=device
+        )
+
+    reading, alone = stream(), stream()
+    batch: FeatureBatch = next(alone)
+    fixed = itertools.repeat(batch)
+    progress = Progress(10**6, 0, args.batch_size, "benchmark")
+    kinds = {
+        "stored": lambda i: training.step(i, reading, progress),
+        "student": lambda i: training.step(i, fixed, progress),
+        "read": lambda i: next(alone),
+    }
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for round_ in range(args.rounds + 2):
+        for kind in list(kinds) if round_ % 2 else list(reversed(kinds)):
+            begin = time.perf_counter()
+            for i in range(args.steps):
+                kinds[kind](i)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if round_ >= 2:  # the first two warm up
+                times[kind].append((time.perf_counter() - begin) / args.steps)
+    ratios = [b / a for a, b in zip(times["stored"], times["student"], strict=True)]
+    middle = {kind: f"{1000 * statistics.median(values):.2f}" for kind, values in times.items()}
+    return {
+        "teacher": store.plan.teacher, "student": args.student, "batch": args.batch_size, "width": args.width,
+        "size": " ".join(map(str, store.plan.size)), "images": len(images), "rounds": args.rounds,
+        "stored_ms": middle["stored"], "student_ms": middle["student"], "read_ms": middle["read"],
+        "speed_median": f"{statistics.median(ratios):.4f}",
+        "speed_quartiles": " ".join(f"{q:.4f}" for q in statistics.quantiles(ratios, n=4)[::2]),
+        "bytes": store.shard(0)["items"].shape[-1],
+    }  # fmt: skip
+
+
+def measure_bytes(args: argparse.Namespace) -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = noise_folder(Path(place, "images"), args.images, (256, 256))
+        for kind, asked in {k: v for k, v in FORMATS.items() if "draw" not in k}.items():
+            out = Path(place, kind.replace(" ", "").replace(",", "-"))
+            make_features(MakeFeaturesConfig(
+                images=folder, out=out, teacher=ADM, batch_size=4, fit=512, device="cpu", **asked
+            ))  # fmt: skip
+            store = FeatureStore(out)
+            shards = sum(p.stat().st_size for p in out.glob("shard-*.safetensors"))
+            each = shards / (args.images * store.plan.draws)
+            rows.append({"format": kind, "bytes_an_image": f"{each:.0f}", "mb_an_image": f"{each / 1e6:.4f}",
+                         "imagenet_gb": f"{each * 1_281_167 / 1e9:.0f}"})  # fmt: skip
+    write(args.out, *[row | environment(torch.device("cpu"), args.part) for row in rows])
+
+
+def measure_accuracy(args: argparse.Namespace) -> None:
+    train, test, lungs, masks = xray_folders(args.images)
+    demo = DemoConfig(out=args.out, teacher=args.teacher, seeds=tuple(args.seeds), images=args.images)
+    evaluation = EvaluateConfig(
+        student=demo.student, train=train, test=test, images=lungs, masks=masks, binary_masks=True,
+        size=(64, 64), labels=tuple(args.labels), mask_counts=tuple(args.masks), seeds=demo.seeds,
+        tasks=("knn", "linear", "finetune", "segment-frozen", "segment-finetune"),
+    )  # fmt: skip
+    classification = labelled_data(data.load_images(train, (64, 64)), data.load_images(test, (64, 64)))
+    segmentation = split_masks(load_segmentation(lungs, masks, (64, 64), binary=True))
+    rows: list[dict[str, Any]] = []
+    for kind in args.formats:
+        short = kind.replace(" ", "").replace(",", "-")
+        folder = args.out / f"store-{short}"
+        if kind != "online":
+            make_features(
+                MakeFeaturesConfig(
+                    images=train, out=folder, teacher=args.teacher, size=(64, 64), **FORMATS[kind]
+                )
+            )
+        runs = {}
+        for seed in demo.seeds:
+            recipe = replace(demo_recipe(demo, train, seed), out=args.out / f"pretrain-{short}-{seed}")
+            runs[seed] = pretrain(recipe if kind == "online" else replace(recipe, features=folder))
+        rows += evaluate_student(
+            lambda seed, runs=runs: create_student(demo.student, init=str(runs[seed])), evaluation,
+            method=f"DreamTeacher, {kind}", classification=classification, segmentation=segmentation,
+        )  # fmt: skip
+        checkpoint.write_text(args.out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    print(summary_table(rows))
+
+
+def environment(device: torch.device, part: str) -> dict[str, Any]:
+    return {
+        "device": f"{device} x {torch.get_num_threads()} threads",
+        "precision": str(resolve_precision(device, "auto")).removeprefix("torch."),
+        "torch": torch.__version__, "version": __version__, "machine": platform.machine(),
+        "command": "python benchmarks/features/run.py " + " ".join(sys.argv[1:]),
+    }  # fmt: skip
+
+
+def write(out: Path | None, *rows: dict[str, Any]) -> None:
+    for row in rows:
+        print("\n".join(f"{key:20} {value}" for key, value in row.items()), "\n")
+    if out:
+        with open(out, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
