@@ -123,7 +123,15 @@ def read_manifest(folder: Path) -> tuple[Plan, str | None, list[tuple[str, int]]
 
 def image_lines(images: ImageSet) -> str:
     """images.jsonl: a line [path below the folder, bytes of the file] for each image of a set."""
-    return "".join(json.dumps([below(images.folder, p), p.stat().st_size]) + "\n" for p in images.paths)
+    return "".join(json.dumps([below(images.folder, p), _length(p)]) + "\n" for p in images.paths)
+
+
+def _length(image: ImageFile) -> int:
+    """Bytes of an image, which may lie inside a larger file."""
+    if isinstance(image, Path):
+        return image.stat().st_size
+    with image.open() as file:
+        return file.seek(0, os.SEEK_END)
 
 
 # --- the reader ---------------------------------------------------------------------------------------------
