@@ -27,7 +27,7 @@ from dreamteacher.config import from_json, to_json
 from dreamteacher.data import ImageSet, step_generator
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.feature_items import Plan, encode_group, layout, part, project, unpack
-from dreamteacher.images import below, in_threads
+from dreamteacher.images import ImageFile, below, in_threads
 from dreamteacher.teachers import sha256
 from dreamteacher.teachers.base import Teacher
 
