@@ -48,7 +48,14 @@ def fields_of(config: type, prefix: str = "") -> dict[str, tuple[Any, str]]:
 
 
 def documentation(config: type) -> dict[str, str]:
-    """The string under each field, or its entry below "Args:" in the docstring of the class."""
+    """The string under each field, or its entry below "Args:" in the docstring of the class, bases too."""
+    told: dict[str, str] = {}
+    for base in reversed(config.__mro__):
+        told |= own_documentation(base) if dataclasses.is_dataclass(base) else {}
+    return told
+
+
+def own_documentation(config: type) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
     assert isinstance(tree, ast.ClassDef)
     told = {}
