@@ -96,12 +96,77 @@ def teachers_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+METHODS = {
+    "scratch": "from scratch",
+    "imagenet": "ImageNet-supervised",
+    "ddpm-seg": "DDPM-seg (runs the teacher)",
+    "dataset-ddpm": "DatasetDDPM",
+    "interpreter": "interpreter (runs the teacher)",
+    "feature": "DreamTeacher, feature",
+    "label": "DreamTeacher, label",
+    "label-distilled": "DreamTeacher, label, as distilled",
+    "mixed": "DreamTeacher, mixed",
+    "mixed-distilled": "DreamTeacher, mixed, as distilled",
+}
+
+
+def label_efficient_table(path: Path) -> str:
+    """mIoU of each method at each number of labels: mean ± sample deviation over seeds; what it cost; and how far
+    mixed lies ahead of it, in units of the larger of the two deviations."""
+    groups: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+    for r in rows(path):
+        groups[r["method"], r["count"]].append(r)
+    counts = sorted({count for _, count in groups}, key=int)
+    lines = ["| method | " + " | ".join(f"{c} labels | mixed is ahead by" for c in counts)
+             + " | CPU-s | s | peak, MB | seeds |"]  # fmt: skip
+    lines.append("| --- " * (5 + 2 * len(counts)) + "|")
+    best = {c: max((m for m, n in groups if n == c), key=lambda m: _miou(groups[m, c])[0]) for c in counts}
+    for method in (m for m in METHODS if any((m, c) in groups for c in counts)):
+        cells, seen = [], [r for c in counts for r in groups.get((method, c), [])]
+        for c in counts:
+            mean, spread = _miou(groups[method, c])
+            text = f"{mean:.3f} ± {spread:.3f}"
+            cells.append(f"**{text}**" if best[c] == method else text)
+            ours, own = _miou(groups["mixed", c])
+            larger = max(spread, own)
+            cells.append(
+                "" if method == "mixed" else f"{ours - mean:+.3f} ({(ours - mean) / larger:+.1f} dev.)"
+            )
+        cost = [statistics.median(float(r[k]) for r in seen) for k in ("cpu_seconds", "seconds", "peak_mb")]
+        seeds = len({r["seed"] for r in seen})
+        lines.append(
+            f"| {METHODS[method]} | {' | '.join(cells)} | {' | '.join(f'{v:.0f}' for v in cost)} | {seeds} |"
+        )
+    return "\n".join(lines)
+
+
+def _miou(group: list[dict[str, str]]) -> tuple[float, float]:
+    values = [float(r["miou"]) for r in group]
+    return statistics.mean(values), statistics.stdev(values)
+
+
+def interpreter_table(path: Path) -> str:
+    lines = [
+        "| network | channels | labelled images | the whole stack, GB | peak of the process, GB | of it weights, GB | s | device |"
+    ]
+    lines.append("| --- " * 8 + "|")
+    for r in rows(path):
+        lines.append(
+            f"| {r['network']} at {r['size'].replace(' ', ' x ')} | {r['channels']} | {r['images']} | {r['whole_stack_gb']} "
+            f"| **{r['peak_gb']}** | {r['weights_gb']} | {r['seconds']} | {r['device']} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES = {
     "demo": lambda: results_table(HERE / "demo" / "results.csv"),
     "step": lambda: step_table(HERE / "step" / "step.csv"),
     "early_exit": lambda: early_exit_table(HERE / "early_exit" / "early_exit.csv"),
     "teachers": lambda: teachers_table(HERE / "teachers" / "teachers.csv"),
     "stylegan2": lambda: results_table(HERE / "demo" / "results.csv", HERE / "stylegan2" / "results.csv"),
+    "label_efficient_lungs": lambda: label_efficient_table(HERE / "label_efficient" / "lungs.csv"),
+    "label_efficient_camvid": lambda: label_efficient_table(HERE / "label_efficient" / "camvid.csv"),
+    "interpreter": lambda: interpreter_table(HERE / "interpreter" / "memory.csv"),
     "camvid": lambda: results_table(HERE / "camvid" / "results.csv"),
 }
 
