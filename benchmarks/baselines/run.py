@@ -280,8 +280,8 @@ def view_transform(size: tuple[int, int], method: str) -> v2.Compose:
             v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
             v2.RandomGrayscale(0.2),
         ]
-        kernel = min(size) // 20 * 2 + 1  # a tenth of the side; images below 40 pixels are not blurred
-        if kernel > 1:
+        if min(size) >= 64:  # as the methods' authors do, small images are not blurred
+            kernel = min(size) // 20 * 2 + 1  # a tenth of the side, odd
             steps.append(v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], p=0.5))
     return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)])
 
@@ -376,7 +376,7 @@ def train(
         set_lr(optimizer, lr_at(step, total=total, warmup=round(config.warmup * total), peak=peak))
         optimizer.step()
         if step % every == 0 or step == total - 1:
-            value = float(loss)
+            value = float(loss.detach())
             if not math.isfinite(value):
                 raise UserError(f"The loss is not finite at step {step}.", "Lower --lr.")
             seen = (step + 1) * config.batch_size
