@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dreamteacher import cli, downstream, metrics
 from dreamteacher.data import load_images
+from dreamteacher.distributed import seeded
 from dreamteacher.downstream import ClassificationData, augmented, evaluate, finetune_full, linear_sgd
 from dreamteacher.downstream.augmented import Augmentation
 from dreamteacher.downstream.evaluate import EvaluateConfig
@@ -406,7 +407,7 @@ def test_the_scored_weights_are_the_average(student: Student, data: Classificati
     config = dataclasses.replace(QUICK, epochs=0.2, drop_path=0.0)
     plain = train(student, data, config).model.fc.weight
     averaged = train(student, data, dataclasses.replace(config, ema=0.999)).model.fc.weight
-    with downstream.seeded(0, torch.device("cpu")):
+    with seeded(0, torch.device("cpu")):
         start = TimmClassifier(student, 2).model.fc.weight
     assert not torch.equal(start, plain)
     assert torch.allclose(averaged, start * 2 / 11 + plain * 9 / 11, atol=1e-7)

@@ -34,8 +34,7 @@ from tqdm import tqdm
 from dreamteacher import __version__, checkpoint
 from dreamteacher.config import to_json
 from dreamteacher.data import ImageSet, load_images, step_generator
-from dreamteacher.distributed import Precision, autocast, pick_device
-from dreamteacher.downstream import seeded
+from dreamteacher.distributed import Precision, autocast, pick_device, seeded
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
 from dreamteacher.optim import lr_at, parameter_groups, set_lr

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dreamteacher.data import step_generator
-from dreamteacher.distributed import Precision, autocast
-from dreamteacher.downstream import ClassificationData, Images, Metric, class_metrics, device_of, seeded
+from dreamteacher.distributed import Precision, autocast, seeded
+from dreamteacher.downstream import ClassificationData, Images, Metric, class_metrics, device_of
 from dreamteacher.downstream.augmented import (
     Augmentation,
     Source,
