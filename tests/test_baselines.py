@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dreamteacher.data import batches, load_images
-from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate, method_name
+from dreamteacher.downstream.evaluate import EvaluateConfig, check_config, evaluate, method_name
 from dreamteacher.rundir import read_rows
 from dreamteacher.students import Student, create_student, recorded_student
 
@@ -549,9 +549,13 @@ def test_nuclei_are_split_in_halves_once_and_for_all(tmp_path: Path, tiny_teache
     assert sorted(p.name for p in (again / "train" / "images").iterdir()) == found["train"]
     (tmp_path / "data" / "instances" / "3.png").unlink()
     refused(lambda: transfer.halves(tmp_path / "data", tmp_path / "c"), "3.png' is missing")
-    if "detect" not in transfer.TASKS:
-        given = comparison(tmp_path, tiny_teacher, data="dsb2018")
-        refused(lambda: transfer.compare(given), "no task 'detect'")
+    given = comparison(tmp_path, tiny_teacher, data="dsb2018", folder=tmp_path / "data", out=tmp_path / "a")
+    (tmp_path / "data" / "instances" / "3.png").touch()
+    images, settings = transfer.DATA["dsb2018"](given)
+    assert images == settings["images"] == parts / "train" / "images"
+    assert settings["detect"].images == (2,)
+    config_of = EvaluateConfig(tasks=settings.pop("tasks"), **settings)
+    assert check_config(config_of) == ("detect",)
 
 
 @pytest.mark.parametrize(

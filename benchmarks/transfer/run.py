@@ -20,7 +20,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -31,7 +31,8 @@ import tyro
 from dreamteacher import checkpoint
 from dreamteacher.data import load_images, step_generator
 from dreamteacher.downstream import summary_table
-from dreamteacher.downstream.evaluate import TASKS, EvaluateConfig, evaluate
+from dreamteacher.downstream.detection_config import DetectConfig
+from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate
 from dreamteacher.downstream.finetune import FinetuneConfig
 from dreamteacher.downstream.segmentation import SegmentConfig
 from dreamteacher.errors import UserError
@@ -90,6 +91,13 @@ class TransferConfig:
     """As of `dreamteacher evaluate`."""
     segment: SegmentConfig = field(default_factory=lambda: SegmentConfig(steps=300, ignore_index=11))
     """As of `dreamteacher evaluate`; 11 is CamVid's void."""
+    detect: DetectConfig = field(
+        default_factory=lambda: DetectConfig(
+            short_side=(256, 256), test_side=256, longest_side=512, anchor=4.0, proposals=512, rois=128,
+            detections=200, width=64, steps=300,
+        )
+    )  # fmt: skip
+    """As of `dreamteacher evaluate`: small anchors and many proposals, for nuclei; `masks` says with how many images."""
     device: str = "auto"
     """auto, cpu, cuda ..."""
     workers: int = 2
@@ -129,13 +137,11 @@ def camvid(config: TransferConfig) -> tuple[Path, dict[str, Any]]:
 
 
 def dsb2018(config: TransferConfig) -> tuple[Path, dict[str, Any]]:
-    if "detect" not in TASKS:
-        raise UserError("This version of dreamteacher has no task 'detect'.", "Use --data cifar10 or camvid.")
     parts = halves(config.folder, config.out / "dsb2018")
     return parts / "train" / "images", {
         "images": parts / "train" / "images", "instances": parts / "train" / "instances",
         "test_images": parts / "test" / "images", "test_instances": parts / "test" / "instances",
-        "tasks": ("detect",), "instance_counts": config.masks,
+        "tasks": ("detect",), "detect": replace(config.detect, images=config.masks),
     }  # fmt: skip
 
 
