@@ -552,7 +552,7 @@ def test_nuclei_are_split_in_halves_once_and_for_all(tmp_path: Path, tiny_teache
     given = comparison(tmp_path, tiny_teacher, data="dsb2018", folder=tmp_path / "data", out=tmp_path / "a")
     (tmp_path / "data" / "instances" / "3.png").touch()
     images, settings = transfer.DATA["dsb2018"](given)
-    assert images == settings["images"] == parts / "train" / "images"
+    assert images == settings["images"] == tmp_path / "a" / "dsb2018" / "train" / "images"
     assert settings["detect"].images == (2,)
     config_of = EvaluateConfig(tasks=settings.pop("tasks"), **settings)
     assert check_config(config_of) == ("detect",)
