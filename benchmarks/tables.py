@@ -18,13 +18,15 @@ TASKS = {
     "knn": "kNN accuracy, frozen",
     "linear": "linear probe accuracy, frozen",
     "finetune": "fine-tuned accuracy",
+    "linear-sgd": "linear probe accuracy by LARS, frozen",
+    "finetune-full": "fine-tuned accuracy, published recipe",
     "segment-frozen": "segmentation mIoU, frozen backbone",
     "segment-linear": "segmentation mIoU, frozen, linear per pixel",
     "segment-finetune": "segmentation mIoU, fine-tuned",
     "detect": "Mask R-CNN, mask AP",
     "detect-cascade": "Cascade Mask R-CNN, mask AP",
 }
-HEADLINE = {"knn": "accuracy", "linear": "accuracy", "finetune": "accuracy"}
+HEADLINE = dict.fromkeys(("knn", "linear", "finetune", "linear-sgd", "finetune-full"), "accuracy")
 HEADLINE |= {"detect": "mask_ap", "detect-cascade": "mask_ap"}
 
 

@@ -119,6 +119,27 @@ def accuracy(pred: Tensor, target: Tensor) -> float:
     return float((pred == target).double().mean())
 
 
+def topk_accuracy(scores: Tensor, target: Tensor, k: int) -> float:
+    """Share of rows whose own class is among the k highest scores; k = 1 is `accuracy` of the arg-max.
+
+    A tie at the border counts against the row, so that constant scores are never right for k below the number
+    of classes.
+
+    Args:
+        scores: N x classes, larger is likelier.
+        target: N class ids (int64).
+        k: 1 to the number of classes.
+
+    Raises:
+        ValueError: k is out of range.
+    """
+    if not 1 <= k <= scores.shape[1]:
+        raise ValueError(f"the top {k} of {scores.shape[1]} classes")
+    own = scores.gather(1, target[:, None])
+    # The class itself is one of those that score at least as high.
+    return float(((scores >= own).sum(1) <= k).double().mean())
+
+
 def balanced_accuracy(pred: Tensor, target: Tensor) -> float:
     """Mean over the classes that occur in `target` of the share of their members predicted right.
 

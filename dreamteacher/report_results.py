@@ -14,10 +14,14 @@ from dreamteacher.figures import Dots, dot_plot
 TASKS = {
     "segment-frozen": "segmentation, frozen backbone", "segment-linear": "segmentation, linear per pixel",
     "segment-finetune": "segmentation, fine-tuned", "linear": "linear probe", "finetune": "fine-tuning",
-    "knn": "nearest neighbours", "detect": "Mask R-CNN", "detect-cascade": "Cascade Mask R-CNN", "distilled": "segmentation, as distilled",
-    "distilled-classes": "classification, as distilled",
+    "knn": "nearest neighbours", "detect": "Mask R-CNN", "detect-cascade": "Cascade Mask R-CNN",
+    "distilled": "segmentation, as distilled", "distilled-classes": "classification, as distilled",
+    "linear-sgd": "linear probe, LARS", "finetune-full": "fine-tuning, published recipe",
 }  # fmt: skip
-METRICS = {"miou": "mIoU", "auroc": "AUROC", "balanced_accuracy": "balanced accuracy", "mask_ap": "mask AP"}
+METRICS = {
+    "miou": "mIoU", "auroc": "AUROC", "balanced_accuracy": "balanced accuracy", "mask_ap": "mask AP",
+    "top5_accuracy": "top-5 accuracy",
+}  # fmt: skip
 BASELINES = ("random init", "labels only", "ImageNet")
 _CAPTION = (
     "Mean ± sample standard deviation over seeds, higher is better; the best mean of a row is bold. The last "

@@ -33,13 +33,15 @@ Metric: TypeAlias = tuple[str, float]
 Row: TypeAlias = dict[str, Any]
 Levels = Literal["last", "all"]
 CLASSIFICATION = ("knn", "linear", "finetune")
+# The published protocols at full size: with all labels, for hours; they run only when they are named.
+PUBLISHED = ("linear-sgd", "finetune-full")
 SEGMENTATION = ("segment-frozen", "segment-finetune", "segment-linear")
 DETECTION = ("detect", "detect-cascade")
 # The model that label distillation leaves, scored as it is; only a run with a label head has one.
 DISTILLED = {"distilled": "miou", "distilled-classes": "accuracy"}
 # The metric that stands for a task in tables.
 HEADLINE = {
-    **dict.fromkeys(CLASSIFICATION, "accuracy"),
+    **dict.fromkeys((*CLASSIFICATION, *PUBLISHED), "accuracy"),
     **dict.fromkeys(SEGMENTATION, "miou"),
     **dict.fromkeys(DETECTION, "mask_ap"),
     **DISTILLED,
@@ -210,7 +212,9 @@ def check_classes(train: Path, test: Path, per_class: int) -> None:
 
 
 def class_metrics(scores: Tensor, target: Tensor) -> Iterator[Metric]:
-    """Accuracy, balanced accuracy and AUROC (when the target has every class).
+    """Accuracy, top-5 accuracy (of more than 5 classes), balanced accuracy and AUROC.
+
+    AUROC needs every class in the target and is left out otherwise.
 
     Args:
         scores: N x classes, larger is likelier; probabilities where there are more than two classes.
@@ -219,6 +223,8 @@ def class_metrics(scores: Tensor, target: Tensor) -> Iterator[Metric]:
     scores, target = scores.cpu(), target.cpu()
     pred = scores.argmax(1)
     yield "accuracy", metrics.accuracy(pred, target)
+    if scores.shape[1] > 5:
+        yield "top5_accuracy", metrics.topk_accuracy(scores, target, 5)
     yield "balanced_accuracy", metrics.balanced_accuracy(pred, target)
     if int((torch.bincount(target, minlength=scores.shape[1]) > 0).sum()) == scores.shape[1]:
         yield "auroc", metrics.auroc(scores, target)

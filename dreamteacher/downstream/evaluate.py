@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -40,8 +41,10 @@ from dreamteacher.downstream.evaluate_config import (
     with_masks,
 )
 from dreamteacher.downstream.finetune import finetune
+from dreamteacher.downstream.finetune_full import finetune_full
 from dreamteacher.downstream.knn import knn
 from dreamteacher.downstream.linear import linear
+from dreamteacher.downstream.linear_sgd import linear_sgd
 from dreamteacher.downstream.segmentation import (
     SegmentationData,
     draw_masks,
@@ -127,6 +130,23 @@ def _finetune(bench: Bench, labels: int, seed: int) -> Iterator[Metric]:
     )
 
 
+def _settings(bench: Bench, seed: int) -> dict[str, Any]:
+    config = bench.config
+    plain = {name: getattr(config, name) for name in ("size", "batch_size", "precision", "workers")}
+    return {"seed": seed, **plain}
+
+
+def _linear_sgd(bench: Bench, _budget: int, seed: int) -> Iterator[Metric]:
+    train_x, _, test_x, _ = bench.features()
+    data, config = bench.labelled(), bench.config.linear_sgd
+    return linear_sgd(bench.student, data, config, train_x=train_x, test_x=test_x, **_settings(bench, seed))
+
+
+def _finetune_full(bench: Bench, _budget: int, seed: int) -> Iterator[Metric]:
+    data, config = bench.labelled(), bench.config.finetune_full
+    return finetune_full(bench.student, data, config, **_settings(bench, seed))
+
+
 def _segment(bench: Bench, masks: int, seed: int, *, freeze: bool) -> Iterator[Metric]:
     config = bench.config
     return segment(
@@ -192,6 +212,8 @@ TASKS: dict[str, Callable[[Bench, int, int], Iterator[Metric]]] = {
     "detect": functools.partial(_detect, cascade=False),
     "detect-cascade": functools.partial(_detect, cascade=True),
     **dict.fromkeys(DISTILLED, _distilled),
+    "linear-sgd": _linear_sgd,
+    "finetune-full": _finetune_full,
 }
 
 

@@ -9,18 +9,27 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from dreamteacher.distributed import Precision, pick_device
-from dreamteacher.downstream import CLASSIFICATION, DETECTION, DISTILLED, SEGMENTATION, check_classes
+from dreamteacher.downstream import (
+    CLASSIFICATION,
+    DETECTION,
+    DISTILLED,
+    PUBLISHED,
+    SEGMENTATION,
+    check_classes,
+)
 from dreamteacher.downstream.detection_config import DetectConfig, check_detect
 from dreamteacher.downstream.detection_scores import check_scores
 from dreamteacher.downstream.distilled import has_head, load_distilled
 from dreamteacher.downstream.finetune import FinetuneConfig
+from dreamteacher.downstream.finetune_full import FinetuneFullConfig, recipe_of
+from dreamteacher.downstream.linear_sgd import LinearSgdConfig
 from dreamteacher.downstream.segmentation import SegmentConfig
 from dreamteacher.downstream.sources import check_masks, test_source
 from dreamteacher.errors import UserError, did_you_mean
 
 Task = Literal[
     "knn", "linear", "finetune", "segment-frozen", "segment-finetune", "segment-linear", "distilled",
-    "distilled-classes", "detect", "detect-cascade",
+    "distilled-classes", "detect", "detect-cascade", "linear-sgd", "finetune-full",
 ]  # fmt: skip
 TASK_NAMES: tuple[str, ...] = get_args(Task)
 
@@ -34,7 +43,7 @@ class EvaluateConfig:
     init: str = "random"
     """random, imagenet (timm's weights), or the path of weights, an export folder or a run folder."""
     tasks: tuple[Task, ...] = ()
-    """Which tasks; none: all that the given folders allow."""
+    """Which tasks; none: all that the given folders allow, except linear-sgd and finetune-full (all labels, long)."""
     train: Path | None = None
     """Folder with one subfolder of images per class, or imagenet:ROOT: for knn, linear, finetune."""
     test: Path | None = None
@@ -67,6 +76,10 @@ class EvaluateConfig:
     """Neighbours of knn."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """Training of finetune."""
+    linear_sgd: LinearSgdConfig = field(default_factory=LinearSgdConfig)
+    """Training of linear-sgd."""
+    finetune_full: FinetuneFullConfig = field(default_factory=FinetuneFullConfig)
+    """Training of finetune-full."""
     segment: SegmentConfig = field(default_factory=SegmentConfig)
     """Training of segment-frozen and segment-finetune."""
     detect: DetectConfig = field(default_factory=DetectConfig)
@@ -100,7 +113,7 @@ def with_masks(tasks: Sequence[str]) -> bool:
 
 def with_classes(tasks: Sequence[str]) -> bool:
     """Whether one of these tasks needs classes of images."""
-    return bool({*CLASSIFICATION, "distilled-classes"} & set(tasks))
+    return bool({*CLASSIFICATION, *PUBLISHED, "distilled-classes"} & set(tasks))
 
 
 def check_config(config: EvaluateConfig) -> tuple[str, ...]:
@@ -128,6 +141,8 @@ def check_config(config: EvaluateConfig) -> tuple[str, ...]:
             "There is nothing to evaluate on.",
             "Give --train and --test (one folder per class), or --images and --masks (or --instances).",
         )
+    if "finetune-full" in tasks:
+        recipe_of(config.finetune_full)
     if with_classes(tasks):
         test = test_source(config.train, config.test)
         if config.train is None or test is None:
@@ -191,7 +206,7 @@ def _distilled_task(config: EvaluateConfig) -> tuple[str, ...]:
 
 def budgets(task: str, config: EvaluateConfig) -> tuple[int | None, ...]:
     """Labels per class, masks or images that a task runs with."""
-    if task in UNDRAWN:
+    if task in UNDRAWN or task in PUBLISHED:
         return (None,)
     if task in DETECTION:
         return config.detect.images or (None,)

@@ -233,12 +233,12 @@ def train_classifier(
 
 
 def predict(
-    model: Classifier, images: Images, *, batch_size: int = 128, precision: Precision = "auto"
+    model: nn.Module, images: Images, *, batch_size: int = 128, precision: Precision = "auto"
 ) -> Tensor:
     """Class probabilities N x classes (float32, on the CPU) in evaluation mode.
 
     Args:
-        model: left as it is.
+        model: images in [0, 1] -> logits N x classes; left as it is.
         images: uint8 N x 3 x H x W, or an image set.
         batch_size: images at once.
         precision: of the matrix products.
