@@ -158,6 +158,25 @@ def test_golden_pixel_features(which):
     close(found.flatten(2).std(2, correction=0)[0], values[f"out.{which}.channel_std"])
 
 
+def test_golden_pixel_features_are_the_levels_that_an_interpreter_reads(monkeypatch):
+    """`blocks` of a teacher: each stride's blocks side by side, step by step; made large they are the golden ones."""
+    values, _, _ = golden("ddpm_seg_features")
+    unet, spec = network("adm_legacy")
+    steps, blocks = (50, 150, 250), tuple(values["in.analogous.blocks"].tolist())
+    teacher = DiffusionTeacher(unet, spec, name="golden", licence="none", timesteps=steps, blocks=blocks)
+    teacher.keep_only("encode")
+    monkeypatch.setattr(diffusion, "draw_noise", lambda *_: values["in.noise"])
+    maps = teacher.encode((values["in.x0"] + 1) / 2, generator=torch.Generator())
+    large = [torch.nn.functional.interpolate(m, (64, 64), mode="bilinear", align_corners=False) for m in maps]
+    by_step = [m.chunk(3, dim=1) for m in reversed(large)]  # coarse levels hold the earlier blocks
+    found = torch.cat([level[t] for t in range(3) for level in by_step], dim=1)
+    assert [s.stride for s in teacher.specs] == sorted({s.stride for s in teacher.specs})
+    row, column = values["in.positions"].T
+    torch.testing.assert_close(
+        found[0][:, row, column].T, values["out.analogous.features"], rtol=0, atol=5e-4
+    )
+
+
 # --- flags ------------------------------------------------------------------------------------------------------
 
 
