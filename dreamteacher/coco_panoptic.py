@@ -12,16 +12,21 @@ from torch import Tensor
 
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.images import BadImage, BadImageError, in_threads, read_header, read_image
+from dreamteacher.layouts_objects import PanopticFiles
 from dreamteacher.metrics_panoptic import VOID, Segments
 
 
 class Scene(NamedTuple):
-    """One image, its PNG, and the segments on it: number -> class id, and which of them are crowds."""
+    """One image, its PNG, and the segments on it: number -> class id, and which of them are crowds.
+
+    Of a layout, `place` says where it is in there; then `mask` is of no use.
+    """
 
     image: Path
     mask: Path
     classes: dict[int, int]
     crowds: frozenset[int]
+    place: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +37,13 @@ class PanopticSet:
         scenes: in the order of the file.
         names: of the classes, in the order of the file's category ids.
         things: whether a class has countable objects (else it is stuff: sky, road).
+        layout: what reads the maps of segments, where it is not the PNGs of COCO's format.
     """
 
     scenes: tuple[Scene, ...]
     names: tuple[str, ...]
     things: tuple[bool, ...]
+    layout: PanopticFiles | None = None
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -48,7 +55,8 @@ class PanopticSet:
             BadImageError: one of the files cannot be read, or the PNG has numbers that the JSON has not.
         """
         scene = self.scenes[index]
-        return read_image(scene.image, None), read_segments(scene)
+        image = read_image(scene.image, None)
+        return image, read_segments(scene) if self.layout is None else _of_layout(self.layout, scene)
 
     def shown(self) -> list[int]:
         """Indices of the images that show a thing which is no crowd."""
@@ -67,6 +75,7 @@ def segment_numbers(colours: Tensor) -> Tensor:
     """R + 256 G + 65536 B of a uint8 picture 3 x H x W: int64 H x W.
 
     Example:
+        >>> import torch
         >>> segment_numbers(torch.tensor([[[7]], [[1]], [[0]]], dtype=torch.uint8)).tolist()
         [[263]]
     """
@@ -86,6 +95,39 @@ def read_segments(scene: Scene) -> Segments:
         some = shorten(map(str, sorted(unknown)))
         raise BadImageError(scene.mask, f"segments that the JSON does not list: {some}")
     return Segments(ids=ids, classes=scene.classes, crowds=scene.crowds)
+
+
+def _of_layout(files: PanopticFiles, scene: Scene) -> Segments:
+    try:
+        ids, _ = files.read(scene.place)
+    except UserError as error:
+        raise BadImageError(scene.image, str(error).splitlines()[0]) from None
+    return Segments(ids=ids, classes=scene.classes, crowds=scene.crowds)
+
+
+def of_layout(files: PanopticFiles, *, workers: int = 2) -> PanopticSet:
+    """The images of a layout (see `layouts.panoptic_files`); each map is decoded once, to know what it shows.
+
+    Args:
+        files: of one part.
+        workers: threads.
+
+    Raises:
+        UserError: a label file is damaged, or an image's header.
+    """
+
+    def scene(i: int) -> Scene:
+        _, found = files.read(i)
+        try:
+            read_header(files.images[i])
+        except BadImageError as error:
+            raise UserError(f"'{error.path}' cannot be read: {error.reason}.", "Replace it.") from None
+        crowds = frozenset(segment.id for segment in found if segment.crowd)
+        classes = {segment.id: segment.label for segment in found}
+        return Scene(files.images[i], files.images[i], classes, crowds, i)
+
+    scenes = in_threads(scene, range(len(files.images)), workers, "reading segments")
+    return PanopticSet(scenes=tuple(scenes), names=files.names, things=files.things, layout=files)
 
 
 def read_panoptic(

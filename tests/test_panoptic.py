@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import cut, refused
+from test_layouts import cityscapes, coco
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dreamteacher.coco_panoptic import PanopticSet, read_panoptic
-from dreamteacher.downstream import evaluate, seeded
+from dreamteacher.distributed import seeded
+from dreamteacher.downstream import evaluate
 from dreamteacher.downstream.detection_config import DetectConfig
 from dreamteacher.downstream.detection_data import Draw
 from dreamteacher.downstream.evaluate import EvaluateConfig
@@ -34,6 +36,7 @@ from dreamteacher.downstream.panoptic import (
     train_panoptic,
 )
 from dreamteacher.downstream.panoptic_merge import merge
+from dreamteacher.layouts import panoptic_files
 from dreamteacher.metrics_panoptic import panoptic_counts, panoptic_quality
 from dreamteacher.students import Student, create_student
 from dreamteacher.testing import check_task
@@ -177,6 +180,23 @@ def test_every_flaw_is_named(harm: Callable[[Path], None], words: str, tmp_path:
     assert len(read(folder, whole=True)) == 2
     harm(folder)
     refused(lambda: read(folder, whole=True), words)
+
+
+@pytest.mark.parametrize("make", [cityscapes, coco])
+def test_layouts_are_read(make: Callable[[Path], object], tmp_path: Path) -> None:
+    make(tmp_path)
+    source = Path(f"{make.__name__}:{tmp_path}")
+    found = load_panoptic(source, None, None)
+    for part, files in ((found.pool, panoptic_files(source)), (found.test, panoptic_files(source, "val"))):
+        assert (part.names, part.things) == (files.names, files.things)
+        assert len(part) == len(files.images) > 0
+        kept = part.subset([len(part) - 1])
+        image, segments = kept.read(0)
+        ids, listed = files.read(len(part) - 1)
+        assert image.shape[1:] == segments.ids.shape
+        assert torch.equal(segments.ids, ids)
+        assert segments.classes == {s.id: s.label for s in listed}
+        assert segments.crowds == {s.id for s in listed if s.crowd}
 
 
 # --- merging ------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from dreamteacher.downstream.finetune import shuffled_batches
 from dreamteacher.downstream.segmentation import draw_masks
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.images import BadImage, BadImageError
-from dreamteacher.masks import MaskFiles, SegmentationFiles, find_segmentation
+from dreamteacher.layouts import Part
+from dreamteacher.masks_files import SegmentationFiles, find_segmentation
 
 # What lies beyond an image: close to 0 once a student has normalised it.
 FILL = (124, 116, 104)
@@ -88,37 +89,43 @@ def drawn_files(files: SegmentationFiles, masks: int | None, seed: int) -> Segme
 
 
 def load_files(
-    images: Path,
-    masks: Path,
+    images: Path | None,
+    masks: Path | None,
     test_images: Path | None,
     test_masks: Path | None,
-    files: MaskFiles,
     *,
+    ignore_index: int,
     binary: bool,
     most: int,
     workers: int,
 ) -> SemanticData:
-    """Both parts from their folders, every mask and test image decoded once; see `find_segmentation`.
+    """Both parts, every mask and test image decoded once; see `masks_files.find_segmentation`.
 
     Args:
-        images: to train on; without a test folder a half of them is set aside.
-        masks: of `images`.
+        images: to train on; without test images, a layout's validation part or a half of them is the test.
+        masks: of `images`; none for a layout.
         test_images: to test on, or None.
         test_masks: of `test_images`.
-        files: how masks are numbered and named.
+        ignore_index: id in the masks that is no class.
         binary: masks are black and white.
         most: labelled images that will be drawn at most; 0: all there are.
         workers: threads.
 
     Raises:
-        UserError: for anything wrong with the folders, or too few images.
+        UserError: for anything wrong with the files, or too few images.
     """
-    alone = test_images is None or test_masks is None
-    pool = find_segmentation(images, masks, files, binary=binary, whole=alone, workers=workers)
-    if test_images is None or test_masks is None:
-        data = split_files(pool)
+
+    def find(images: Path | None, masks: Path | None, part: Part, whole: bool) -> SegmentationFiles:
+        assert images is not None
+        return find_segmentation(
+            images, masks, ignore_index=ignore_index, binary=binary, part=part, whole=whole, workers=workers
+        )
+
+    if test_images is None and masks is not None:
+        data = split_files(find(images, masks, "train", True))
     else:
-        test = find_segmentation(test_images, test_masks, files, binary=binary, whole=True, workers=workers)
+        pool = find(images, masks, "train", False)
+        test = find(test_images or images, test_masks if test_images else None, "val", True)
         # A small set may lack the last classes: both take the larger number.
         larger = max(pool, test, key=lambda part: part.classes)
         train, test = (replace(p, classes=larger.classes, names=larger.names) for p in (pool, test))
@@ -218,7 +225,7 @@ class _CropSet(Dataset[_Crops]):
                 except BadImageError as error:
                     bad.append(BadImage(error.path, error.reason))
                     continue
-                ignored = self.files.files.ignore_index
+                ignored = self.files.ignore_index
                 made.append(random_crop(image, mask, self.config, ignore_index=ignored, generator=generator))
                 break
         if len(made) < len(index):

@@ -19,10 +19,10 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from tqdm import tqdm
 
-from dreamteacher.coco_panoptic import PanopticSet, read_panoptic
+from dreamteacher.coco_panoptic import PanopticSet, of_layout, read_panoptic
 from dreamteacher.data import step_generator
-from dreamteacher.distributed import Precision
-from dreamteacher.downstream import Metric, device_of, frozen, seeded
+from dreamteacher.distributed import Precision, seeded
+from dreamteacher.downstream import Metric, device_of, frozen
 from dreamteacher.downstream.crops import loader, scaled_mask
 from dreamteacher.downstream.detection import (
     build_groups,
@@ -42,6 +42,7 @@ from dreamteacher.downstream.semantic import classes_at, pixel_loss
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
 from dreamteacher.images import BadImageError, Size
+from dreamteacher.layouts import Part, layout_of, panoptic_files
 from dreamteacher.metrics_panoptic import VOID, Segments, panoptic_counts, panoptic_quality
 from dreamteacher.optim import parameter_groups
 from dreamteacher.regressor import resize
@@ -114,18 +115,18 @@ class PanopticData:
 
 def load_panoptic(
     images: Path,
-    masks: Path,
-    segments: Path,
-    test_images: Path | None,
-    test_masks: Path | None,
-    test_segments: Path | None,
+    masks: Path | None,
+    segments: Path | None,
+    test_images: Path | None = None,
+    test_masks: Path | None = None,
+    test_segments: Path | None = None,
     *,
     workers: int = 2,
 ) -> PanopticData:
     """Both parts from their files; see `dreamteacher.coco_panoptic.read_panoptic`.
 
     Args:
-        images: folder of the training images.
+        images: folder of the training images; or LAYOUT:ROOT (coco, cityscapes, bdd100k), with both its parts.
         masks: folder of their PNGs.
         segments: the JSON file.
         test_images: none: they are in `images`.
@@ -136,12 +137,17 @@ def load_panoptic(
     Raises:
         UserError: for anything wrong with the files.
     """
+    if layout_of(images) is not None:
+        parts: tuple[Part, Part] = "train", "val"
+        pool, test = (of_layout(panoptic_files(images, part), workers=workers) for part in parts)
+        return PanopticData(pool=pool, test=test)
+    if masks is None or segments is None:
+        raise UserError("panoptic needs segments.", "Give --images, --masks and --segments.")
     alone = test_segments is None
     pool = read_panoptic(segments, images, masks, whole=alone, workers=workers)
     if test_segments is not None:
-        test = read_panoptic(
-            test_segments, test_images or images, test_masks or masks, whole=True, workers=workers
-        )
+        places = test_images or images, test_masks or masks
+        test = read_panoptic(test_segments, *places, whole=True, workers=workers)
         return PanopticData(pool=pool, test=test)
     order = torch.randperm(len(pool), generator=step_generator(0, 0, "split"))
     half = len(order) // 2

@@ -20,7 +20,7 @@ class ReadoutConfig:
     masks: tuple[int, ...] = ()
     """Labelled images to train on; each number is a result of its own; none: all."""
     steps: int = 20_000
-    """Updates."""
+    """Updates of the weights."""
     batch_size: int = 16
     """Crops per update (at least 2)."""
     lr: float = 0.01

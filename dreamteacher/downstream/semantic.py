@@ -9,20 +9,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamteacher.distributed import Precision, autocast
-from dreamteacher.downstream import Metric, device_of, frozen, seeded, to_input
+from dreamteacher.distributed import Precision, autocast, seeded
+from dreamteacher.downstream import Metric, device_of, frozen, to_input
 from dreamteacher.downstream.crops import FILL, CropConfig, SemanticData, crops, drawn_files, whole_images
 from dreamteacher.downstream.finetune import Optimizer, check_training, train
 from dreamteacher.downstream.segmentation import SegmentationHead
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
-from dreamteacher.masks import MaskFiles, SegmentationFiles
+from dreamteacher.masks_files import SegmentationFiles
 from dreamteacher.metrics import confusion, iou_per_class, mean_iou
 from dreamteacher.regressor import conv_bn_relu, resize
 from dreamteacher.students import Student
@@ -38,7 +38,7 @@ class SemanticConfig:
     masks: tuple[int, ...] = ()
     """Labelled images to train on; each number is a result of its own; none: all."""
     steps: int = 160_000
-    """Updates."""
+    """Updates of the weights."""
     batch_size: int = 16
     """Crops per update (at least 2)."""
     optimizer: Optimizer = "sgd"
@@ -81,27 +81,16 @@ class SemanticConfig:
             raise UserError(f"masks is {self.masks}.", "Give different numbers, each at least 2.")
 
 
-class Preset(NamedTuple):
-    """How a benchmark is trained and tested, and how its masks are numbered and named."""
-
-    semantic: SemanticConfig
-    files: MaskFiles
-
-
 _STREETS = CropConfig(short_side=0, size=(512, 1024))
-_CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)
 # Steps, optimizer and schedule are the paper's; crops and batch sizes are usual ones. None was run by us.
 PRESETS = {
-    # SceneParse150, 0 in its masks is no class. Expected of a ResNet-50: supervised 40.9, DreamTeacher 42.5 mIoU.
-    "ade20k": Preset(SemanticConfig(), MaskFiles(ids=tuple(range(1, 151)))),
+    # Expected of a ResNet-50: supervised 40.9, DreamTeacher 42.5 mIoU.
+    "ade20k": SemanticConfig(),
     # After pretraining on BDD100K: supervised 78.7, DreamTeacher 77.5. With 1/4, 1/8 and 1/30 of the labels
     # (`masks` 744, 372, 100) the paper takes 20k steps: 63.9, 60.0, 50.0.
-    "cityscapes": Preset(
-        SemanticConfig(steps=80_000, batch_size=8, crops=_STREETS),
-        MaskFiles(ids=_CITYSCAPES_IDS, image_ending="_leftImg8bit", mask_ending="_gtFine_labelIds"),
-    ),
+    "cityscapes": SemanticConfig(steps=80_000, batch_size=8, crops=_STREETS),
     # Pretrained on BDD100K: DreamTeacher 60.3; ImageNet-supervised 61.1.
-    "bdd100k": Preset(SemanticConfig(steps=80_000, crops=_STREETS), MaskFiles()),
+    "bdd100k": SemanticConfig(steps=80_000, crops=_STREETS),
 }
 
 
@@ -183,7 +172,7 @@ def train_dense(
         workers: processes that decode; changes no number.
     """
     device = device_of(student)
-    ignored = files.files.ignore_index
+    ignored = files.ignore_index
     with seeded(seed, device):
         head = make_head()
         second = None
@@ -312,7 +301,7 @@ def score_files(
         with frozen(model), autocast(device, precision):
             logits = predict_logits(model, image, config)
         pred = classes_at(logits.float(), (mask.shape[0], mask.shape[1]))[0].cpu()
-        matrix += confusion(pred, mask, files.classes, files.files.ignore_index)
+        matrix += confusion(pred, mask, files.classes, files.ignore_index)
     hits, members = matrix.diagonal().double(), matrix.sum(1).double()
     yield "miou", mean_iou(matrix)
     yield "accuracy", float(hits.sum() / members.sum())
