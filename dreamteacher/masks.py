@@ -129,7 +129,7 @@ def load_mask_files(
             f"{ignore_index} is to be ignored, but is '{files.names[ignore_index]}' in '{source}'.",
             "Leave the id to be ignored at 255: what a data set does not count becomes that.",
         )
-    check_pairs(source, source, files.pairs, False, _label_header)
+    check_pairs(source, source, files.pairs, False, label_header)
     images = torch.empty(len(files.pairs), 3, *size, dtype=torch.uint8)
     masks = torch.empty(len(files.pairs), *size, dtype=torch.int64)
 
@@ -152,7 +152,12 @@ def load_mask_files(
     )
 
 
-def _label_header(path: Path) -> Header:
+def label_header(path: Path) -> Header:
+    """The header of a mask, a picture or an .npy array.
+
+    Raises:
+        BadImageError: it cannot be read.
+    """
     return read_npy_header(path) if path.suffix == ".npy" else read_header(path)
 
 

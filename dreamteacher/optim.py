@@ -47,6 +47,18 @@ def lr_at(step: int, *, total: int, warmup: int, peak: float, final: float = 0.0
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def poly_lr_at(step: int, *, total: int, warmup: int, peak: float, power: float = 0.9) -> float:
+    """The learning rate for step `step` of 0 .. total-1: linear warm-up, then `peak` (1 - step / total)^power.
+
+    Example:
+        >>> [round(poly_lr_at(s, total=4, warmup=1, peak=1.0, power=1.0), 2) for s in range(4)]
+        [1.0, 0.75, 0.5, 0.25]
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 - step / total) ** power
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The same learning rate for every group."""
     for group in optimizer.param_groups:

@@ -8,7 +8,16 @@ from collections.abc import Mapping, Sequence
 from html import escape as esc
 from typing import Any, NamedTuple
 
-from dreamteacher.downstream import DETECTION, HEADLINE, SEGMENTATION, Separation, row_title, separated
+from dreamteacher.downstream import (
+    DETECTION,
+    HEADLINE,
+    PANOPTIC,
+    SEGMENTATION,
+    STREAMED,
+    Separation,
+    row_title,
+    separated,
+)
 from dreamteacher.figures import Dots, dot_plot
 
 TASKS = {
@@ -17,6 +26,8 @@ TASKS = {
     "knn": "nearest neighbours", "detect": "Mask R-CNN", "detect-cascade": "Cascade Mask R-CNN",
     "distilled": "segmentation, as distilled", "distilled-classes": "classification, as distilled",
     "linear-sgd": "linear probe, LARS", "finetune-full": "fine-tuning, published recipe",
+    "semantic": "segmentation, full size", "readout": "read-out, frozen backbone",
+    "panoptic": "panoptic segmentation",
 }  # fmt: skip
 METRICS = {
     "miou": "mIoU", "auroc": "AUROC", "balanced_accuracy": "balanced accuracy", "mask_ap": "mask AP",
@@ -125,8 +136,8 @@ def _rank(key: Key) -> tuple[int, bool, int]:
 def _words(key: Key) -> tuple[str, str, str]:
     """Task, amount of labels and metric, in words."""
     task, labels, metric = key
-    unit = "masks" if task in SEGMENTATION else "labels per class"
-    unit = "images" if task in DETECTION else unit
+    unit = "masks" if task in (*SEGMENTATION, *STREAMED) else "labels per class"
+    unit = "images" if task in (*DETECTION, *PANOPTIC) else unit
     amount = "all labels" if labels is None else f"{labels} {unit}"
     return TASKS.get(task, str(task)), amount, METRICS.get(metric, str(metric)).replace("iou/", "IoU of ")
 

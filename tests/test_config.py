@@ -74,10 +74,26 @@ def values_of(hint: Any, checked: bool = False) -> st.SearchStrategy[Any]:
     return plain[hint]
 
 
+COUNTS = st.lists(st.integers(2, 10**6), unique=True, max_size=4).map(tuple)
+# Fields of which a config checks more than that they are positive.
+CHECKED = {
+    ("SemanticConfig", "masks"): COUNTS,
+    ("ReadoutConfig", "masks"): COUNTS,
+    ("ReadoutConfig", "stride"): st.sampled_from((4, 8, 16, 32)),
+    ("CropConfig", "size"): st.tuples(*[st.integers(1, 99).map(lambda side: 32 * side)] * 2),
+    ("CropConfig", "scale"): st.tuples(st.floats(0.1, 1.0), st.floats(1.0, 9.0)),
+    ("PanopticConfig", "width"): st.integers(1, 99).map(lambda n: 8 * n),
+}
+
+
 def configs(cls: type) -> st.SearchStrategy[Any]:
     hints = typing.get_type_hints(cls)
     checked = hasattr(cls, "__post_init__")
-    return st.builds(cls, **{f.name: values_of(hints[f.name], checked) for f in dataclasses.fields(cls)})
+    parts = {
+        f.name: CHECKED.get((cls.__name__, f.name), values_of(hints[f.name], checked))
+        for f in dataclasses.fields(cls)
+    }
+    return st.builds(cls, **parts)
 
 
 def test_every_config_of_the_package_was_found() -> None:

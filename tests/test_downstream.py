@@ -60,8 +60,8 @@ def squares(count: int, seed: int) -> SegmentationSet:
     return SegmentationSet(images=images.to(torch.uint8), masks=masks, classes=2, names=("ground", "square"))
 
 
-# What needs instances, or a run with a label head: tested in files of their own.
-OTHERS = {*downstream.DETECTION, *downstream.DISTILLED}
+# What needs instances, segments, masks on the disk, or a run with a label head: tested in files of their own.
+OTHERS = {*downstream.DETECTION, *downstream.DISTILLED, *downstream.STREAMED, *downstream.PANOPTIC}
 
 
 @pytest.fixture(scope="module")

@@ -36,14 +36,17 @@ CLASSIFICATION = ("knn", "linear", "finetune")
 # The published protocols at full size: with all labels, for hours; they run only when they are named.
 PUBLISHED = ("linear-sgd", "finetune-full")
 SEGMENTATION = ("segment-frozen", "segment-finetune", "segment-linear")
+STREAMED = ("semantic", "readout")
 DETECTION = ("detect", "detect-cascade")
+PANOPTIC = ("panoptic",)
 # The model that label distillation leaves, scored as it is; only a run with a label head has one.
 DISTILLED = {"distilled": "miou", "distilled-classes": "accuracy"}
 # The metric that stands for a task in tables.
 HEADLINE = {
     **dict.fromkeys((*CLASSIFICATION, *PUBLISHED), "accuracy"),
-    **dict.fromkeys(SEGMENTATION, "miou"),
+    **dict.fromkeys((*SEGMENTATION, *STREAMED), "miou"),
     **dict.fromkeys(DETECTION, "mask_ap"),
+    **dict.fromkeys(PANOPTIC, "pq"),
     **DISTILLED,
 }
 
@@ -232,8 +235,8 @@ def class_metrics(scores: Tensor, target: Tensor) -> Iterator[Metric]:
 
 def row_title(row: Mapping[str, Any]) -> str:
     """Task, labels and metric in words: what the rows of one line of a table share."""
-    unit = "masks" if row["task"] in SEGMENTATION else "labels per class"
-    unit = "images" if row["task"] in DETECTION else unit
+    unit = "masks" if row["task"] in (*SEGMENTATION, *STREAMED) else "labels per class"
+    unit = "images" if row["task"] in (*DETECTION, *PANOPTIC) else unit
     amount = "all labels" if row["labels"] is None else f"{row['labels']} {unit}"
     if row["task"] in DISTILLED:
         amount = "as pretrained"

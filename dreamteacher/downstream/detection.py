@@ -91,9 +91,9 @@ def train_detector(
         )
         model.to(device).train()
         if config.backbone_norm == "frozen":
-            _freeze_norms(backbone)
-        optimizer = _optimizer(build_groups(model, config), config)
-        draws = _draws(len(data), config, generator)
+            freeze_norms(backbone)
+        optimizer = make_optimizer(build_groups(model, config), config)
+        draws = training_draws(len(data), config, generator)
         batches = example_batches(data, draws, config.longest_side, config.workers)
         for step, batch in enumerate(batches):
             for group in optimizer.param_groups:
@@ -108,7 +108,8 @@ def train_detector(
     return model.eval()
 
 
-def _draws(count: int, config: DetectConfig, generator: torch.Generator) -> list[list[Draw]]:
+def training_draws(count: int, config: DetectConfig, generator: torch.Generator) -> list[list[Draw]]:
+    """What is random about each example of each batch of the training."""
     least, greatest = config.short_side
     sides = list(range(least, greatest + 1, 32))
 
@@ -127,13 +128,15 @@ def _on(batch: Sequence[Example], device: torch.device) -> tuple[list[Tensor], l
     return images, [{name: part.to(device) for name, part in each.target.items()} for each in batch]
 
 
-def _optimizer(groups: list[dict[str, Any]], config: DetectConfig) -> torch.optim.Optimizer:
+def make_optimizer(groups: list[dict[str, Any]], config: DetectConfig) -> torch.optim.Optimizer:
+    """AdamW, or SGD with momentum 0.9, on groups from `build_groups`."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
 
 
-def _freeze_norms(module: nn.Module) -> None:
+def freeze_norms(module: nn.Module) -> None:
+    """Every BatchNorm keeps its statistics, weight and bias."""
     for norm in module.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             norm.eval().requires_grad_(False)

@@ -18,7 +18,9 @@ from dreamteacher.downstream import (
     DETECTION,
     DISTILLED,
     HEADLINE,
+    PANOPTIC,
     SEGMENTATION,
+    STREAMED,
     ClassificationData,
     Metric,
     Row,
@@ -28,6 +30,7 @@ from dreamteacher.downstream import (
     separated,
     summary_table,
 )
+from dreamteacher.downstream.crops import SemanticData, load_files
 from dreamteacher.downstream.detection import detect
 from dreamteacher.downstream.detection_data import DetectionData, load_detection
 from dreamteacher.downstream.distilled import distilled, load_distilled, neck_weights
@@ -45,12 +48,15 @@ from dreamteacher.downstream.finetune_full import finetune_full
 from dreamteacher.downstream.knn import knn
 from dreamteacher.downstream.linear import linear
 from dreamteacher.downstream.linear_sgd import linear_sgd
+from dreamteacher.downstream.panoptic import PanopticData, load_panoptic, panoptic
+from dreamteacher.downstream.readout import readout
 from dreamteacher.downstream.segmentation import (
     SegmentationData,
     draw_masks,
     segment,
     segment_linear,
 )
+from dreamteacher.downstream.semantic import semantic
 from dreamteacher.downstream.sources import load_classes, load_masks
 from dreamteacher.errors import UserError
 from dreamteacher.students import Student, create_student, is_ours, recorded_student, weight_file
@@ -77,6 +83,8 @@ class Bench:
     segmentation: SegmentationData | None
     run: Path | None = None
     detection: DetectionData | None = None
+    streamed: SemanticData | None = None
+    segments: PanopticData | None = None
     extracted: tuple[Tensor, Tensor] | None = None
 
     def labelled(self) -> ClassificationData:
@@ -96,6 +104,12 @@ class Bench:
         if self.detection is None:
             raise UserError("detect and detect-cascade need instances.", "Give --images and --instances.")
         return self.detection
+
+    def files(self) -> SemanticData:
+        """The streamed images with masks, or a UserError."""
+        if self.streamed is None:
+            raise UserError("semantic and readout need masks in folders.", "Give --images and --masks.")
+        return self.streamed
 
     def run_folder(self) -> Path:
         """The run that the backbone is from, or a UserError."""
@@ -201,6 +215,29 @@ def _detect(bench: Bench, images: int, seed: int, *, cascade: bool) -> Iterator[
     )
 
 
+def _semantic(bench: Bench, masks: int, seed: int) -> Iterator[Metric]:
+    student, data, c = bench.student, bench.files(), bench.config
+    return semantic(
+        student, data, c.semantic, masks=masks or None, seed=seed, precision=c.precision, workers=c.workers
+    )
+
+
+def _readout(bench: Bench, masks: int, seed: int) -> Iterator[Metric]:
+    student, data, c = bench.student, bench.files(), bench.config
+    return readout(
+        student, data, c.readout, masks=masks or None, seed=seed, precision=c.precision, workers=c.workers
+    )
+
+
+def _panoptic(bench: Bench, images: int, seed: int) -> Iterator[Metric]:
+    if bench.segments is None:
+        raise UserError("panoptic needs segments.", "Give --images, --masks and --segments.")
+    config, precision = bench.config.panoptic, bench.config.precision
+    return panoptic(
+        bench.student, bench.segments, config, images=images or None, seed=seed, precision=precision
+    )
+
+
 # Name -> (bench, labels per class, masks or images, seed) -> (metric, value) pairs.
 TASKS: dict[str, Callable[[Bench, int, int], Iterator[Metric]]] = {
     "knn": _knn,
@@ -209,8 +246,11 @@ TASKS: dict[str, Callable[[Bench, int, int], Iterator[Metric]]] = {
     "segment-frozen": functools.partial(_segment, freeze=True),
     "segment-finetune": functools.partial(_segment, freeze=False),
     "segment-linear": _segment_linear,
+    "semantic": _semantic,
+    "readout": _readout,
     "detect": functools.partial(_detect, cascade=False),
     "detect-cascade": functools.partial(_detect, cascade=True),
+    "panoptic": _panoptic,
     **dict.fromkeys(DISTILLED, _distilled),
     "linear-sgd": _linear_sgd,
     "finetune-full": _finetune_full,
@@ -226,6 +266,8 @@ def evaluate_student(
     segmentation: SegmentationData | None = None,
     run_of: Callable[[int], Path] | None = None,
     detection: DetectionData | None = None,
+    streamed: SemanticData | None = None,
+    segments: PanopticData | None = None,
 ) -> Iterator[Row]:
     """The rows of one method, in memory: `config` gives tasks, seeds and settings, its folders are not read.
 
@@ -238,6 +280,8 @@ def evaluate_student(
         segmentation: for segment-frozen, segment-finetune, segment-linear.
         run_of: the run folder of a seed's backbone, for the config's `neck` and the task distilled.
         detection: for detect, detect-cascade.
+        streamed: for semantic, readout.
+        segments: for panoptic.
 
     Yields:
         {"method", "student", "task", "metric", "value", "labels", "seed", "seconds"}: `labels` is per class
@@ -255,7 +299,8 @@ def evaluate_student(
         seen = bench is not None and student is bench.student
         if bench is None or not seen:
             run = run_of(seed) if run_of else None
-            bench = Bench(student.to(device), config, classification, segmentation, run, detection)
+            given = classification, segmentation, run, detection, streamed, segments
+            bench = Bench(student.to(device), config, *given)
         for task in tasks:
             if seen and task in UNDRAWN:
                 continue
@@ -305,6 +350,8 @@ def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> l
             config.train, config.test, config.size, strict=config.strict, cache_gb=config.cache_gb,
             workers=config.workers,
         )  # fmt: skip
+    streamed = _load_streamed(config, tasks) if set(tasks) & set(STREAMED) else None
+    segments = _load_panoptic(config) if set(tasks) & set(PANOPTIC) else None
     detection = _load_detection(config) if set(tasks) & set(DETECTION) else None
     if config.out is not None:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -317,6 +364,8 @@ def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> l
         segmentation=segmentation,
         run_of=(lambda _seed: run) if run else None,
         detection=detection,
+        streamed=streamed,
+        segments=segments,
     ):
         rows.append(row)
         if config.out is not None:
@@ -363,4 +412,23 @@ def _load_detection(config: EvaluateConfig) -> DetectionData:
     data = load_detection(config.images, config.instances, config.test_images, config.test_instances)
     shown = len(data.pool.shown())
     draw_masks(shown, max(config.detect.images, default=shown), seed=0)  # fails where there are too few
+    return data
+
+
+def _load_streamed(config: EvaluateConfig, tasks: Sequence[str]) -> SemanticData:
+    most = max(count or 0 for task in tasks if task in STREAMED for count in budgets(task, config))
+    ignore, binary = config.segment.ignore_index, config.binary_masks
+    places = mask_places(config)
+    return load_files(*places, ignore_index=ignore, binary=binary, most=most, workers=config.workers)
+
+
+def _load_panoptic(config: EvaluateConfig) -> PanopticData:
+    assert config.images is not None
+    train = config.images, config.masks, config.segments
+    test = config.test_images, config.test_masks, config.test_segments
+    data = load_panoptic(*train, *test, workers=config.workers)
+    shown = len(data.pool.shown())
+    draw_masks(
+        shown, max(config.panoptic.detect.images, default=shown), seed=0
+    )  # fails where there are too few
     return data

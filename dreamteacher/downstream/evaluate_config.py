@@ -13,8 +13,10 @@ from dreamteacher.downstream import (
     CLASSIFICATION,
     DETECTION,
     DISTILLED,
+    PANOPTIC,
     PUBLISHED,
     SEGMENTATION,
+    STREAMED,
     check_classes,
 )
 from dreamteacher.downstream.detection_config import DetectConfig, check_detect
@@ -23,13 +25,18 @@ from dreamteacher.downstream.distilled import has_head, load_distilled
 from dreamteacher.downstream.finetune import FinetuneConfig
 from dreamteacher.downstream.finetune_full import FinetuneFullConfig, recipe_of
 from dreamteacher.downstream.linear_sgd import LinearSgdConfig
+from dreamteacher.downstream.panoptic import PanopticConfig
+from dreamteacher.downstream.readout import ReadoutConfig
 from dreamteacher.downstream.segmentation import SegmentConfig
+from dreamteacher.downstream.semantic import SemanticConfig
 from dreamteacher.downstream.sources import check_masks, test_source
 from dreamteacher.errors import UserError, did_you_mean
+from dreamteacher.layouts import check, layout_of
 
 Task = Literal[
     "knn", "linear", "finetune", "segment-frozen", "segment-finetune", "segment-linear", "distilled",
-    "distilled-classes", "detect", "detect-cascade", "linear-sgd", "finetune-full",
+    "distilled-classes", "semantic", "readout", "detect", "detect-cascade", "panoptic", "linear-sgd",
+    "finetune-full",
 ]  # fmt: skip
 TASK_NAMES: tuple[str, ...] = get_args(Task)
 
@@ -43,7 +50,7 @@ class EvaluateConfig:
     init: str = "random"
     """random, imagenet (timm's weights), or the path of weights, an export folder or a run folder."""
     tasks: tuple[Task, ...] = ()
-    """Which tasks; none: all that the given folders allow, except linear-sgd and finetune-full (all labels, long)."""
+    """Which tasks; none: all that the folders allow, but linear-sgd, finetune-full, semantic, readout, panoptic (long)."""
     train: Path | None = None
     """Folder with one subfolder of images per class, or imagenet:ROOT: for knn, linear, finetune."""
     test: Path | None = None
@@ -62,6 +69,10 @@ class EvaluateConfig:
     """COCO JSON file, or folder of PNGs (0 = background, k = k-th object) under the images' names."""
     test_instances: Path | None = None
     """As `instances`, for the detection scores; none: half of the images is set aside."""
+    segments: Path | None = None
+    """COCO-panoptic JSON file, for panoptic; its PNGs are in `masks`."""
+    test_segments: Path | None = None
+    """As `segments`, of `test_images` and `test_masks`; none: half of the images is set aside."""
     labels: tuple[int, ...] = (10, 50)
     """Labelled images per class for linear and finetune; each number is a result of its own."""
     mask_counts: tuple[int, ...] = (10,)
@@ -84,6 +95,12 @@ class EvaluateConfig:
     """Training of segment-frozen and segment-finetune."""
     detect: DetectConfig = field(default_factory=DetectConfig)
     """Detector and training of detect and detect-cascade."""
+    semantic: SemanticConfig = field(default_factory=SemanticConfig)
+    """Training and test of semantic."""
+    readout: ReadoutConfig = field(default_factory=ReadoutConfig)
+    """Training of readout."""
+    panoptic: PanopticConfig = field(default_factory=PanopticConfig)
+    """Model and training of panoptic."""
     batch_size: int = 128
     """Images at once where nothing is trained: changes speed and memory only."""
     device: str = "auto"
@@ -149,7 +166,7 @@ def check_config(config: EvaluateConfig) -> tuple[str, ...]:
             raise UserError("knn, linear and finetune need labelled images.", "Give both --train and --test.")
         drawn = set(tasks) & {"linear", "finetune"}
         check_classes(config.train, test, max(config.labels) if drawn else 1)
-    if with_masks(tasks):
+    if with_masks(tasks) or set(tasks) & set(STREAMED):
         check_masks(*mask_places(config))
     if set(tasks) & set(DETECTION):
         check_detect(config.detect)
@@ -158,6 +175,12 @@ def check_config(config: EvaluateConfig) -> tuple[str, ...]:
             raise UserError("The detection tasks need instances.", "Give both --images and --instances.")
         if config.test_images is not None and config.test_instances is None and config.test_masks is None:
             raise UserError("The test images have no instances.", "Give --test-instances too.")
+    if set(tasks) & set(PANOPTIC):
+        check_detect(config.panoptic.detect)
+        if config.images is not None and layout_of(config.images) is not None:
+            check(config.images, "panoptic")
+        elif None in (config.images, config.masks, config.segments):
+            raise UserError("panoptic needs segments.", "Give --images, --masks and --segments.")
     for place in (config.out, *config.out.parents) if config.out is not None else ():
         if place.exists():
             if not place.is_dir() or not os.access(place, os.W_OK):
@@ -208,6 +231,10 @@ def budgets(task: str, config: EvaluateConfig) -> tuple[int | None, ...]:
     """Labels per class, masks or images that a task runs with."""
     if task in UNDRAWN or task in PUBLISHED:
         return (None,)
+    if task in STREAMED:
+        return {"semantic": config.semantic.masks, "readout": config.readout.masks}[task] or (None,)
+    if task in PANOPTIC:
+        return config.panoptic.detect.images or (None,)
     if task in DETECTION:
         return config.detect.images or (None,)
     return config.mask_counts if task in SEGMENTATION else config.labels

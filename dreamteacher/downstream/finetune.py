@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,10 @@ from dreamteacher.downstream import (
     to_input,
 )
 from dreamteacher.errors import UserError
-from dreamteacher.optim import lr_at, parameter_groups
+from dreamteacher.optim import lr_at, parameter_groups, poly_lr_at
 from dreamteacher.students import Student
+
+Optimizer = Literal["adamw", "sgd"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +88,10 @@ def train(
     lr: float,
     weight_decay: float,
     warmup: float = 0.1,
+    optimizer: Optimizer = "adamw",
+    power: float | None = None,
 ) -> None:
-    """AdamW with a linear warm-up and a cosine down to zero; vectors (biases, norms) do not decay.
+    """AdamW or SGD, a linear warm-up and a decay to zero; vectors (biases, norms) have no weight decay.
 
     Args:
         modules: (module, factor on its learning rate); what is not listed is not trained.
@@ -95,21 +100,31 @@ def train(
         lr: peak learning rate.
         weight_decay: of matrices and kernels.
         warmup: share of the steps.
+        optimizer: AdamW (betas 0.9, 0.999), or SGD with momentum 0.9.
+        power: of a polynomial decay (see `dreamteacher.optim.poly_lr_at`); None: a half cosine.
     """
     groups: list[dict[str, object]] = []
     for module, factor in modules:
         groups += [{**group, "factor": factor} for group in parameter_groups([module], weight_decay)]
     groups = [group for group in groups if group["params"]]
-    # Fused: one pass over the weights. With tiny batches on a CPU the update is else a third of the time.
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+    update: torch.optim.Optimizer
+    if optimizer == "sgd":
+        update = torch.optim.SGD(groups, lr=lr, momentum=0.9)
+    else:
+        # Fused: one pass over the weights. With tiny batches on a CPU the update is else a third of the time.
+        update = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+    first = max(1, round(warmup * steps))
     for step in range(steps):
-        rate = lr_at(step, total=steps, warmup=max(1, round(warmup * steps)), peak=lr)
-        for group in optimizer.param_groups:
+        if power is None:
+            rate = lr_at(step, total=steps, warmup=first, peak=lr)
+        else:
+            rate = poly_lr_at(step, total=steps, warmup=first, peak=lr, power=power)
+        for group in update.param_groups:
             group["lr"] = rate * group["factor"]
         loss = loss_at(step)
-        optimizer.zero_grad(set_to_none=True)
+        update.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
+        update.step()
 
 
 def recalibrate(model: nn.Module, forward: Callable[[], object]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from dreamteacher.data import step_generator
@@ -87,20 +88,71 @@ class SegmentationHead(nn.Module):
         classes: number of classes.
         width: channels of every inner map.
         dropout: probability of dropping a channel before the last layer.
+        norm: normalise each level's channels first (LayerNorm), which ConvNeXt's raw maps need.
+        align_corners: of the last resize, to the image's size.
 
-    Source: UPerNet, arXiv 1807.10221; narrower than the 512 channels there.
+    Source: UPerNet, arXiv 1807.10221; narrower than the 512 channels there. Equal to segmentation-models-pytorch's
+    UPerNet with `norm`, `align_corners` and its weights (`from_segmentation_models`): `tests/test_upernet.py`.
     """
 
     def __init__(
-        self, specs: Sequence[FeatureSpec], classes: int, width: int = 64, dropout: float = 0.1
+        self,
+        specs: Sequence[FeatureSpec],
+        classes: int,
+        width: int = 64,
+        dropout: float = 0.1,
+        *,
+        norm: bool = False,
+        align_corners: bool = False,
     ) -> None:
         super().__init__()
+        self.align_corners = align_corners
+        self.norms = nn.ModuleList(LayerNorm2d(spec.channels) for spec in specs) if norm else None
         self.neck = Neck(specs, width)
         self.head = LabelHead(len(specs), width, classes, dropout=dropout)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """One map per level -> float32 logits N x classes x H x W of `size` = (H, W)."""
-        return resize(self.head(self.neck(maps)).float(), size)
+        if self.norms is not None:
+            maps = [norm(m) for norm, m in zip(self.norms, maps, strict=True)]
+        logits = self.head(self.neck(maps)).float()
+        if self.align_corners:
+            return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+        return resize(logits, size)
+
+
+def from_segmentation_models(weights: Mapping[str, Tensor], levels: int = 4) -> dict[str, Tensor]:
+    """The state dict of a `SegmentationHead` with `norm` from that of segmentation-models-pytorch's UPerNet.
+
+    Args:
+        weights: of the whole model; its encoder is passed over.
+        levels: maps that its decoder takes (4: encoder depth 5).
+
+    Raises:
+        UserError: a tensor of the decoder has no place here: it is no UPerNet, or has another depth.
+
+    Example:
+        >>> list(from_segmentation_models({"segmentation_head.0.bias": torch.zeros(2)}))
+        ['head.classify.bias']
+    """
+    names = {"decoder.psp.out_conv": "neck.ppm.bottleneck", "decoder.fusion_block": "head.fuse"}
+    names |= {f"decoder.psp.blocks.{i}.1": f"neck.ppm.branches.{i}.1" for i in range(4)}
+    names |= {f"decoder.feature_norms.{i}": f"norms.{i}" for i in range(levels)}
+    for i in range(levels - 1):  # theirs go from coarse to fine
+        names[f"decoder.fpn_lateral_blocks.{levels - 2 - i}.conv_norm_relu"] = f"neck.laterals.{i}"
+        names[f"decoder.fpn_conv_blocks.{levels - 2 - i}"] = f"neck.outputs.{i}"
+    names["segmentation_head.0"] = "head.classify"
+    found = {}
+    for key, value in weights.items():
+        place = next((theirs for theirs in names if key.startswith(f"{theirs}.")), None)
+        if place is not None:
+            found[names[place] + key.removeprefix(place)] = value
+        elif not key.startswith("encoder."):
+            raise UserError(
+                f"'{key}' is no weight of a UPerNet with {levels} levels.",
+                "Give the state dict of segmentation_models_pytorch.UPerNet.",
+            )
+    return found
 
 
 class Segmenter(nn.Module):
