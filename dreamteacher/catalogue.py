@@ -24,6 +24,10 @@ EXTRAS = {
     "huggingface_hub": "get-teacher, of teachers on the model hub",
     "transformers": "get-teacher, of Stable Diffusion",
     "faster_coco_eval": "evaluate, of detection",
+    "onnxruntime": "export --format onnx",
+    "datasets": "images from the hub's data sets",
+    "scipy": "ImageNet's development kit",
+    "lightly": "benchmarks/baselines",
 }
 
 

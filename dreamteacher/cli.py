@@ -54,7 +54,7 @@ VERBS = {
         "dreamteacher.downstream.evaluate", "EvaluateConfig", "evaluate",
         "kNN, probes, fine-tuning, segmentation; for any backbone",
     ),
-    "export": Verb("dreamteacher.export", "ExportConfig", "export", "native timm weights and a model card"),
+    "export": Verb("dreamteacher.export", "ExportConfig", "export", "weights for timm and other libraries, and a model card"),
     "report": Verb("dreamteacher.report", "ReportConfig", "report", "one HTML page about a run"),
     "inspect": Verb(
         "dreamteacher.inspection", "InspectConfig", "inspect_teacher",
