@@ -24,7 +24,7 @@ from dreamteacher.downstream.linear import linear
 from dreamteacher.errors import UserError
 from dreamteacher.figures import data_uri, page, pca_basis, pca_colours
 from dreamteacher.inspection_scores import halves, pixel_probe, pixels_at, recognition, standardised
-from dreamteacher.masks import load_segmentation
+from dreamteacher.labelled import load_labelled
 from dreamteacher.rundir import Progress
 from dreamteacher.teachers import is_python, load_teacher, read_card, teacher_folder
 from dreamteacher.teachers.base import Noise, Teacher
@@ -41,7 +41,7 @@ class InspectConfig:
     images: Path | None = None
     """Folder of images; none: the teacher's own samples. Subfolders are classes and are probed."""
     masks: Path | None = None
-    """Folder of masks of the images (class ids); they are probed instead of classes."""
+    """Masks of the images (a folder, a COCO-style JSON file, or .npy files); probed instead of classes."""
     binary_masks: bool = False
     """Masks are black and white."""
     out: Path
@@ -161,7 +161,7 @@ def _images(config: InspectConfig, teacher: Teacher, size: tuple[int, int]) -> I
         )
     generator = data.step_generator(config.seed, 0, "inspect")
     if config.masks is not None:
-        found = load_segmentation(config.images, config.masks, size, binary=config.binary_masks)
+        found = load_labelled(config.images, config.masks, size, binary=config.binary_masks, absent_ok=True)
         pick = torch.randperm(len(found.images), generator=generator)[: config.count]
         if len(pick) <= config.labels:
             raise UserError(

@@ -274,8 +274,9 @@ def test_no_noise_reads_the_clean_image():
     images = torch.rand(2, 3, 64, 64)
     teacher = make(noise="none", timesteps=(50, 261))
     maps = teacher.encode(images, generator=torch.Generator())
-    x, t = torch.cat([teacher.to_network(images)] * 2), torch.tensor([50, 50, 261, 261])
-    expected = [torch.cat(m.chunk(2), 1) for m in decoder_maps(teacher.unet, x, t, 4)][::-1]
+    x = teacher.to_network(images)
+    one, two = (decoder_maps(teacher.unet, x, torch.tensor([t, t]), 4) for t in (50, 261))
+    expected = [torch.cat(pair, 1) for pair in zip(one, two, strict=True)][::-1]
     assert all(map(torch.equal, maps, expected))
     assert torch.equal(noised(images, torch.ones(2), torch.rand(2, 3, 64, 64)), torch.cat([images, images]))
 

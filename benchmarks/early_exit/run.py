@@ -117,7 +117,7 @@ def gmacs(spec: DiffusionSpec, batch: int) -> tuple[float, float]:
     height, width = (s // spec.patch for s in spec.size)
     x = torch.empty(batch, spec.unet["in_channels"], height, width, device="meta")
     t = torch.zeros(batch, device="meta")
-    count = next(i for i, _ in reversed(teacher._levels)) + 1
+    count = teacher._levels[-1][0][-1] + 1  # the finest wanted level
     with torch.no_grad():
         with FlopCounterMode(display=False) as full:
             teacher.unet(x, t)
@@ -148,7 +148,7 @@ def largest_difference(
     """The largest absolute difference between `encode`'s maps and those that pass through the full forward."""
     caught: dict[int, Tensor] = {}
     hooks = []
-    for i, _ in teacher._levels:
+    for (i,), _ in teacher._levels:
         block = teacher.unet.up_blocks[i]
         attentions = getattr(block, "attentions", None)
         last = attentions[-1] if attentions else block.resnets[-1]
@@ -156,7 +156,7 @@ def largest_difference(
     full()
     for hook in hooks:
         hook.remove()
-    theirs = [caught[i] for i, _ in reversed(teacher._levels)]
+    theirs = [caught[i] for (i,), _ in reversed(teacher._levels)]
     assert all(bool(m.isfinite().all()) for m in theirs)
     return max(float((a - b).abs().max()) for a, b in zip(early(), theirs, strict=True))
 
