@@ -158,7 +158,7 @@ def pretrained(task: Task, mode: str) -> Path:
             images=bench.unlabelled, out=out, teacher=args.teacher, student=args.student, mode=mode,  # type: ignore[arg-type]
             interpreter=labels, size=bench.size, t=tuple(args.t),
             epochs=args.epochs, warmup_epochs=args.epochs / 10, batch_size=args.pretrain_batch, lr=4e-3,
-            width=args.width, flip=not args.no_flip, seed=task.seed, device=args.device, log_every=20,
+            width=args.width, label_weight=args.label_weight, flip=not args.no_flip, seed=task.seed, device=args.device, log_every=20,
             probe_every=0, save_every=1000, keep=1,
         )
     )  # fmt: skip
@@ -355,6 +355,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--epochs", type=float, default=2.0, help="of the pretraining")
     parser.add_argument("--pretrain-batch", type=int, default=32)
+    parser.add_argument("--label-weight", type=float, default=1.0, help="of label distillation in mixed")
     parser.add_argument("--width", type=int, default=128, help="of regressor and interpreter")
     parser.add_argument("--interpreter-epochs", type=int, default=100)
     parser.add_argument("--interpreter-batch", type=int, default=4)
