@@ -62,6 +62,37 @@ def test_early_exit_benchmark_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_interpreter_benchmark_runs(tmp_path, monkeypatch):
+    out = tmp_path / "memory.csv"
+    run(
+        BENCHMARKS / "interpreter" / "run.py", "--out", str(out), "--preset", "cpu-64", "--size", "64", "--blocks",
+        "1", "2", "3", "--images", "3", "--width", "16", monkeypatch=monkeypatch,
+    )  # fmt: skip
+    (row,) = csv.DictReader(out.read_text().splitlines())
+    assert (row["images"], row["channels"]) == ("3", str(3 * 3 * 128))
+    assert 0.1 < float(row["peak_gb"]) < 4
+
+
+def test_committed_memory_is_of_the_whole_stack_and_below_4_gb():
+    rows = list(csv.DictReader((BENCHMARKS / "interpreter" / "memory.csv").read_text().splitlines()))
+    for row in rows:
+        assert (row["channels"], row["size"]) == ("8448", "256 256")
+        assert float(row["peak_gb"]) < 4
+    assert max(int(row["images"]) for row in rows) == 50
+
+
+def test_label_efficient_table_against_a_hand_calculation(tmp_path):
+    tables = runpy.run_path(str(BENCHMARKS / "tables.py"))
+    rows = ["method,count,seed,miou,seconds,cpu_seconds,peak_mb"]
+    for method, values in (("scratch", (0.5, 0.6, 0.7)), ("mixed", (0.9, 0.8, 1.0))):
+        rows += [f"{method},20,{i},{v},10,{20 + i},900" for i, v in enumerate(values)]
+    (tmp_path / "results.csv").write_text("\n".join(rows) + "\n")
+    table = tables["label_efficient_table"](tmp_path / "results.csv").splitlines()
+    assert table[2] == "| from scratch | 0.600 ± 0.100 | +0.300 (+3.0 dev.) | 21 | 10 | 900 | 3 |"
+    assert table[3] == "| DreamTeacher, mixed | **0.900 ± 0.100** |  | 21 | 10 | 900 | 3 |"
+
+
+@pytest.mark.slow
 def test_teachers_benchmark_runs(tmp_path, monkeypatch):
     out = tmp_path / "teachers.csv"
     run(
