@@ -34,10 +34,15 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(read_rows(args.results))
+    write_environment(args.folder / "environment.json", args.command, args.note)
+
+
+def write_environment(path: Path, command: str, note: str) -> None:
+    """What a reader must know to run a benchmark again."""
     device = pick_device()
     facts = {
-        "command": args.command,
-        "note": args.note,
+        "command": command,
+        "note": note,
         "status": "smaller-scale (ours; no counterpart in the paper)",
         "dreamteacher": __version__,
         "torch": torch.__version__,
@@ -49,7 +54,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "precision": str(resolve_precision(device, "auto")).removeprefix("torch."),
     }
-    (args.folder / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
+    path.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

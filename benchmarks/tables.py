@@ -98,6 +98,54 @@ def teachers_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+SELF_SUPERVISED = ("SimCLR", "MoCo v2", "BYOL", "DenseCL", "DDeP")
+TRANSFER_METRICS = {
+    "detect": {"box_ap": "Mask R-CNN, box AP", "mask_ap": "Mask R-CNN, mask AP"},
+    "segment-frozen": {"miou": "UPerNet mIoU, frozen backbone"},
+    "segment-finetune": {"miou": "UPerNet mIoU, fine-tuned"},
+}
+
+
+def transfer_table(path: Path) -> str:
+    """Each method's mean ± sample deviation over seeds; how far DreamTeacher lies ahead of random init and of the best
+    other self-supervised method, in units of the larger of the two deviations; and whether that says anything."""
+    values: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    missing = {}
+    for r in rows(path):
+        if r["status"].startswith("not run"):
+            missing[r["method"]] = r["status"]
+        elif r["metric"] in (metrics := TRANSFER_METRICS.get(r["task"], {"accuracy": TASKS[r["task"]]})):
+            values[r["task"], metrics[r["metric"]], r["labels"]][r["method"]].append(float(r["value"]))
+    methods = list(dict.fromkeys(m for found in values.values() for m in found))
+    head = ["", "labels", *methods, "over random", "over the best other", "says", "seeds", "status"]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for (task, name, labels), found in values.items():
+        stats = {m: (statistics.mean(v), statistics.stdev(v)) for m, v in found.items()}
+        best = max(stats, key=lambda m: stats[m][0])
+        cells = [f"{stats[m][0]:.3f} ± {stats[m][1]:.3f}" if m in stats else "not run" for m in methods]
+        cells[methods.index(best)] = f"**{cells[methods.index(best)]}**"
+        other = max((m for m in stats if m in SELF_SUPERVISED), key=lambda m: stats[m][0], default=None)
+        gains = [_ahead(stats, m) for m in ("random init", other)]
+        unit = "per class" if task in ("linear", "finetune") else "images"
+        amount = "all" if labels in ("", "None") else f"{labels} {unit}"
+        apart = gains[1][1] if other else gains[0][1]
+        says = "too little to tell" if abs(apart) < 2 else "ahead" if apart > 0 else "behind"
+        shown = [f"{g:+.3f} ({d:+.1f} dev.)" for g, d in gains]
+        seeds = min(len(v) for v in found.values())
+        lines.append(
+            f"| {name} | {amount} | {' | '.join([*cells, *shown, says, str(seeds), 'smaller-scale'])} |"
+        )
+    return "\n".join([*lines, *(f"\n{m}: {why}" for m, why in missing.items())])
+
+
+def _ahead(stats: dict[str, tuple[float, float]], method: str | None) -> tuple[float, float]:
+    """DreamTeacher's mean less a method's, and that in deviations."""
+    if method is None:
+        return float("nan"), float("nan")
+    (ours, own), (theirs, spread) = stats["DreamTeacher"], stats[method]
+    return ours - theirs, (ours - theirs) / max(own, spread, 1e-9)
+
+
 METHODS = {
     "scratch": "from scratch",
     "imagenet": "ImageNet-supervised",
@@ -169,6 +217,9 @@ TABLES = {
     "label_efficient_lungs": lambda: label_efficient_table(HERE / "label_efficient" / "lungs.csv"),
     "label_efficient_camvid": lambda: label_efficient_table(HERE / "label_efficient" / "camvid.csv"),
     "interpreter": lambda: interpreter_table(HERE / "interpreter" / "memory.csv"),
+    "transfer_cifar10": lambda: transfer_table(HERE / "transfer" / "cifar10.csv"),
+    "transfer_dsb2018": lambda: transfer_table(HERE / "transfer" / "dsb2018.csv"),
+    "transfer_camvid": lambda: transfer_table(HERE / "transfer" / "camvid.csv"),
     "camvid": lambda: results_table(HERE / "camvid" / "results.csv"),
 }
 

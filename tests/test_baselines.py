@@ -536,7 +536,7 @@ def test_nuclei_are_split_in_halves_once_and_for_all(tmp_path: Path, tiny_teache
     for kind in ("images", "instances"):
         (tmp_path / "data" / kind).mkdir(parents=True)
         for i in range(5):
-            Image.new("L", (8, 8), i).save(tmp_path / "data" / kind / f"{i}.png")
+            Image.new("L", (70, 130), i).save(tmp_path / "data" / kind / f"{i}.png")
     parts = transfer.halves(tmp_path / "data", tmp_path / "a")
     found = {part: sorted(p.name for p in (parts / part / "images").iterdir()) for part in ("train", "test")}
     assert (len(found["train"]), len(found["test"])) == (2, 3)
@@ -550,9 +550,19 @@ def test_nuclei_are_split_in_halves_once_and_for_all(tmp_path: Path, tiny_teache
     (tmp_path / "data" / "instances" / "3.png").unlink()
     refused(lambda: transfer.halves(tmp_path / "data", tmp_path / "c"), "3.png' is missing")
     given = comparison(tmp_path, tiny_teacher, data="dsb2018", folder=tmp_path / "data", out=tmp_path / "a")
-    (tmp_path / "data" / "instances" / "3.png").touch()
+    Image.new("L", (70, 130), 3).save(tmp_path / "data" / "instances" / "3.png")
     images, settings = transfer.DATA["dsb2018"](given)
-    assert images == settings["images"] == tmp_path / "a" / "dsb2018" / "train" / "images"
+    assert settings["images"] == tmp_path / "a" / "dsb2018" / "train" / "images"
+    # What is pretrained on: tiles of the training half alone, two of 64 x 64 from each image of 70 x 130.
+    tiles = sorted(path.name for path in images.iterdir())
+    kept = {path.stem for path in settings["images"].iterdir()}
+    assert tiles == sorted(f"{stem}_{y:04d}_0000.png" for stem in kept for y in (0, 64))
+    for name in tiles:
+        with Image.open(images / name) as tile:
+            assert tile.size == (64, 64)
+    fewer = transfer.halves(tmp_path / "data", tmp_path / "d", scored=1)
+    assert len(list((fewer / "test" / "images").iterdir())) == 1
+    assert len(list((fewer / "train" / "images").iterdir())) == 2
     assert settings["detect"].images == (2,)
     config_of = EvaluateConfig(tasks=settings.pop("tasks"), **settings)
     assert check_config(config_of) == ("detect",)

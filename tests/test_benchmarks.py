@@ -180,6 +180,26 @@ def test_results_table_against_a_hand_calculation(tmp_path):
     )
 
 
+def test_transfer_table_against_a_hand_calculation(tmp_path):
+    path = tmp_path / "results.csv"
+    head = "method,student,task,metric,value,labels,seed,seconds,images_seen,status\n"
+    values = {"random init": (0.1, 0.3), "SimCLR": (0.4, 0.44), "DreamTeacher": (0.5, 0.56)}
+    lines = [
+        f"{m},r,detect,{metric},{v},20,{s},1,0,smaller-scale\n"
+        for m, pair in values.items()
+        for s, v in enumerate(pair)
+        for metric in ("box_ap", "ap50")
+    ]
+    path.write_text(head + "".join(lines) + "BYOL,r,,,,,0,,,not run: no lightly\n")
+    line, why = runpy.run_path(str(BENCHMARKS / "tables.py"))["transfer_table"](path).splitlines()[2::2]
+    # Deviations: sqrt(2)/10, 0.02 sqrt(2), 0.03 sqrt(2); 0.53 - 0.2 and 0.53 - 0.42 in the larger of both.
+    assert line == (
+        "| Mask R-CNN, box AP | 20 images | 0.200 ± 0.141 | 0.420 ± 0.028 | **0.530 ± 0.042** | +0.330 (+2.3 dev.) | "
+        "+0.110 (+2.6 dev.) | ahead | 2 | smaller-scale |"
+    )
+    assert why == "BYOL: not run: no lightly"
+
+
 def test_committed_results_have_their_seeds_and_baselines():
     for name in ("demo", "camvid"):
         rows = list(csv.DictReader((BENCHMARKS / name / "results.csv").read_text().splitlines()))

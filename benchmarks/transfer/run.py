@@ -5,10 +5,12 @@
 Every method pretrains the same backbone on the same unlabelled training images and sees as many of them (images, not
 views); random and imagenet pretrain on none here. Layouts of --folder: cifar10 {train,test}/CLASS (see
 benchmarks/cifar10/prepare.py); camvid {images,labels}/{train,test}; dsb2018 {images,instances}, of which a half, drawn
-by seed 0, is set aside for the scores and is not pretrained on either.
+by seed 0, is set aside for the scores; tiles of the other half (OUT/dsb2018/tiles, made by --tiles-only too) are what
+every method pretrains on, and a teacher should be trained on.
 
-Rows (results.csv and results.jsonl): method, student, task, metric, value, labels, seed, seconds, images_seen, status.
-A method that cannot run here leaves one row that says why; what was done before is done once.
+Rows (results.csv and results.jsonl, environment.json beside them): method, student, task, metric, value, labels, seed,
+seconds, images_seen, status. A method that cannot run here leaves one row that says why; what was done before is done
+once.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -27,6 +30,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from PIL import Image
 
 from dreamteacher import checkpoint
 from dreamteacher.data import load_images, step_generator
@@ -87,6 +91,10 @@ class TransferConfig:
     """Labels per class (cifar10)."""
     masks: tuple[int, ...] = (20,)
     """Labelled images (camvid, dsb2018)."""
+    scored: int = 0
+    """Images of dsb2018 that are scored, of those set aside; 0: all."""
+    tiles_only: bool = False
+    """Only make the tiles of dsb2018."""
     finetune: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(steps=200))
     """As of `dreamteacher evaluate`."""
     segment: SegmentConfig = field(default_factory=lambda: SegmentConfig(steps=300, ignore_index=11))
@@ -98,17 +106,19 @@ class TransferConfig:
         )
     )  # fmt: skip
     """As of `dreamteacher evaluate`: small anchors and many proposals, for nuclei; `masks` says with how many images."""
+    note: str = ""
+    """For environment.json: budget, teacher, anything a reader must know."""
     device: str = "auto"
     """auto, cpu, cuda ..."""
     workers: int = 2
     """Processes that decode or augment."""
 
 
-def baselines() -> ModuleType:
-    """benchmarks/baselines/run.py."""
-    name = "benchmark_baselines"
+def script(*parts: str) -> ModuleType:
+    """A script of benchmarks/ as a module."""
+    name = "benchmark_" + "_".join(parts).removesuffix(".py")
     if name not in sys.modules:
-        path = Path(__file__).parent.parent / "baselines" / "run.py"
+        path = Path(__file__).parent.parent.joinpath(*parts)
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
         assert spec.loader is not None
@@ -137,8 +147,8 @@ def camvid(config: TransferConfig) -> tuple[Path, dict[str, Any]]:
 
 
 def dsb2018(config: TransferConfig) -> tuple[Path, dict[str, Any]]:
-    parts = halves(config.folder, config.out / "dsb2018")
-    return parts / "train" / "images", {
+    parts = halves(config.folder, config.out / "dsb2018", scored=config.scored)
+    return tiles(parts / "train" / "images", parts / "tiles", config.size), {
         "images": parts / "train" / "images", "instances": parts / "train" / "instances",
         "test_images": parts / "test" / "images", "test_instances": parts / "test" / "instances",
         "tasks": ("detect",), "detect": replace(config.detect, images=config.masks),
@@ -150,12 +160,14 @@ DATA: dict[str, Callable[[TransferConfig], tuple[Path, dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-def halves(folder: Path, out: Path) -> Path:
-    """{train,test}/{images,instances} of links into `folder`, a half each, always the same."""
+def halves(folder: Path, out: Path, *, scored: int = 0) -> Path:
+    """{train,test}/{images,instances} of links into `folder`, a half each (of test: the first `scored`), always the
+    same."""
     images = find_images(folder / "images")
     order = torch.randperm(len(images), generator=step_generator(0, 0, "dsb2018")).tolist()
-    for place, i in enumerate(order):
-        part = out / ("train" if place < len(images) // 2 else "test")
+    half = len(images) // 2
+    for place, i in enumerate(order[: half + scored] if scored else order):
+        part = out / ("train" if place < half else "test")
         for kind in ("images", "instances"):
             target = folder / kind / images[i].name
             link = part / kind / images[i].name
@@ -164,6 +176,25 @@ def halves(folder: Path, out: Path) -> Path:
             link.parent.mkdir(parents=True, exist_ok=True)
             if not link.is_symlink():
                 os.symlink(target.resolve(), link)
+    return out
+
+
+def tiles(images: Path, out: Path, size: tuple[int, int]) -> Path:
+    """Images cut into tiles of `size` at their own resolution, edges left over; written whole or not at all."""
+    if out.is_dir():
+        return out
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    height, width = size
+    for path in find_images(images):
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+        for y in range(0, image.height - height + 1, height):
+            for x in range(0, image.width - width + 1, width):
+                name = f"{path.stem}_{y:04d}_{x:04d}.png"
+                image.crop((x, y, x + width, y + height)).save(temporary / name, compress_level=1)
+    temporary.rename(out)
     return out
 
 
@@ -177,7 +208,7 @@ def pretrained(config: TransferConfig, method: str, seed: int, images: Path) -> 
     out = config.out / f"{method}-{seed}"
     if method == "dreamteacher":
         return dreamteacher(config, seed, images, out)
-    module = baselines()
+    module = script("baselines", "run.py")
     seen = config.images_seen // config.batch_size * config.batch_size
     module.pretrain_baseline(
         module.BaselineConfig(
@@ -232,6 +263,8 @@ def compare(config: TransferConfig) -> list[dict[str, Any]]:
             "dreamteacher needs a teacher.", "Give --teacher or --run, or leave it out of --methods."
         )
     images, settings = DATA[config.data](config)
+    if config.tiles_only:
+        return []
     find_images(images)
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / "results.jsonl"
@@ -243,6 +276,7 @@ def compare(config: TransferConfig) -> list[dict[str, Any]]:
                 rows += evaluated(config, method, seed, images, settings)
                 save(path, rows)
     save(path, rows)
+    script("collect.py").write_environment(config.out / "environment.json", " ".join(sys.argv), config.note)
     print(summary_table([row for row in rows if row["status"] == STATUS]))
     return rows
 
