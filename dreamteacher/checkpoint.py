@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from dreamteacher.distributed_sharding import part_of
 from dreamteacher.errors import UserError, shorten
 
 PATTERN = "checkpoint-*.safetensors"
@@ -180,6 +181,7 @@ def unpack_optimizer(
             # Moments lie in memory as their parameter does (channels_last): same kernels, same last bits.
             like = parameters[int(place)]
             same = value.shape == like.shape
+            value = part_of(value, like)
             value = torch.empty_like(like, dtype=value.dtype).copy_(value) if same else value.clone()
         state.setdefault(int(place), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})

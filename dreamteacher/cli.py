@@ -9,6 +9,7 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -64,6 +65,8 @@ VERBS = {
     "doctor": Verb("dreamteacher.catalogue", "DoctorConfig", "doctor", "versions, devices, what is missing"),
 }  # fmt: skip
 
+TOGETHER = ("pretrain", "train-teacher", "demo", "make-features")  # with torchrun
+
 HELP = """usage: dreamteacher VERB [--setting value ...]
 
 Pretrain image backbones with generative models as teachers.
@@ -77,15 +80,47 @@ Errors say what to do and exit with 2; DREAMTEACHER_TRACEBACK=1 shows where they
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 for a user's error, 128 + n after a signal."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if _processes() > 1:
+        return _one_of_many(arguments)
     try:
         try:
-            return _main(list(sys.argv[1:] if argv is None else argv))
+            return _main(arguments)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output went away (`| head`): that is no error
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at the last flush
         return 141
+
+
+def _processes() -> int:
+    """How many processes torchrun started together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _one_of_many(arguments: list[str]) -> int:
+    """`main` of one of several processes: the first one alone prints, and an error ends the process at once.
+
+    Without the usual clearing away, for that would wait for what the others will not send any more.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+    code = 1
+    try:
+        code = _main(arguments)
+        return code
+    except SystemExit as stop:  # a signal: all have saved and leave together
+        code = 0
+        raise stop
+    except BaseException:
+        traceback.print_exc()
+        return code
+    finally:
+        if code:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
 
 def _main(arguments: list[str]) -> int:
@@ -127,6 +162,11 @@ def run(name: str, arguments: Sequence[str]) -> Any:
         raise UserError(
             f"There is no verb '{name}'.{did_you_mean(name, VERBS)}", f"Verbs: {', '.join(VERBS)}."
         )
+    if _processes() > 1 and name not in TOGETHER:
+        raise UserError(
+            f"'{name}' runs in one process, and {_processes()} were started.",
+            f"Start it without torchrun. What several can do together: {', '.join(TOGETHER)}.",
+        )
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
     config = parse(getattr(module, verb.config), name, arguments)
@@ -135,7 +175,7 @@ def run(name: str, arguments: Sequence[str]) -> Any:
         print(f"Export: {function(**vars(config))}")
         return None
     result = function(config)
-    if name in ("pretrain", "train-teacher") and result is not None:
+    if name in ("pretrain", "train-teacher") and result is not None and os.environ.get("RANK", "0") == "0":
         from dreamteacher.report import write_report
 
         try:
@@ -226,6 +266,11 @@ def _plain(box: str, verb: str, help_: str) -> tuple[str, str]:
 def _report(text: str, error: BaseException) -> int:
     if os.environ.get("DREAMTEACHER_TRACEBACK"):
         raise error
+    if _processes() > 1:
+        from dreamteacher.distributed_group import speaks
+
+        if not speaks():
+            return 2
     print(f"error: {text}", file=sys.stderr)
     return 2
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dreamteacher.distributed import ALONE, Share
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.images import (
     BadImage,
@@ -259,6 +260,7 @@ def batches(
     last_step: int,
     flip: bool,
     workers: int = 0,
+    share: Share = ALONE,
 ) -> Iterator[Batch]:
     """Batches of steps `first_step` to `last_step` - 1, over as many epochs as that takes.
 
@@ -269,6 +271,7 @@ def batches(
     Args:
         flip: mirror each image with probability 1/2.
         workers: processes that decode when the set has no cache; 0: this one.
+        share: whose rows of each batch are read and given.
 
     Raises:
         UserError: at once, when the batch is larger than the set.
@@ -279,17 +282,17 @@ def batches(
             f"Use a batch size of 1 to {len(images)}.",
         )
     steps = range(first_step, last_step)
-    return _batches(images, batch_size, seed, steps, flip, workers)
+    return _batches(images, batch_size, seed, steps, flip, workers, share)
 
 
 def _batches(
-    images: ImageSet, batch_size: int, seed: int, steps: range, flip: bool, workers: int
+    images: ImageSet, batch_size: int, seed: int, steps: range, flip: bool, workers: int, share: Share
 ) -> Iterator[Batch]:
     stream: Iterable[_Decoded] = ()
     if images.cache is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         stream = DataLoader(
-            _Steps(images, batch_size, seed), batch_size=None, sampler=steps, num_workers=min(workers, cores),
+            _Steps(images, batch_size, seed, share), batch_size=None, sampler=steps, num_workers=min(workers, cores),
             collate_fn=_as_it_is, generator=torch.Generator(),
         )  # fmt: skip
     decoded = iter(stream)
@@ -297,23 +300,23 @@ def _batches(
         if images.cache is None:
             pixels, index = images._record(next(decoded))
         else:
-            index = batch_indices(len(images), batch_size=batch_size, seed=seed, step=step)
+            index = batch_indices(len(images), batch_size=batch_size, seed=seed, step=step)[share.rows]
             pixels = images.get(index)
         if flip:
             flips = torch.rand(batch_size, generator=step_generator(seed, step, "flip")) < 0.5
-            pixels = flip_images(pixels, flips)
+            pixels = flip_images(pixels, flips[share.rows])
         yield Batch(pixels.to(torch.float32, memory_format=torch.channels_last).div_(255), index, step)
 
 
 class _Steps(Dataset[_Decoded]):
     """Item k is what step k shows: a loader that begins at any step needs no history."""
 
-    def __init__(self, images: ImageSet, batch_size: int, seed: int) -> None:
-        self.images, self.batch_size, self.seed = images, batch_size, seed
+    def __init__(self, images: ImageSet, batch_size: int, seed: int, share: Share) -> None:
+        self.images, self.batch_size, self.seed, self.share = images, batch_size, seed, share
 
     def __getitem__(self, step: int) -> _Decoded:
         index = batch_indices(len(self.images), batch_size=self.batch_size, seed=self.seed, step=step)
-        return _decode(self.images, index.tolist())
+        return _decode(self.images, index[self.share.rows].tolist())
 
 
 def _as_it_is(decoded: Any) -> Any:

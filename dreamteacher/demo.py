@@ -17,6 +17,7 @@ from typing import Any
 
 from dreamteacher import checkpoint, data
 from dreamteacher.config import to_json
+from dreamteacher.distributed import launched
 from dreamteacher.downstream import labelled_data, summary_table
 from dreamteacher.downstream.evaluate import EvaluateConfig, check_config, evaluate_student
 from dreamteacher.downstream.segmentation import split_masks
@@ -96,6 +97,8 @@ def demo(config: DemoConfig) -> Path:
         run = pretrain(demo_recipe(config, train, seed))
         assert run is not None
         runs[seed] = run
+    if not launched().first:  # of several processes the first one evaluates
+        return config.out / "report.html"
 
     methods: dict[str, Callable[[int], Student]] = {
         "random init": lambda seed: create_student(config.student, seed=seed),

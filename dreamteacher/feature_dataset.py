@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dreamteacher import data
-from dreamteacher.distributed import Precision, autocast
+from dreamteacher.distributed import ALONE, Draws, Precision, Share, autocast
 from dreamteacher.errors import UserError
 from dreamteacher.feature_items import Kept, unpack
 from dreamteacher.feature_store import FeatureStore
@@ -54,9 +54,11 @@ def batch_loss(
     )  # fmt: skip
 
 
-def device_generator(seed: int, step: int, stream: str, device: torch.device) -> torch.Generator:
-    """The random numbers of one step on `device`: the same for a run and for its resumption."""
-    return torch.Generator(device).manual_seed(data.step_generator(seed, step, stream).initial_seed())
+def device_generator(
+    seed: int, step: int, stream: str, device: torch.device, share: Share = ALONE
+) -> torch.Generator:
+    """The random numbers of one step on `device`: the same for a run and its resumption, for one process and many."""
+    return Draws(device, data.step_generator(seed, step, stream).initial_seed(), share)
 
 
 def check_mode(teacher: Teacher, kind: DatasetKind, size: tuple[int, int]) -> None:
@@ -95,8 +97,9 @@ def synthesized_part(batch_size: int, share: float) -> int:
 
 
 def encoded(
-    teacher: Teacher, batches: Iterator[data.Batch], *, seed: int, device: torch.device, precision: Precision
-) -> Iterator[FeatureBatch]:
+    teacher: Teacher, batches: Iterator[data.Batch], *, seed: int, device: torch.device, precision: Precision,
+    share: Share = ALONE,
+) -> Iterator[FeatureBatch]:  # fmt: skip
     """Real images, already flipped, and the teacher's maps of what the student will see.
 
     Source: the paper's encoded feature dataset (sec. 3.1): q(x_t | x_0), one denoising pass, fresh noise.
@@ -108,7 +111,7 @@ def encoded(
             return
         images = batch.images.to(device, non_blocking=True)
         waited = time.perf_counter() - begin
-        generator = device_generator(seed, batch.step, "teacher", device)
+        generator = device_generator(seed, batch.step, "teacher", device, share)
         with autocast(device, precision):
             maps = teacher.encode(images, generator=generator)
         yield FeatureBatch(images, maps, waited, batch.step)
@@ -116,31 +119,31 @@ def encoded(
 
 def synthesized(
     teacher: Teacher, *, batch_size: int, first_step: int, last_step: int, seed: int,
-    device: torch.device, precision: Precision,
+    device: torch.device, precision: Precision, share: Share = ALONE,
 ) -> Iterator[FeatureBatch]:  # fmt: skip
     """New images from the teacher and their maps, made on the fly and never filtered.
 
     Source: the paper's synthesized feature dataset (sec. 3.1).
     """
     for step in range(first_step, last_step):
-        generator = device_generator(seed, step, "teacher", device)
+        generator = device_generator(seed, step, "teacher", device, share)
         with autocast(device, precision):
-            images, maps = teacher.sample(batch_size, generator=generator)
+            images, maps = teacher.sample(share.of(batch_size), generator=generator)
         yield FeatureBatch(images.float(), maps, 0.0, step)
 
 
 def mixture(
     teacher: Teacher, batches: Iterator[data.Batch], *, made: int, seed: int, device: torch.device,
-    precision: Precision,
+    precision: Precision, share: Share = ALONE,
 ) -> Iterator[FeatureBatch]:  # fmt: skip
     """Batches of real images and, behind them, `made` of the teacher's own, with the maps of all.
 
     Source: ours; the paper reports either kind alone. A teacher that can both encode and sample serves it.
     """
-    for real in encoded(teacher, batches, seed=seed, device=device, precision=precision):
-        generator = device_generator(seed, real.step, "samples", device)
+    for real in encoded(teacher, batches, seed=seed, device=device, precision=precision, share=share):
+        generator = device_generator(seed, real.step, "samples", device, share)
         with autocast(device, precision):
-            images, maps = teacher.sample(made, generator=generator)
+            images, maps = teacher.sample(share.of(made), generator=generator)
         both = [torch.cat([a, b.to(a.dtype)]) for a, b in zip(real.maps, maps, strict=True)]
         yield FeatureBatch(torch.cat([real.images, images.float()]), both, real.waited, real.step)
 
@@ -180,6 +183,7 @@ def _read_ahead(
 def stored(
     store: FeatureStore, images: data.ImageSet, *, batch_size: int, first_step: int, last_step: int, seed: int,
     device: torch.device, workers: int = 0, teacher: Teacher | None = None, precision: Precision = "auto",
+    share: Share = ALONE,
 ) -> Iterator[FeatureBatch]:  # fmt: skip
     """Images and what a store holds of them; step k is the same batch wherever the iteration began.
 
@@ -194,14 +198,14 @@ def stored(
     """
     batches = data.batches(
         images, batch_size=batch_size, seed=seed, first_step=first_step, last_step=last_step, flip=False,
-        workers=workers,
+        workers=workers, share=share,
     )  # fmt: skip
     for ready, waited in _read_ahead(store, images, batches, batch_size=batch_size, seed=seed):
         kept = unpack(store.plan, ready.rows.to(device, non_blocking=True))
         seen = ready.images.to(device, non_blocking=True)
         if store.plan.what == "latents":
             assert teacher is not None
-            generator = device_generator(seed, ready.step, "teacher", device)
+            generator = device_generator(seed, ready.step, "teacher", device, share)
             with autocast(device, precision):
                 maps = teacher.encode_latents(kept.maps[0], generator=generator)
             yield FeatureBatch(seen, maps, waited, ready.step)

@@ -6,6 +6,8 @@ in float64 whatever comes in. Parity with scikit-learn and with plain loops: `te
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch import Tensor
 _KNN_ROWS = 1024
 
 
-def r2(pred: Tensor, target: Tensor) -> float:
+def r2(pred: Tensor, target: Tensor, average: Callable[[Tensor], Tensor] = torch.clone) -> float:
     """Coefficient of determination over all elements, relative to the target's per-channel mean.
 
     1 - sum (target - pred)^2 / sum (target - mean_c)^2, where mean_c is the mean of channel c over the batch
@@ -24,18 +26,20 @@ def r2(pred: Tensor, target: Tensor) -> float:
     Args:
         pred: N x C or N x C x H x W.
         target: of the same shape.
+        average: mean over processes that have as many rows each.
     """
     _same_shape(pred, target)
     pred, target = pred.detach().double(), target.detach().double()
     axes = [axis for axis in range(target.ndim) if axis != 1]
-    residual = float((target - pred).square().sum())
-    total = float((target - target.mean(axes, keepdim=True)).square().sum())
+    residual = float(average((target - pred).square().sum()))
+    mean = average(target.mean(axes, keepdim=True))
+    total = float(average((target - mean).square().sum()))
     if total == 0.0:
         return float(residual == 0.0)
     return 1.0 - residual / total
 
 
-def cosine(pred: Tensor, target: Tensor) -> float:
+def cosine(pred: Tensor, target: Tensor, average: Callable[[Tensor], Tensor] = torch.clone) -> float:
     """Mean over images and positions of the cosine between the two channel vectors; in [-1, 1].
 
     The vectors are not centred, and a zero vector on either side counts as cosine 0.
@@ -43,10 +47,13 @@ def cosine(pred: Tensor, target: Tensor) -> float:
     Args:
         pred: N x C or N x C x H x W.
         target: of the same shape.
+        average: mean over processes that have as many rows each.
     """
     _same_shape(pred, target)
     return float(
-        F.cosine_similarity(pred.detach().double(), target.detach().double(), dim=1, eps=1e-30).mean()
+        average(
+            F.cosine_similarity(pred.detach().double(), target.detach().double(), dim=1, eps=1e-30).mean()
+        )
     )
 
 

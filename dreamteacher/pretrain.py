@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 
 from dreamteacher import __version__, checkpoint, data, feature_dataset
 from dreamteacher.config import describe, to_json
-from dreamteacher.distributed import pick_device, resolve_precision
+from dreamteacher.distributed import Share, check_batch, launched, pick_device, resolve_precision
+from dreamteacher.distributed_group import Told, agree, from_first, gathered, join, together
+from dreamteacher.distributed_sharding import shard
 from dreamteacher.errors import UserError
 from dreamteacher.estimate import disk_bytes, dry_run, millions
 from dreamteacher.feature_dataset import FeatureBatch
@@ -28,16 +31,20 @@ from dreamteacher.training import PretrainConfig, Training, steps_of
 __all__ = ["PretrainConfig", "Training", "pretrain", "steps_of"]
 
 
+@together
 def pretrain(config: PretrainConfig) -> Path | None:
     """Runs or resumes one pretraining; returns its folder (None for a dry run).
+
+    With torchrun all processes call it, each works on its share of every batch, and the first one writes.
 
     Raises:
         UserError: for everything that can be known before the first step, before a folder is made.
         SystemExit: 128 + n after SIGINT or SIGTERM, once the state is saved.
     """
     # --- what is asked for, checked ----------------------------------------------------------------------
+    share = join(config.device)
     device = pick_device(config.device)
-    _check_numbers(config)
+    _check_numbers(config, share)
     read = _interpreter_spec(config)  # of one that is trained already
     store = FeatureStore(config.features) if config.features else None
     asked = _asked(config, read, store)
@@ -65,6 +72,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
         | ({"features": to_json(store.plan)} if store else {})
     )
     RunDir.check(config.out, resolved, needed_bytes=0 if config.dry_run else disk)
+    agree(json.dumps(resolved), "setting, image or teacher")
 
     # --- what is trained ---------------------------------------------------------------------------------
     steps = steps_of(config, epoch)
@@ -82,7 +90,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
         "levels": [f"{s.name}:{s.channels}" for s in regressor.teacher_specs], "batch": config.batch_size,
         "steps": steps, "epochs": config.epochs, "lr": config.lr, "optimizer": config.optimizer,
         "parameters": f"{millions(student)} + regressor {millions(regressor)} + teacher {millions(teacher)}",
-        "device": device, "precision": str(resolve_precision(device, config.precision)).removeprefix("torch."),
+        "device": device, "processes": share.ranks, "precision": str(resolve_precision(device, config.precision)).removeprefix("torch."),
         "mode": config.mode, "labelled": job.spec.labelled if job else read.labelled if read else "-",
         "out": config.out,
     }), flush=True)  # fmt: skip
@@ -94,7 +102,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
     for path, reason in bad[:3]:
         print(f"  skipped {path}: {reason}")
     if config.dry_run:
-        part = config.batch_size // config.accumulate
+        part = share.of(config.batch_size // config.accumulate)
         print(dry_run(
             teacher, student, regressor, size=size, batch=config.batch_size, part=part, steps=steps,
             disk=disk, precision=config.precision, stored=kept,
@@ -102,21 +110,27 @@ def pretrain(config: PretrainConfig) -> Path | None:
         return None
 
     # --- begin or resume ---------------------------------------------------------------------------------
-    writer = _tensorboard(config.out) if config.tensorboard else None
-    with contextlib.closing(RunDir(config.out)) as run, Signals() as signals:
+    writer = _tensorboard(config.out) if config.tensorboard and share.first else None
+    with contextlib.closing(RunDir(config.out, share)) as run, Signals() as signals:
         resume = run.open(resolved)
         interpreter = _interpreter(config, job, run.path)
         classes = resolved.get("labels", {}).get("classes", ())
-        training = Training(config, student, regressor, steps, interpreter, classes)
+        training = Training(config, student, regressor, steps, interpreter, classes, share)
         first = training.restore(resume, run) if resume else 0
         _list_skipped(run.path, images)
+        if share.ranks > 1 and config.sharding in ("teacher", "both") and not kept:
+            look = _stream(config, teacher, images, store, 0, config.accumulate, device, share)
+            shard(teacher, device, lambda: next(look), whole=False)
         progress = Progress(training.steps, first, config.batch_size, "pretrain")
-        stream = _stream(config, teacher, images, store, first * config.accumulate, training.steps, device)
+        stream = _stream(
+            config, teacher, images, store, first * config.accumulate, training.steps, device, share
+        )
+        told = Told()
 
         # --- the loop ------------------------------------------------------------------------------------
         for step in range(first + 1, training.steps + 1):
             batch = training.step(step - 1, stream, progress)
-            last = step == training.steps
+            last, stop = step == training.steps, told(signals.number)
             if step % config.log_every == 0 or last:
                 row = training.log(step, batch)
                 progress.update(step, f"loss {row['loss']:.4f}")
@@ -127,15 +141,17 @@ def pretrain(config: PretrainConfig) -> Path | None:
                 if writer:
                     for key, value in row.items():
                         writer.add_scalar(key, value, step)
-            if step % config.save_every == 0 or last or signals.number:
+            if step % config.save_every == 0 or last or stop:
                 training.save(step, run.path)
-            if signals.number and not last:
+            if stop and not last:
+                told.close()
                 progress.close()
                 print(f"Stopped at step {step}: saved in '{run.path}'. The same command resumes.", flush=True)
-                raise SystemExit(128 + signals.number)
+                raise SystemExit(128 + stop)
 
         # --- what the user takes away --------------------------------------------------------------------
         progress.close()
+        told.close()
         if writer:
             writer.close()
         _list_skipped(run.path, images)  # again: a stream finds more of them on the way
@@ -249,15 +265,17 @@ def _interpreter(config: PretrainConfig, job: InterpreterJob | None, folder: Pat
     if job is None:
         return load_interpreter(config.interpreter)[0].to(device) if config.interpreter else None
     if not (folder / "interpreter" / "interpreter.json").is_file():
-        job.run()  # a signal saves it and ends the process
+        from_first(lambda: str(job.run()))  # a signal saves it and ends the process
     return load_interpreter(folder / "interpreter")[0].to(device)
 
 
 def _list_skipped(folder: Path, images: data.ImageSet | None) -> None:
-    if images is not None and images.bad:
+    found = "" if images is None else "".join(f"{b.path}: {b.reason}\n" for b in images.bad)
+    lines = dict.fromkeys(line for part in gathered(found) for line in part.splitlines(keepends=True))
+    if lines and launched().first:
         path = folder / "skipped.txt"
-        checkpoint.write_text(path, "".join(f"{b.path}: {b.reason}\n" for b in images.bad))
-        print(f"{len(images.bad)} images could not be read and were left out: {path}", flush=True)
+        checkpoint.write_text(path, "".join(lines))
+        print(f"{len(lines)} images could not be read and were left out: {path}", flush=True)
 
 
 def _stream(
@@ -268,43 +286,56 @@ def _stream(
     first: int,
     steps: int,
     device: torch.device,
+    share: Share,
 ) -> Iterator[FeatureBatch]:
     part, last = config.batch_size // config.accumulate, steps * config.accumulate
     if config.dataset == "synthesized":
         return feature_dataset.synthesized(
             teacher, batch_size=part, first_step=first, last_step=last, seed=config.seed, device=device,
-            precision=config.precision,
+            precision=config.precision, share=share,
         )  # fmt: skip
     assert images is not None  # checked at the start
     if store is not None:
         return feature_dataset.stored(
             store, images, batch_size=part, first_step=first, last_step=last, seed=config.seed, device=device,
-            workers=config.workers, teacher=teacher, precision=config.precision,
+            workers=config.workers, teacher=teacher, precision=config.precision, share=share,
         )  # fmt: skip
     made = feature_dataset.synthesized_part(part, config.share) if config.dataset == "mixture" else 0
     batches = data.batches(
         images, batch_size=part - made, seed=config.seed, first_step=first, last_step=last, flip=config.flip,
-        workers=config.workers,
+        workers=config.workers, share=share,
     )  # fmt: skip
     if config.dataset == "mixture":
         return feature_dataset.mixture(
-            teacher, batches, made=made, seed=config.seed, device=device, precision=config.precision
-        )
+            teacher, batches, made=made, seed=config.seed, device=device, precision=config.precision,
+            share=share,
+        )  # fmt: skip
     return feature_dataset.encoded(
-        teacher, batches, seed=config.seed, device=device, precision=config.precision
+        teacher, batches, seed=config.seed, device=device, precision=config.precision, share=share
     )
 
 
-def _check_numbers(config: PretrainConfig) -> None:
+def _check_numbers(config: PretrainConfig, share: Share) -> None:
     if config.accumulate < 1 or config.batch_size % config.accumulate:
         raise UserError(
             f"--accumulate {config.accumulate} does not divide --batch-size {config.batch_size}.",
             "Choose a divisor.",
         )
-    if config.batch_size // config.accumulate < 2:
-        raise UserError("BatchNorm needs at least 2 images in a part of a batch.", "Lower --accumulate.")
+    part = config.batch_size // config.accumulate
+    check_batch(f"--batch-size {config.batch_size} --accumulate {config.accumulate}: a part", part, share)
+    if (share.of(part) if config.batch_norm == "local" else part) < 2:
+        raise UserError(
+            "BatchNorm needs at least 2 images in a part of a batch.",
+            "Lower --accumulate" + (", or use --batch-norm global." if part >= 2 else "."),
+        )
     if config.dataset == "mixture":
-        feature_dataset.synthesized_part(config.batch_size // config.accumulate, config.share)
+        made = feature_dataset.synthesized_part(part, config.share)
+        check_batch(f"--share {config.share:g} of {part} images: the teacher's part", made, share)
+    if config.optimizer == "lamb" and config.sharding in ("student", "both"):
+        raise UserError(
+            f"--optimizer lamb needs whole weights, and --sharding {config.sharding} cuts them.",
+            "Use --optimizer adamw, or --sharding teacher or none.",
+        )
     for name in ("lr", "epochs", "log_every", "save_every", "keep", "tau"):
         if getattr(config, name) <= 0:
             raise UserError(

@@ -18,17 +18,25 @@ from tqdm import tqdm
 
 from dreamteacher import checkpoint
 from dreamteacher.config import changed_keys
+from dreamteacher.distributed import ALONE, Share, launched
+from dreamteacher.distributed_group import from_first
 from dreamteacher.errors import UserError, shorten
 
 # Settings that may differ between a run and its resumption: they do not change any number.
-FREE_TO_CHANGE = ("out", "workers", "dry_run", "strict", "device", "save_every", "keep", "cache_gb")
+FREE_TO_CHANGE = (
+    "out", "workers", "dry_run", "strict", "device", "save_every", "keep", "cache_gb", "sharding",
+)  # fmt: skip
 
 
 class RunDir:
-    """One folder that holds everything of a run. Open it only after every check has passed."""
+    """One folder that holds everything of a run. Open it only after every check has passed.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        share: of a run of several processes; the first one locks and writes, the others only read.
+    """
+
+    def __init__(self, path: Path, share: Share = ALONE) -> None:
+        self.path, self.share = path, share
         self._lock: Any = None
 
     @staticmethod
@@ -88,6 +96,12 @@ class RunDir:
 
     def open(self, resolved: Mapping[str, Any]) -> Path | None:
         """Makes and locks the folder, writes a new run's config.json; returns the checkpoint to resume."""
+        if self.share.ranks > 1:
+            found = from_first(lambda: str(self._open(resolved) or ""))
+            return Path(found) if found else None
+        return self._open(resolved)
+
+    def _open(self, resolved: Mapping[str, Any]) -> Path | None:
         self.path.mkdir(parents=True, exist_ok=True)
         lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until `close` or the end of the process
         try:
@@ -128,11 +142,15 @@ class RunDir:
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Adds one line to a .jsonl file of the run."""
+        if not self.share.first:
+            return
         with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def rewind(self, name: str, step: int) -> None:
         """Drops what a killed run had logged after the checkpoint of `step`."""
+        if not self.share.first:
+            return
         path = self.path / name
         kept = [row for row in read_rows(path) if row["step"] <= step]
         checkpoint.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -163,7 +181,8 @@ class Signals:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.number = number
-        signal.signal(number, self._old[number])  # a second one acts at once
+        if launched().ranks == 1:  # torchrun passes on what the process got as well
+            signal.signal(number, self._old[number])  # a second one acts at once
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
@@ -181,7 +200,8 @@ class Progress:
         self.first, self.step, self.total, self.title = first, first, total, title
         self.start = self.last = time.perf_counter()
         self.waited = 0.0
-        self.bar = tqdm(total=total, initial=first, desc=title, unit="step", disable=not sys.stderr.isatty())
+        shown = sys.stderr.isatty() and launched().first
+        self.bar = tqdm(total=total, initial=first, desc=title, unit="step", disable=not shown)
 
     def wait(self, seconds: float) -> None:
         self.waited += seconds

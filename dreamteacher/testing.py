@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from dreamteacher.distributed import ALONE, Draws, Share
 from dreamteacher.errors import UserError
 from dreamteacher.students import Student
 from dreamteacher.teachers.base import Teacher
@@ -16,8 +17,12 @@ def check_teacher(teacher: Teacher, *, batch: int = 2) -> None:
     """Proves that a teacher keeps its contract, on random images of its own size.
 
     Frozen and in evaluation mode whatever is asked; maps have the declared shapes, fine to coarse, are finite
-    and carry no gradient; the generator decides every random number and the global state is left alone; an
-    undeclared mode raises a UserError.
+    and carry no gradient; the generator decides every random number and the global state is left alone; half
+    of a batch, drawn as one of two processes draws it, has the maps it has in the whole; an undeclared mode raises a
+    UserError.
+
+    Args:
+        batch: images; an even number.
 
     Raises:
         AssertionError: saying which part of the contract is broken.
@@ -37,12 +42,13 @@ def check_teacher(teacher: Teacher, *, batch: int = 2) -> None:
     height, width = teacher.size
     images = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
 
-    def maps(mode: str, seed: int) -> list[torch.Tensor]:
-        generator = torch.Generator(device).manual_seed(seed)
+    def maps(mode: str, seed: int, share: Share = ALONE) -> list[torch.Tensor]:
+        generator = Draws(device, seed, share)
+        some = images[share.rows]
         if mode == "encode":
-            return teacher.encode(images, generator=generator)
-        made, found = teacher.sample(batch, generator=generator)
-        assert made.shape == images.shape, f"samples must be {tuple(images.shape)}, not {tuple(made.shape)}"
+            return teacher.encode(some, generator=generator)
+        made, found = teacher.sample(len(some), generator=generator)
+        assert made.shape == some.shape, f"samples must be {tuple(some.shape)}, not {tuple(made.shape)}"
         assert 0 <= float(made.min()) <= float(made.max()) <= 1, "samples must lie in [0, 1]"
         return [made, *found]
 
@@ -57,6 +63,11 @@ def check_teacher(teacher: Teacher, *, batch: int = 2) -> None:
         first, again = maps(mode, 1), maps(mode, 1)
         assert torch.equal(state, torch.get_rng_state()), f"{mode} must not draw from the global generator"
         assert all(map(torch.equal, first, again)), f"{mode} must be decided by its generator"
+        half = Share(1, 2)
+        for all_, mine in zip(first, maps(mode, 1, half), strict=True):
+            assert torch.allclose(all_[half.rows], mine, rtol=1e-2, atol=1e-3 * float(all_.abs().max())), (
+                f"{mode}: half of a batch must draw its rows: use randn, rand, randint of dreamteacher.distributed"
+            )
         for spec, m in zip(teacher.specs, first[-len(teacher.specs) :], strict=True):
             expected = spec.shape(batch, teacher.size)
             assert m.shape == expected, f"{mode}, {spec.name}: {tuple(m.shape)} instead of {expected}"

@@ -13,7 +13,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dreamteacher import checkpoint, data, metrics, optim
-from dreamteacher.distributed import Precision, autocast
+from dreamteacher.distributed import ALONE, Precision, Share, autocast
+from dreamteacher.distributed_group import averaged
+from dreamteacher.distributed_norm import BatchNorm, make_global
+from dreamteacher.distributed_sharding import (
+    Sharding,
+    gradients_stay,
+    part_of,
+    parts_of,
+    replicate,
+    shard,
+    whole,
+)
 from dreamteacher.errors import UserError
 from dreamteacher.feature_dataset import DatasetKind, FeatureBatch, batch_loss
 from dreamteacher.interpreter import Interpreter
@@ -99,6 +110,10 @@ class PretrainConfig:
     """Images per optimizer step."""
     accumulate: int = 1
     """Parts that a batch is split into to save memory; BatchNorm sees one part at a time."""
+    batch_norm: BatchNorm = "global"
+    """Of several processes (torchrun): global: over the images of all, as in one process; local: each over its own."""
+    sharding: Sharding = "none"
+    """Of several processes: whose weights each keeps a part of (FSDP), where they do not fit on one device."""
     epochs: float = 100.0
     """Passes over the images (synthesized: over as many samples)."""
     warmup_epochs: float = 20.0
@@ -147,6 +162,35 @@ def label_head(config: PretrainConfig, student: Student, interpreter: Interprete
         return LabelHead(len(student.specs), config.width, interpreter.classes, pooled=interpreter.pooled)
 
 
+class Trained(nn.Module):
+    """Student, regressor and label head as one network, so that it can be spread over processes."""
+
+    def __init__(
+        self, student: Student, regressor: FeatureRegressor, head: LabelHead | None, *, project: bool
+    ) -> None:
+        super().__init__()
+        self.student, self.regressor, self.project = student, regressor, project
+        self.head = head
+
+    def forward(
+        self, images: Tensor, sizes: Sequence[tuple[int, int]] | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Images -> the regressor's maps (of these sizes; none without `project`) and the head's logits."""
+        fused = self.regressor.fused(self.student(images))
+        maps = self.regressor.project(fused, sizes) if self.project else []
+        return maps, None if self.head is None else self.head(fused).float()
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """The student's last map averaged over positions, N x C."""
+        return self.student(images)[-1].mean(dim=(2, 3))
+
+
+def _look(network: nn.Module) -> Tensor:
+    """A scalar that depends on all that is trained, from one small image."""
+    maps, logits = network(torch.zeros(1, 3, 64, 128, device=next(network.parameters()).device))
+    return sum((m.sum() for m in maps), torch.zeros(())) + (0 if logits is None else logits.sum())
+
+
 class Training:
     """The student, its regressor, optimizer and average: one optimizer step, one log line, one checkpoint.
 
@@ -162,21 +206,29 @@ class Training:
         steps: int,
         interpreter: Interpreter | None = None,
         classes: Sequence[str] = (),
+        share: Share = ALONE,
     ) -> None:
+        self.share = share
         self.config, self.student, self.regressor, self.steps = config, student, regressor, steps
         self.device = next(student.parameters()).device
-        parts: dict[str, nn.Module] = {"student": student, "regressor": regressor}
         self.interpreter, self.head, self.classes = interpreter, None, list(classes)
         if interpreter is not None:
             self.head = label_head(config, student, interpreter).to(self.device)
-            parts["head"] = self.head
         if config.mode == "label":
             regressor.projections.requires_grad_(False)  # nothing is asked of them
-        self.trained = nn.ModuleDict(parts)
+        self.trained = Trained(student, regressor, self.head, project=config.mode != "label")
+        if share.ranks > 1 and config.batch_norm == "global":
+            make_global(self.trained, self.device)
         self.trained.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        sharded = share.ranks > 1 and config.sharding in ("student", "both")
+        if sharded:
+            shard(self.trained, self.device, lambda: _look(self.trained), whole=True, also=("pooled",))
         groups = optim.parameter_groups([self.trained], config.weight_decay)
         self.optimizer = optim.build_optimizer(config.optimizer, groups, config.lr, config.betas)
         self.ema = optim.Ema(self.trained, config.ema) if config.ema else None
+        self.network: nn.Module = self.trained
+        if share.ranks > 1 and not sharded:
+            self.network = replicate(self.trained, self.device, _look)
         self.warmup = round(steps * config.warmup_epochs / config.epochs)
         self.levels = [spec.name for spec in regressor.teacher_specs]
         # Sums since the last log line, on the device: total, gradient norm, count, label loss, its entropy,
@@ -190,15 +242,16 @@ class Training:
         c = self.config
         self.trained.train()
         self.optimizer.zero_grad(set_to_none=True)
-        for _ in range(c.accumulate):
+        for part in range(c.accumulate):
             batch = next(stream)
             progress.wait(batch.waited)
-            loss, parts, maps = self._loss(batch)
-            (loss / c.accumulate).backward()
+            with gradients_stay(self.network, part + 1 < c.accumulate):
+                loss, parts, maps = self._loss(batch)
+                (loss / c.accumulate).backward()
             self.sums[0] += loss.detach() / c.accumulate
             self.sums[3:] += parts / c.accumulate
         norm = nn.utils.clip_grad_norm_(self.trained.parameters(), c.clip or float("inf"))
-        self.sums[1] += norm
+        self.sums[1] += whole(norm)
         self.sums[2] += 1
         self.lr = optim.lr_at(index, total=self.steps, warmup=self.warmup, peak=c.lr)
         optim.set_lr(self.optimizer, self.lr)
@@ -214,23 +267,18 @@ class Training:
         Source: eq. 3 (feature), eq. 5 (label), eq. 6 (mixed): L_mix = L_feat + 1.0 L_ld.
         """
         c = self.config
-        maps: list[Tensor] = []
         parts = torch.zeros_like(self.sums[3:])
         total = parts.new_zeros(())
         with autocast(self.device, c.precision):
-            fused = self.regressor.fused(self.student(batch.images))
-            if c.mode != "label":
-                sizes = [(m.shape[-2], m.shape[-1]) for m in batch.maps]
-                maps = self.regressor.project(fused, sizes)
-            if self.head is not None and self.interpreter is not None:
+            maps, logits = self.network(batch.images, [(m.shape[-2], m.shape[-1]) for m in batch.maps])
+            if self.interpreter is not None:
                 with torch.no_grad():
                     soft = self.interpreter(batch.maps).float()
-                logits = self.head(fused).float()
         if maps:
             found = batch_loss(maps, batch, axes=c.whiten, at_weight=c.at_weight, at_reduction=c.at_reduction)
             total = found.total
             parts[2:] = torch.cat([found.mse, found.at]).detach()
-        if self.head is not None:
+        if logits is not None:
             if soft.ndim == 4:
                 logits = resize(logits, (soft.shape[-2], soft.shape[-1]))
             distilled = label_distillation(logits, soft, tau=c.tau)
@@ -244,7 +292,7 @@ class Training:
         Raises:
             UserError: when the loss is not finite; the last checkpoint is from before.
         """
-        total, norm, count, label, entropy, *parts = self.sums.tolist()
+        total, norm, count, label, entropy, *parts = averaged(self.sums).tolist()
         if not all(map(_finite, (total, norm))):
             raise UserError(
                 f"The loss or its gradient is not finite between steps {step - int(count)} and {step}.",
@@ -261,8 +309,8 @@ class Training:
             row[f"mse/{name}"], row[f"at/{name}"] = parts[i] / count, parts[n + i] / count
             row[f"loss/{name}"] = row[f"mse/{name}"] + self.config.at_weight * row[f"at/{name}"]
             target = last[0].target(i, self.config.whiten)
-            row[f"r2/{name}"] = metrics.r2(last[1][i], target)
-            row[f"cosine/{name}"] = metrics.cosine(last[1][i], target)
+            row[f"r2/{name}"] = metrics.r2(last[1][i], target, averaged)
+            row[f"cosine/{name}"] = metrics.cosine(last[1][i], target, averaged)
         return row
 
     @torch.no_grad()
@@ -274,7 +322,7 @@ class Training:
         for part in order.split(128):
             with autocast(self.device, self.config.precision):
                 features.append(
-                    self.student.pooled(images.get(part).to(self.device).float() / 255).float().cpu()
+                    self.trained.pooled(images.get(part).to(self.device).float() / 255).float().cpu()
                 )
         x = torch.cat(features)
         row = {"rankme": metrics.rankme(x)}
@@ -290,13 +338,16 @@ class Training:
 
     def save(self, step: int, folder: Path) -> None:
         """Writes everything that the rest of the run depends on, atomically."""
-        if not bool(torch.isfinite(self.sums).all()):
+        if not bool(torch.isfinite(averaged(self.sums)).all()):
             return  # never replace a good checkpoint: `log` stops the run at its next line
         tensors, scalars = checkpoint.pack_optimizer(self.optimizer)
         tensors |= {f"trained/{k}": v for k, v in self.trained.state_dict().items()}
         tensors["sums"] = self.sums
         if self.ema:
             tensors |= {f"ema/{k}": v for k, v in self.ema.tensors.items()}
+        tensors = {k: whole(v) for k, v in tensors.items()}
+        if not self.share.first:
+            return
         meta = {"kind": "pretrain", "step": step, "optimizer": scalars}
         meta["ema_updates"] = self.ema.updates if self.ema else 0
         checkpoint.save(checkpoint.checkpoint_path(folder, step), tensors, meta)
@@ -307,13 +358,16 @@ class Training:
         tensors, meta = checkpoint.load(path)
         if meta.get("kind") != "pretrain":
             raise UserError(f"'{path}' is a checkpoint of '{meta.get('kind')}'.", "Choose another --out.")
-        checkpoint.load_exactly(self.trained, _under("trained/", tensors), path)
+        mine = parts_of(_under("trained/", tensors), self.trained.state_dict())
+        checkpoint.load_exactly(self.trained, mine, path)
         if tensors["sums"].shape != self.sums.shape:
             raise UserError(f"'{path}' was written by another version.", "Start anew: choose another --out.")
         self.sums.copy_(tensors["sums"])
         if self.ema:
             for key, value in _under("ema/", tensors).items():
-                self.ema.tensors[key].copy_(value)  # in place: the memory layout stays
+                self.ema.tensors[key].copy_(
+                    part_of(value, self.ema.tensors[key])
+                )  # in place: the memory layout stays
             self.ema.updates = meta["ema_updates"]
         checkpoint.unpack_optimizer(self.optimizer, tensors, meta["optimizer"])
         for name in ("metrics.jsonl", "timing.jsonl"):
@@ -323,7 +377,9 @@ class Training:
 
     def write_weights(self, folder: Path, teacher: Teacher) -> None:
         """backbone.safetensors (native timm names), regressor.safetensors (its neck), and head.safetensors."""
-        state = self.state()
+        state = {k: whole(v) for k, v in self.state().items()}
+        if not self.share.first:
+            return
         about = {"format": "dreamteacher-backbone", "student": self.student.name, "teacher": teacher.name}
         files = {"backbone": "student.model.", "regressor": "regressor."}
         if self.head is not None:

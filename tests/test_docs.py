@@ -13,6 +13,7 @@ import io
 import re
 import shlex
 import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
 from dreamteacher import cli, demo
 from dreamteacher.downstream.finetune import FinetuneConfig
@@ -113,6 +115,16 @@ def run_line(words: list[str]) -> None:
             folder == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
         ):
             pass
+        case ["torchrun", *rest] if "dreamteacher" in rest:
+            asked = get_args_parser().parse_args(rest)  # what torchrun itself takes
+            verb, *arguments = asked.training_script_args
+            if not asked.module or verb not in cli.TOGETHER:
+                raise Broken(f"'{verb}' runs in one process")
+            run_command([verb, *arguments])
+        case ["sbatch", file, *arguments]:
+            if subprocess.run(["bash", "-n", str(ROOT / file)]).returncode:
+                raise Broken("bash does not understand it")
+            run_command(["pretrain", *arguments])
         case ["python", "-m", module, *_]:
             if importlib.util.find_spec(module) is None:
                 raise Broken("no such module")
@@ -281,7 +293,7 @@ def wrong_names(text: str) -> list[str]:
     for verb in cli.VERBS.values():
         known |= set(cli._flags(getattr(importlib.import_module(verb.module), verb.config)))
     for c in code:
-        if not re.match(r"(pip|python|git|pytest|[A-Z_]+=)", c):
+        if not re.match(r"(pip|python|git|pytest|torchrun|[A-Z_]+=)", c):
             wrong += [flag for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*", c) if flag not in known]
         if re.fullmatch(r"[\w/]+\.py", c):
             places = (ROOT, ROOT / "dreamteacher", ROOT / "tests")

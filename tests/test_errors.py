@@ -169,6 +169,7 @@ SECTIONS: dict[str, list[Case]] = {
             "A timestep that the teacher does not have", pretrain(t="5000"), "Timestep 5000 is out of range"
         ),
         case("A batch that cannot be split so", pretrain(accumulate="3"), "does not divide"),
+        case("LAMB on parts of weights", pretrain(optimizer="lamb", sharding="both"), "needs whole weights"),
         case("Pretraining without images", pretrain(images=""), "--images FOLDER"),
         case("Evaluation without data", classify(train="", test=""), "nothing to evaluate on"),
     ],

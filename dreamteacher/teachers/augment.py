@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dreamteacher.distributed import share_of
+
 SHIFT = 0.125  # largest translation, as a share of the side
 SCALE, CONTRAST = 0.2, 0.5  # standard deviations of log2
 BRIGHTNESS = 0.2  # standard deviation, of images in [-1, 1]
@@ -24,7 +26,7 @@ def augment(images: Tensor, p: Tensor, generator: torch.Generator) -> Tensor:
     brightness, contrast. Differentiable (once) in the images; what is left alone stays the same bit for bit.
 
     Args:
-        p: scalar tensor in [0, 1] on the images' device; generator: on the CPU.
+        p: scalar tensor in [0, 1] on the images' device; generator: on the CPU; of `Draws`, its rows.
 
     Source: Karras et al. 2020 (arXiv 2006.06676), appendix B: its pixel blitting, isotropic scaling and
     rotation, brightness and contrast, with its strengths.
@@ -34,13 +36,14 @@ def augment(images: Tensor, p: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _augment(x: Tensor, p: Tensor, generator: torch.Generator) -> Tensor:
-    n, device = len(x), x.device
+    n, device, share = len(x), x.device, share_of(generator)
 
     def uniform(count: int) -> Tensor:
-        return torch.rand(count, n, generator=generator).to(device)
+        return torch.rand(count, n * share.ranks, generator=generator)[:, share.rows].to(device)
 
     gates = uniform(7) < torch.stack([p, p, p, p, 1 - (1 - p).clamp_min(0).sqrt(), p, p])[:, None]
-    draws, normal = uniform(5), torch.randn(3, n, generator=generator).to(device)
+    draws = uniform(5)
+    normal = torch.randn(3, n * share.ranks, generator=generator)[:, share.rows].to(device)
     x = _blit(x, gates[0] & (draws[0] < 0.5), gates[1], draws[1], gates[2], draws[2:4])
     log_scale = torch.where(gates[3], normal[0] * SCALE, 0)
     angle = torch.where(gates[4], (draws[4] * 2 - 1) * math.pi, 0)

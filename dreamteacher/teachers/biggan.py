@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dreamteacher import checkpoint
 from dreamteacher.config import from_json
+from dreamteacher.distributed import rand, randint, randn
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
 from dreamteacher.teachers.base import STRIDES, Teacher
@@ -287,11 +288,11 @@ class BigGanTeacher(Teacher):
         z = self._latents(n, generator)
         labels = features = None
         if self.bank is not None:
-            picked = torch.randint(len(self.bank), (n,), generator=generator, device=z.device)
+            picked = randint(len(self.bank), (n,), generator, device=z.device)
             features = self.bank[picked]
             labels = self.bank_labels[picked] if self.bank_labels is not None else None
         elif self.spec.classes:
-            labels = torch.randint(self.spec.classes, (n,), generator=generator, device=z.device)
+            labels = randint(self.spec.classes, (n,), generator, device=z.device)
         image, maps = self.network(z, labels, features, self._wanted)
         return (image + 1) / 2, maps[::-1]
 
@@ -299,9 +300,9 @@ class BigGanTeacher(Teacher):
         """z, float32 n x dim_z."""
         shape, device = (n, self.spec.dim_z), self.network.linear.weight.device
         if self.psi == 1:
-            return torch.randn(shape, generator=generator, device=device)
+            return randn(shape, generator, device=device)
         # The inverse of the normal's distribution function between -2 and 2: no value is drawn twice.
-        uniform = torch.rand(shape, generator=generator, device=device) * 2 - 1
+        uniform = rand(shape, generator, device=device) * 2 - 1
         return self.psi * math.sqrt(2) * torch.erfinv(uniform * math.erf(math.sqrt(2)))
 
 

@@ -21,6 +21,7 @@ from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, ResnetUpsampleB
 from torch import Tensor, nn
 
 from dreamteacher import checkpoint
+from dreamteacher.distributed import randint, randn
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
 from dreamteacher.teachers.base import STRIDES, Noise, Teacher
@@ -96,7 +97,7 @@ def draw_noise(x0: Tensor, kind: Noise, generator: torch.Generator) -> Tensor:
     if kind == "fixed":
         fixed = torch.randn((1, *x0.shape[1:]), generator=torch.Generator().manual_seed(0))
         return fixed.to(x0).expand_as(x0)
-    return torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+    return randn(x0.shape, generator, device=x0.device, dtype=x0.dtype)
 
 
 def noised(x0: Tensor, alpha_bar: Tensor, noise: Tensor) -> Tensor:
@@ -296,7 +297,7 @@ class DiffusionTeacher(Teacher):
         self.check_size(height, width)
         p = self.spec.patch
         shape = (n, self.spec.image_channels * p * p, height // p, width // p)
-        x = torch.randn(shape, generator=generator, device=self.alpha_bar.device)
+        x = randn(shape, generator, device=self.alpha_bar.device)
         x = x.contiguous(memory_format=torch.channels_last)
         labels = self._draw_labels(n, generator)
         times = torch.linspace(self.spec.steps - 1, 0, self.sampling_steps).round().long().tolist()
@@ -311,7 +312,7 @@ class DiffusionTeacher(Teacher):
             return None
         null = self.spec.null_class
         real = self.spec.classes - (null is not None)
-        labels = torch.randint(real, (n,), generator=generator, device=self.alpha_bar.device)
+        labels = randint(real, (n,), generator, device=self.alpha_bar.device)
         return labels if null is None else labels + (labels >= null)
 
     @torch.no_grad()

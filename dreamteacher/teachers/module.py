@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+from dreamteacher.distributed import share_of
 from dreamteacher.errors import UserError, did_you_mean, shorten
 from dreamteacher.features import FeatureSpec
 from dreamteacher.teachers.base import STRIDES, Teacher
@@ -107,14 +108,14 @@ class ModuleTeacher(Teacher):
         if "encode" not in self.modes or self._encode is None:
             raise self._cannot("encode")
         self.check_size(*images.shape[-2:])
-        _, maps = self._read(self.pruned, self._encode(images, generator))
+        _, maps = self._read(self.pruned, _input(self._encode, images, generator))
         return self._checked(maps, len(images), (images.shape[-2], images.shape[-1]))
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator) -> tuple[Tensor, list[Tensor]]:
         if "sample" not in self.modes or self._sample is None:
             raise self._cannot("sample")
-        output, maps = self._read(self.whole, self._sample(n, generator))
+        output, maps = self._read(self.whole, _input(self._sample, n, generator))
         images = output if self._to_images is None else self._to_images(output)
         return images, self._checked(maps, n, self.size)
 
@@ -233,6 +234,18 @@ class _Named(nn.Module):
 
     def forward(self, x: Any) -> Any:
         return self.output(self.module(x))
+
+
+def _input(make: Callable[[Any, torch.Generator], Tensor], first: Any, generator: torch.Generator) -> Tensor:
+    """What `sample` or `encode` of the user makes of n or of images; of `Draws`: of the whole batch, and its rows.
+
+    The user's functions draw with torch's own functions, which know nothing of rows.
+    """
+    share = share_of(generator)
+    if share.ranks == 1:
+        return make(first, generator)
+    whole = first * share.ranks if isinstance(first, int) else first.repeat_interleave(share.ranks, 0)
+    return make(whole, generator)[share.rows]
 
 
 def _traced(module: nn.Module, places: Mapping[int, str], name: str, *, whole: bool) -> fx.GraphModule:

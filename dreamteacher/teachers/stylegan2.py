@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamteacher import checkpoint
+from dreamteacher.distributed import randint, randn
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.features import FeatureSpec
 from dreamteacher.teachers.base import STRIDES, Teacher
@@ -256,9 +257,7 @@ class SynthesisNetwork(nn.Module):
             return [c[None, None] for c in stored]
         if generator is None:
             raise ValueError("random noise needs a generator")
-        return [
-            torch.randn((n, 1, *c.shape), generator=generator, device=c.device, dtype=c.dtype) for c in stored
-        ]
+        return [randn((n, 1, *c.shape), generator, device=c.device, dtype=c.dtype) for c in stored]
 
     def forward(
         self, ws: Tensor, *, noise: NoiseMode, generator: torch.Generator | None = None
@@ -411,13 +410,13 @@ class StyleGan2Teacher(Teacher):
     def draw(self, n: int, *, generator: torch.Generator) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """z, one-hot classes and instance features of n images (None where the generator has none)."""
         spec, device = self.spec, self.generator.mapping.w_avg.device
-        z = torch.randn((n, spec.z_dim), generator=generator, device=device)
+        z = randn((n, spec.z_dim), generator, device=device)
         c = h = None
         if spec.c_dim:
-            labels = torch.randint(spec.c_dim, (n,), generator=generator, device=device)
+            labels = randint(spec.c_dim, (n,), generator, device=device)
             c = F.one_hot(labels, spec.c_dim).to(z.dtype)
         if self.bank is not None:
-            h = self.bank[torch.randint(len(self.bank), (n,), generator=generator, device=device)]
+            h = self.bank[randint(len(self.bank), (n,), generator, device=device)]
         return z, c, h
 
 

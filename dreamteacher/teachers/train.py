@@ -18,7 +18,8 @@ from torchvision.utils import make_grid
 
 from dreamteacher import __version__, checkpoint, data
 from dreamteacher.config import describe, to_json
-from dreamteacher.distributed import Precision, pick_device, resolve_precision
+from dreamteacher.distributed import Precision, check_batch, pick_device, resolve_precision
+from dreamteacher.distributed_group import Told, agree, averaged, join, together
 from dreamteacher.errors import UserError
 from dreamteacher.rundir import Progress, RunDir, Signals
 from dreamteacher.teachers import save_teacher, train_diffusion, train_stylegan2
@@ -86,19 +87,27 @@ class TrainTeacherConfig:
     """Only print what would be done."""
 
 
+@together
 def train_teacher(config: TrainTeacherConfig) -> Path | None:
     """Trains a teacher and returns its folder (None for a dry run); the same call resumes.
+
+    With torchrun all processes call it, each works on its share of every batch, and the first one writes.
 
     Raises:
         UserError: before anything is written, for what can be known then; SystemExit(128 + n) on a signal.
     """
     preset = PRESETS[config.preset]
     _check_family(config, preset)
+    share = join(config.device)
     size = config.size or preset.size
     plan = Plan(
         seed=config.seed, steps=config.steps or preset.steps, batch_size=config.batch_size or preset.batch_size,
         lr=config.lr or preset.lr, device=pick_device(config.device), precision=config.precision,
+        share=share,
     )  # fmt: skip
+    if isinstance(preset, StyleGan2Preset):  # its discriminator compares images in fours
+        check_batch("A fourth of a step", plan.batch_size // 4, share)
+    check_batch("A step", plan.batch_size, share)
     unit = preset.unit
     if size[0] % unit or size[1] % unit:
         raise UserError(
@@ -117,19 +126,22 @@ def train_teacher(config: TrainTeacherConfig) -> Path | None:
     spec, parameters, make = _family(config, preset, plan, size, 1 if grey else 3)
     resolved = {"verb": "train-teacher", "version": __version__, "config": to_json(config)}
     RunDir.check(config.out, resolved, needed_bytes=0 if config.dry_run else parameters * 32)
+    agree(json.dumps([resolved, len(images)]), "setting or images")
     name = config.name or config.out.name
     print(describe(f"train-teacher '{name}'", {
         "images": len(images), "skipped": len(images.bad), "size": size, "channels": "grey" if grey else "rgb",
         "parameters": f"{parameters / 1e6:.1f} M", "steps": plan.steps, "batch": plan.batch_size, "lr": plan.lr,
         "epochs": f"{plan.steps * plan.batch_size / len(images):.0f}", "device": plan.device,
-        "precision": str(resolve_precision(plan.device, config.precision)).removeprefix("torch."),
+        "processes": share.ranks, "precision": str(resolve_precision(plan.device, config.precision)).removeprefix("torch."),
         "disk": f"{parameters * 32 / 1e6:.0f} MB", "out": config.out,
     }), flush=True)  # fmt: skip
     if config.dry_run:
         return None
-    with contextlib.closing(RunDir(config.out)) as run:
+    with contextlib.closing(RunDir(config.out, share)) as run:
         trainee = make()
         _Loop(config, plan, trainee, images, run, resolved).run_all()
+    if not share.first:
+        return config.out
     card = {
         "name": name, "licence": config.licence, "trained_on": config.images.name, "images": len(images),
         "steps": plan.steps, "batch_size": plan.batch_size, "seed": config.seed, "parameters": parameters,
@@ -208,10 +220,11 @@ class _Loop:
         config, steps, batch = self.config, self.plan.steps, self.plan.batch_size
         stream = data.batches(
             self.images, batch_size=batch, seed=config.seed, first_step=self.first, last_step=steps,
-            flip=config.flip, workers=config.workers,
+            flip=config.flip, workers=config.workers, share=self.plan.share,
         )  # fmt: skip
         progress = Progress(steps, self.first, batch, "train-teacher")
-        said = ""
+        said, told = "", Told()
+        each = self.plan.device.type == "cpu" and self.plan.share.ranks == 1  # there reading costs nothing
         with Signals() as signals:
             step = self.first
             while step < steps:
@@ -220,10 +233,11 @@ class _Loop:
                 progress.wait(time.perf_counter() - begin)
                 self.unread.append((step, self.trainee.step(step, images)))
                 step += 1
+                stop = told(signals.number)
                 log = step % LOG_EVERY == 0 or step == steps
                 look = step % config.sample_every == 0 or step == steps
-                save = step % config.save_every == 0 or step == steps or bool(signals.number)
-                if log or look or save or self.plan.device.type == "cpu":
+                save = step % config.save_every == 0 or step == steps or bool(stop)
+                if log or look or save or each:
                     said = self._read()
                 progress.update(step, said)
                 if log:
@@ -235,10 +249,12 @@ class _Loop:
                     self._look(step)
                 if save:
                     self._save(step)
-                if signals.number and step < steps:
+                if stop and step < steps:
                     progress.close()
+                    told.close()
                     print(f"Stopped at step {step}: saved. The same command resumes.", flush=True)
-                    raise SystemExit(128 + signals.number)
+                    raise SystemExit(128 + stop)
+        told.close()
         progress.close()
 
     def _read(self) -> str:
@@ -248,7 +264,9 @@ class _Loop:
             UserError: when one is not finite. A checkpoint is never written past such a step.
         """
         names = [(step, name) for step, seen in self.unread for name in seen]
-        values = torch.stack([v.float() for _, seen in self.unread for v in seen.values()]).tolist()
+        if not names:
+            return ""
+        values = averaged(torch.stack([v.float() for _, seen in self.unread for v in seen.values()])).tolist()
         self.unread.clear()
         newest: dict[str, float] = {}
         for (step, name), value in zip(names, values, strict=True):
@@ -268,10 +286,14 @@ class _Loop:
         real = (self.images.get(pick).float() / 255).to(self.plan.device)
         row, sheet = self.trainee.validate(real, generator)
         self.run.append("metrics.jsonl", {"step": step, "images_seen": step * self.plan.batch_size, **row})
+        if not self.plan.share.first:
+            return
         picture = to_pil_image(make_grid(sheet.cpu(), nrow=8, padding=2, pad_value=1.0))
         checkpoint.atomic_write(self.run.path / "samples.png", lambda p: picture.save(p, format="PNG"))
 
     def _save(self, step: int) -> None:
+        if not self.plan.share.first:
+            return
         tensors, scalars = self.trainee.state()
         meta = {"kind": "train-teacher", "step": step, **scalars, "losses": self.losses}
         checkpoint.save(checkpoint.checkpoint_path(self.run.path, step), tensors, meta)

@@ -13,7 +13,8 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
 from dreamteacher import checkpoint, data, optim
-from dreamteacher.distributed import autocast
+from dreamteacher.distributed import Draws, autocast, randint, randn
+from dreamteacher.distributed_sharding import replicate
 from dreamteacher.errors import UserError
 from dreamteacher.teachers.diffusion import DiffusionSpec, DiffusionTeacher, build_unet, q_sample
 from dreamteacher.teachers.trainee import Plan, Preset, Trainee
@@ -163,18 +164,27 @@ class DiffusionTrainee(Trainee):
         self.ema = optim.Ema(self.unet, preset.ema)
         groups = optim.parameter_groups([self.unet], weight_decay=0.0)
         self.optimizer = optim.build_optimizer("adamw", groups, plan.lr, (0.9, 0.99))
+        self.network: torch.nn.Module = self.unet
+        if plan.share.ranks > 1:
+            self.network = replicate(self.unet, plan.device, self._look)
         # It brings images in and samples out; its weights are the averaged ones, put there before each look.
         self.eyes = DiffusionTeacher(build(spec, plan.seed), spec, name="in training", licence="-")
         self.eyes.to(plan.device)
 
+    def _look(self, network: torch.nn.Module) -> Tensor:
+        """A scalar that depends on all weights, from one small input."""
+        levels = len(self.spec.unet["block_out_channels"])
+        x = torch.zeros(1, self.spec.unet["in_channels"], 2**levels, 2**levels, device=self.plan.device)
+        return network(x, torch.zeros(1, dtype=torch.long, device=self.plan.device)).sample.sum()
+
     def step(self, step: int, images: Tensor) -> dict[str, Tensor]:
         plan = self.plan
-        generator = data.step_generator(plan.seed, step, "diffusion")
+        generator = Draws("cpu", data.step_generator(plan.seed, step, "diffusion").initial_seed(), plan.share)
         x0 = self.eyes.to_network(images)
-        t = torch.randint(self.spec.steps, (len(x0),), generator=generator).to(plan.device)
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        t = randint(self.spec.steps, (len(x0),), generator).to(plan.device)
+        noise = randn(x0.shape, generator).to(x0)
         with autocast(plan.device, plan.precision):
-            loss = epsilon_loss(self.unet, x0, t, noise, self.eyes.alpha_bar).mean()
+            loss = epsilon_loss(self.network, x0, t, noise, self.eyes.alpha_bar).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamteacher import checkpoint, data
-from dreamteacher.distributed import autocast
+from dreamteacher.distributed import Draws, autocast, randn
+from dreamteacher.distributed_group import average_gradients, averaged, collected
 from dreamteacher.teachers.augment import Adaptation, augment
 from dreamteacher.teachers.discriminator import Discriminator
 from dreamteacher.teachers.stylegan2 import Generator, StyleGan2Spec
@@ -176,24 +177,27 @@ class StyleGan2Trainee(Trainee):
         x = images.mean(1, keepdim=True) if self.spec.image_channels == 1 else images
         return (x * 2 - 1).contiguous(memory_format=torch.channels_last)
 
+    def _draws(self, step: int, stream: str) -> Draws:
+        """Random numbers of a step for this process's rows."""
+        return Draws("cpu", data.step_generator(self.plan.seed, step, stream).initial_seed(), self.plan.share)
+
     def _make(self, step: int, stream: str) -> Tensor:
         """A batch of images by the generator in training, which depends on seed, step and stream alone."""
         plan = self.plan
-        source = data.step_generator(plan.seed, step, f"latents/{stream}")
-        z = torch.randn(plan.batch_size, self.spec.z_dim, generator=source).to(plan.device)
-        noise = torch.Generator(plan.device).manual_seed(source.initial_seed())
+        source = self._draws(step, f"latents/{stream}")
+        z = randn((plan.share.of(plan.batch_size), self.spec.z_dim), source).to(plan.device)
+        noise = Draws(plan.device, source.initial_seed(), plan.share)
         ws = self.g.mapping(z)
         if stream == "g":
-            self.g.mapping.w_avg.lerp_(
-                ws[:, 0].detach().mean(0).to(self.g.mapping.w_avg.dtype), 1 - W_AVERAGE
-            )
+            mean = averaged(ws[:, 0].detach().mean(0).to(self.g.mapping.w_avg.dtype))
+            self.g.mapping.w_avg.lerp_(mean, 1 - W_AVERAGE)
         return self.g.synthesis(ws, noise="random", generator=noise)[0]
 
     def _disturb(self, images: Tensor, step: int, stream: str) -> Tensor:
         """What the discriminator sees of images."""
         if self.ada is None:
             return images
-        source = data.step_generator(self.plan.seed, step, f"augment/{stream}")
+        source = self._draws(step, f"augment/{stream}")
         return augment(images, self.ada.p, source).contiguous(memory_format=torch.channels_last)
 
     def _step_generator(self, step: int) -> dict[str, Tensor]:
@@ -203,6 +207,7 @@ class StyleGan2Trainee(Trainee):
         loss = generator_loss(logits)
         self.g_optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(self.g.parameters())
         self.g_optimizer.step()
         self.d.requires_grad_(True)
         return {"loss/g": loss.detach()}
@@ -216,9 +221,10 @@ class StyleGan2Trainee(Trainee):
         loss = discriminator_loss(logits, fake_logits)
         self.d_optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(self.d.parameters())
         self.d_optimizer.step()
         if self.ada is not None:
-            self.ada.observe(step, logits.detach())
+            self.ada.observe(step, collected(logits.detach()))
         return {"loss/d": loss.detach(), "real_sign": logits.detach().sign().mean()}
 
     def _penalise(self, step: int, real: Tensor) -> Tensor:
@@ -226,6 +232,7 @@ class StyleGan2Trainee(Trainee):
         penalty = r1_penalty(self.d, self._disturb(real, step, "r1"))
         self.d_optimizer.zero_grad(set_to_none=True)
         (penalty * (self.gamma / 2 * R1_EVERY)).backward()
+        average_gradients(self.d.parameters())
         self.d_optimizer.step()
         return penalty.detach()
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamteacher.distributed import Precision
+from dreamteacher.distributed import ALONE, Precision, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,7 @@ class Plan:
 
     Args:
         seed: of weights and every draw; steps: in all; batch_size: images a step; lr: (peak) learning rate.
+        share: this process's part of every batch.
     """
 
     seed: int
@@ -51,6 +52,7 @@ class Plan:
     lr: float
     device: torch.device
     precision: Precision
+    share: Share = ALONE
 
 
 class Trainee(ABC):
@@ -61,7 +63,7 @@ class Trainee(ABC):
 
     @abstractmethod
     def step(self, step: int, images: Tensor) -> dict[str, Tensor]:
-        """One step (from 0) on images N x 3 x H x W, RGB in [0, 1], on the plan's device.
+        """One step (from 0) on this process's images, N x 3 x H x W, RGB in [0, 1], on the plan's device.
 
         Returns: what the log shows, as scalars on the device. Reading them would make the host wait for the
             device, so that is left to the loop, which does it now and then.

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from dreamteacher import checkpoint
 from dreamteacher.config import from_json
+from dreamteacher.distributed import randint, randn
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.features import FeatureSpec
 from dreamteacher.teachers.base import STRIDES, Teacher
@@ -248,9 +249,9 @@ class VaeTeacher(Teacher):
         config, device = self.vae.config, next(self.vae.parameters()).device
         if isinstance(self.vae, VQModel):
             book = self.vae.quantize.embedding.weight
-            indices = torch.randint(len(book), (n, height, width), generator=generator, device=device)
+            indices = randint(len(book), (n, height, width), generator, device=device)
             return book[indices].permute(0, 3, 1, 2)
-        z = torch.randn((n, config["latent_channels"], height, width), generator=generator, device=device)
+        z = randn((n, config["latent_channels"], height, width), generator, device=device)
         z = z / config["scaling_factor"]
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean and std:  # per channel, as in some variants of SDXL's

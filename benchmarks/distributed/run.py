@@ -1,0 +1,169 @@
+"""What do several processes lose to each other in a pretraining step?
+
+The processes of one start do the following in turn, again and again, each bound to a core of its own (one thread), on
+the same images and networks; in all of them a process has --batch-size images a step:
+  alone    - the first process works, the others sleep
+  apart    - all work at once, each on a run of its own, and exchange nothing: what the cores share anyway (memory)
+  together - all work on one run: gradients averaged, BatchNorm over the images of all
+  local    - together, but with --batch-norm local: gradients alone are exchanged
+The claim is the median over rounds of apart / together: the speed per process that is left by exchanging and waiting.
+
+    torchrun --nproc-per-node 2 benchmarks/distributed/run.py --out benchmarks/distributed/distributed.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torchvision.transforms.v2.functional import to_pil_image
+
+from dreamteacher import __version__, data, feature_dataset
+from dreamteacher.distributed import ALONE, Share, pick_device, resolve_precision
+from dreamteacher.distributed_group import from_first, gathered, join
+from dreamteacher.pretrain import PretrainConfig, Training
+from dreamteacher.regressor import FeatureRegressor
+from dreamteacher.rundir import Progress
+from dreamteacher.students import create_student
+from dreamteacher.teachers import load_teacher
+
+KINDS = ("alone", "apart", "together", "local")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--teacher", default="chest-xray-64")
+    parser.add_argument("--student", default="resnet18")
+    parser.add_argument("--batch-size", type=int, default=32, help="images of each process")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=2, help="steps of each kind in a round")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+
+    share = join(args.device)
+    bound = bind(share)
+    device = pick_device(args.device)
+    acts = {kind: stepper(kind, args, share, device) for kind in KINDS}
+    times: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
+    for round_ in range(args.rounds + 2):
+        for kind, act in acts.items():
+            if share.ranks > 1:
+                torch.distributed.barrier()  # all begin at once
+            begin = time.perf_counter()
+            if kind == "alone":
+                from_first(lambda act=act: work(act, args.steps, device))  # type: ignore[misc]
+            else:
+                work(act, args.steps, device)
+            seconds = (time.perf_counter() - begin) / args.steps
+            if round_ >= 2:  # the first two warm up
+                times[kind].append([float(t) for t in gathered(str(seconds))])
+    if share.first:
+        report(args, share, device, bound, times)
+
+
+def work(act: Callable[[], None], steps: int, device: torch.device) -> str:
+    """A few steps, to their end."""
+    for _ in range(steps):
+        act()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return ""
+
+
+def bind(share: Share) -> str:
+    """Gives this process a core of its own, where there are enough; says what was done."""
+    torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if len(cores) < share.ranks:
+        return f"{len(cores)} cores, not bound"
+    os.sched_setaffinity(0, {cores[share.rank]})
+    return f"{share.ranks} of {len(cores)} cores, one each"
+
+
+def stepper(kind: str, args: argparse.Namespace, share: Share, device: torch.device) -> Callable[[], None]:
+    """One pretraining step after the other, of this kind."""
+    who = share if kind in ("together", "local") else ALONE
+    config = PretrainConfig(
+        images=Path("-"), out=Path("-"), teacher=args.teacher, student=args.student, width=args.width,
+        batch_size=args.batch_size * who.ranks, batch_norm="local" if kind == "local" else "global",
+    )  # fmt: skip
+    teacher = load_teacher(args.teacher, device=device)
+    student = create_student(args.student).to(device)
+    regressor = FeatureRegressor(student.specs, teacher.specs, width=args.width).to(device)
+    training = Training(config, student, regressor, steps=10**6, share=who)
+    images = noise_images(teacher.size, 2 * config.batch_size)
+    batches = data.batches(
+        images, batch_size=config.batch_size, seed=0, first_step=0, last_step=10**6, flip=True, share=who
+    )
+    stream = feature_dataset.encoded(teacher, batches, seed=0, device=device, precision="auto", share=who)
+    progress = Progress(10**6, 0, config.batch_size, "benchmark")
+    index = iter(range(10**6))
+
+    def act() -> None:
+        training.step(next(index), stream, progress)
+
+    return act
+
+
+def report(
+    args: argparse.Namespace,
+    share: Share,
+    device: torch.device,
+    bound: str,
+    times: dict[str, list[list[float]]],
+) -> None:
+    """One row: medians over rounds of the mean over processes, and the ratios within a round."""
+    mean = {k: [r[0] if k == "alone" else statistics.mean(r) for r in v] for k, v in times.items()}
+    ratios = {
+        "apart_over_together": list(zip(mean["apart"], mean["together"], strict=True)),
+        "apart_over_local": list(zip(mean["apart"], mean["local"], strict=True)),
+        "alone_over_together": list(zip(mean["alone"], mean["together"], strict=True)),
+    }
+    row: dict[str, object] = {
+        "student": args.student, "teacher": args.teacher, "processes": share.ranks,
+        "images_per_process": args.batch_size, "width": args.width,
+    }  # fmt: skip
+    row |= {f"{k}_ms": f"{1e3 * statistics.median(v):.1f}" for k, v in mean.items()}
+    for name, pairs in ratios.items():
+        found = [a / b for a, b in pairs]
+        row[name] = f"{statistics.median(found):.4f}"
+        row[f"{name}_quartiles"] = " ".join(f"{q:.4f}" for q in statistics.quantiles(found, n=4)[::2])
+    row |= {
+        "rounds": args.rounds, "steps": args.steps, "device": str(device.type), "cores": bound,
+        "precision": str(resolve_precision(device, "auto")).removeprefix("torch."), "torch": torch.__version__,
+        "version": __version__, "machine": platform.machine(),
+        "command": f"torchrun --nproc-per-node {share.ranks} benchmarks/distributed/run.py "
+        + " ".join(sys.argv[1:]),
+    }  # fmt: skip
+    for key, value in row.items():
+        print(f"{key:30} {value}")
+    if args.out:
+        with open(args.out, "w", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            writer.writeheader()
+            writer.writerow(row)
+
+
+def noise_images(size: tuple[int, int], count: int) -> data.ImageSet:
+    """Real files of random pixels, decoded as a user's are."""
+    generator = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(count):
+            pixels = torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8)
+            to_pil_image(pixels).save(Path(folder) / f"{i}.png")
+        return data.load_images(Path(folder), size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""What each process of tests/test_distributed.py runs: several checks in one start, as importing torch takes long."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import operator
+import os
+import runpy
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dreamteacher import cli, data
+from dreamteacher.config import from_json
+from dreamteacher.distributed import ALONE, Share, launched
+from dreamteacher.distributed_group import from_first, join
+from dreamteacher.distributed_norm import make_global
+from dreamteacher.feature_dataset import FeatureBatch
+from dreamteacher.pretrain import PretrainConfig, Training, pretrain
+from dreamteacher.regressor import FeatureRegressor
+from dreamteacher.rundir import Progress
+from dreamteacher.students import create_student
+from dreamteacher.teachers import train
+from dreamteacher.teachers.diffusion import DiffusionTeacher
+from dreamteacher.teachers.train_diffusion import DiffusionPreset
+from dreamteacher.teachers.train_stylegan2 import StyleGan2Preset
+
+# Strides 2 to 32 as in cpu-64, in a network that takes milliseconds.
+TINY = DiffusionPreset(
+    channels=(8, 8, 8, 8, 8), layers=1, attention=(4,), head=8, patch=2, groups=4, resample=False,
+    dropout=0.0, size=(64, 64), batch_size=8, lr=1e-3, steps=3, ema=0.8, timestep=100,
+)  # fmt: skip
+TINY_GAN = StyleGan2Preset(
+    channels=(16, 16, 16), z_dim=8, w_dim=8, mapping_layers=2, size=(16, 16), batch_size=8, lr=1e-3,
+    gamma=0.3, half_life=100, ada_images=1000, steps=3,
+)  # fmt: skip
+
+
+def prepare(setitem: Callable[[Any, Any, Any], None]) -> None:
+    """Tiny presets and few sampling steps, in the test's own process as in the started ones."""
+    setitem(train.PRESETS, "cpu-64", TINY)
+    setitem(train.PRESETS, "stylegan2-cpu-64", TINY_GAN)
+    setitem(DiffusionTeacher.__init__.__kwdefaults__, "sampling_steps", 2)
+
+
+def check_batch_norm(share: Share) -> None:
+    """Output, gradients and running moments equal nn.BatchNorm2d's on the whole batch, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x = 3 + 2 * torch.randn(8, 5, 6, 4, generator=generator, dtype=torch.float64)
+    towards = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        norms = [nn.Sequential(nn.BatchNorm2d(5, momentum=m), nn.ReLU()).double() for m in (0.1, 0.1)]
+        for norm in norms:
+            nn.init.uniform_(norm[0].weight, generator=torch.Generator().manual_seed(1))
+        make_global(norms[1], torch.device("cpu"))
+        assert type(norms[1][0]) is not nn.BatchNorm2d
+        assert norms[0].state_dict().keys() == norms[1].state_dict().keys()
+        whole = x.clone(memory_format=layout).requires_grad_()
+        mine = x[share.rows].clone(memory_format=layout).requires_grad_()
+        expected, came = norms[0](whole), norms[1](mine)
+        (expected * towards).sum().backward()
+        (came * towards[share.rows]).sum().backward()
+        torch.testing.assert_close(came, expected[share.rows], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(mine.grad, whole.grad[share.rows], rtol=1e-12, atol=1e-12)
+        for a, b in zip(norms[0].buffers(), norms[1].buffers(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        for a, b in zip(norms[0].parameters(), norms[1].parameters(), strict=True):
+            torch.distributed.all_reduce(b.grad)
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-12)
+        assert torch.equal(norms[0].eval()(whole), norms[1].eval()(whole))
+    half = nn.Sequential(nn.BatchNorm2d(5))
+    make_global(half, torch.device("cpu"))
+    came = half(x[share.rows].bfloat16())
+    assert came.dtype == torch.bfloat16
+    expected = nn.BatchNorm2d(5)(x.bfloat16().float())[share.rows]
+    torch.testing.assert_close(came.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def check_gradients(share: Share, base: PretrainConfig) -> None:
+    """The gradients of two parts, one exchange, equal those of one process with the whole batch, in float64.
+
+    The student is an EfficientNet: norms with activations, and layers that nothing trains.
+    """
+    generator = torch.Generator().manual_seed(0)
+    config = dataclasses.replace(base, student="test_efficientnet", batch_size=16, accumulate=2, clip=0.0)
+    gradients = []
+    for who in (ALONE, share):
+        student = create_student(config.student).double()
+        student.mean, student.std = student.mean.double(), student.std.double()
+        regressor = FeatureRegressor(student.specs, student.specs, width=8).double()
+        torch.set_default_dtype(torch.float64)
+        training = Training(config, student, regressor, 4, share=who)
+        generator.manual_seed(0)
+        parts = []
+        for step in range(2):
+            images = torch.rand(8, 3, 64, 64, generator=generator)
+            maps = [torch.randn(s.shape(8, (64, 64)), generator=generator) for s in student.specs]
+            parts.append(FeatureBatch(images[who.rows], [m[who.rows] for m in maps], 0.0, step))
+        training.step(0, iter(parts), Progress(4, 0, 16, "test"))
+        named = dict(training.trained.named_parameters())
+        gradients.append({k: None if p.grad is None else p.grad.clone() for k, p in named.items()})
+        torch.set_default_dtype(torch.float32)
+    alone, together = gradients
+    assert alone.keys() == together.keys()
+    assert any(g is None for g in alone.values())
+    for key, gradient in alone.items():
+        other = together[key]
+        assert (gradient is None) == (other is None), key
+        if gradient is not None:
+            torch.testing.assert_close(
+                other, gradient, rtol=1e-9, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}"
+            )
+
+
+def main(job: dict) -> None:
+    """Everything that two processes show when nothing goes wrong; the last act is an error."""
+    torch.set_num_threads(1)
+    prepare(operator.setitem)
+    base = from_json(PretrainConfig, job["pretrain"])
+    share = join("cpu")
+    assert share == launched()
+    assert share.ranks == 2
+    check_batch_norm(share)
+    check_gradients(share, base)
+    root = base.out.parent
+    pretrain(dataclasses.replace(base, out=root / "two"))
+
+    def copies() -> str:
+        for name, source in (("two-resumed", root / "two"), ("one-to-two", root / "one")):
+            if not (root / name).exists():
+                shutil.copytree(source, root / name)
+                cut(root / name, job["at"])
+        shutil.copytree(root / "two", root / "two-to-one")
+        cut(root / "two-to-one", job["at"])
+        return ""
+
+    from_first(copies)
+    pretrain(dataclasses.replace(base, out=root / "two-resumed"))
+    pretrain(dataclasses.replace(base, out=root / "one-to-two"))
+    pretrain(dataclasses.replace(base, out=root / "sharded", sharding="both"))
+    from_first(lambda: shutil.copytree(root / "sharded", root / "sharded-resumed") and cut(
+        root / "sharded-resumed", job["at"]
+    ))  # fmt: skip
+    pretrain(dataclasses.replace(base, out=root / "sharded-resumed", sharding="student"))
+    for teacher in job["teachers"]:
+        config = from_json(train.TrainTeacherConfig, teacher)
+        train.train_teacher(dataclasses.replace(config, out=config.out.with_name(config.out.name + "-two")))
+    os.environ.pop("DREAMTEACHER_TRACEBACK", None)
+    assert cli.main(["demo", *job["demo"]]) == 0
+    assert cli.main(["make-features", *job["features"]]) == 0
+    sys.argv = ["run.py", *job["benchmark"]]
+    runpy.run_path(job["script"], run_name="__main__")
+    cli.main(["pretrain", "--images", str(base.images), "--out", str(root / "no"), "--batch-size", "7"])
+    raise AssertionError("the error should have ended this process")
+
+
+def cut(run: Path, step: int) -> str:
+    """Leaves of a finished run what one that was killed after the checkpoint of `step` would have left."""
+    for path in run.glob("checkpoint-*"):
+        if int(path.stem.split("-")[1]) > step:
+            path.unlink()
+    for name in ("backbone", "regressor"):
+        (run / f"{name}.safetensors").unlink()
+    return ""
+
+
+def stumble(job: dict) -> None:
+    """One process is killed, or errs, on its way: in the first start of `pretrain` only."""
+    torch.set_num_threads(1)
+    original, first = data.batches, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+    def batches(*args, **kwargs):
+        for batch in original(*args, **kwargs):
+            if first and launched().rank == 1 and batch.step == job["step"]:
+                if job["how"] == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                data.load_images(Path("nowhere"), (8, 8))
+            yield batch
+
+    data.batches = batches
+    sys.exit(cli.main(job["arguments"]))
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    stumble(given) if "how" in given else main(given)

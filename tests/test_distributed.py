@@ -1,0 +1,394 @@
+"""Several processes: the same draws, losses, gradients and weights as one; resumption; kills; errors told once.
+
+Processes are started by torchrun, three times in all, on gloo; `distributed_worker.py` is what they run.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import distributed_worker
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dreamteacher import checkpoint, cli, data, feature_dataset
+from dreamteacher.config import to_json
+from dreamteacher.distributed import ALONE, Draws, Share, check_batch, launched, rand, randint, randn
+from dreamteacher.errors import UserError
+from dreamteacher.feature_store import FeatureStore
+from dreamteacher.pretrain import PretrainConfig, pretrain
+from dreamteacher.rundir import read_rows
+from dreamteacher.teachers import load_teacher
+from dreamteacher.teachers.augment import augment
+from dreamteacher.teachers.module import ModuleTeacher
+from dreamteacher.teachers.train import PRESETS, TrainTeacherConfig, train_teacher
+
+ROOT = Path(__file__).parent.parent
+HALVES = (Share(0, 2), Share(1, 2))
+
+
+def together(halves: list[torch.Tensor]) -> torch.Tensor:
+    """The whole batch from the rows of each process."""
+    return torch.stack(halves, 1).flatten(0, 1)
+
+
+# --- draws and streams, without other processes ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draw", [randn, rand, lambda *a: randint(1000, *a)])
+def test_rows_of_a_draw_are_those_of_the_whole_batch(draw):
+    whole = [draw((6, 3), Draws("cpu", 5)), draw((6,), Draws("cpu", 6))]
+    for ranks in (2, 3):
+        for rank in range(ranks):
+            share = Share(rank, ranks)
+            assert torch.equal(draw((6 // ranks, 3), Draws("cpu", 5, share)), whole[0][share.rows])
+    generator = torch.Generator().manual_seed(5)
+    assert torch.equal(draw((6, 3), generator), whole[0])
+
+
+def streams(
+    kind: str, teacher: Any, images: data.ImageSet, share: Share
+) -> list[feature_dataset.FeatureBatch]:
+    common = {"seed": 3, "device": torch.device("cpu"), "precision": "float32", "share": share}
+    if kind == "synthesized":
+        made = feature_dataset.synthesized(teacher, batch_size=4, first_step=1, last_step=3, **common)
+        return list(made)
+    real = 2 if kind == "mixture" else 4
+    batches = data.batches(images, batch_size=real, seed=3, first_step=1, last_step=3, flip=True, share=share)
+    if kind == "mixture":
+        return list(feature_dataset.mixture(teacher, batches, made=2, **common))
+    return list(feature_dataset.encoded(teacher, batches, **common))
+
+
+@pytest.mark.parametrize("kind", ["encoded", "synthesized", "mixture", "streamed"])
+def test_processes_see_their_rows_of_the_one_process_batch(kind, image_folder, tiny_teacher, monkeypatch):
+    """The same images, mirrored alike, with the same noise."""
+    distributed_worker.prepare(monkeypatch.setitem)
+    teacher = load_teacher(str(tiny_teacher), timesteps=(100, 50))
+    images = data.load_images(image_folder, (64, 64), cache_gb=0 if kind == "streamed" else 1)
+    whole, first, second = (streams(kind, teacher, images, s) for s in (ALONE, *HALVES))
+    assert len(whole) == 2
+    for a, b, c in zip(whole, first, second, strict=True):
+        if kind == "mixture":  # each process has its real images first
+            b, c = ([t.chunk(2) for t in (x.images, *x.maps)] for x in (b, c))
+            mixed = [
+                torch.cat([together([x[0], y[0]]), together([x[1], y[1]])]) for x, y in zip(b, c, strict=True)
+            ]
+        else:
+            mixed = [together(list(x)) for x in zip((b.images, *b.maps), (c.images, *c.maps), strict=True)]
+        for i, (came, expected) in enumerate(zip(mixed, (a.images, *a.maps), strict=True)):
+            if i == 0 and kind in ("encoded", "streamed"):
+                assert torch.equal(came, expected)
+            torch.testing.assert_close(came, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_functions_of_the_user_that_draw_with_torch_see_the_whole_batch():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, stride=4, padding=1))
+    teacher = ModuleTeacher(
+        net, name="mine", size=(16, 16), levels={4: "0"}, to_images=lambda x: x.new_zeros(len(x), 3, 16, 16),
+        encode=lambda x, g: x + torch.randn(x.shape, generator=g),
+        sample=lambda n, g: torch.randn(n, 3, 16, 16, generator=g),
+    )  # fmt: skip
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    whole = teacher.encode(images, generator=Draws("cpu", 1))[0]
+    halves = [teacher.encode(images[s.rows], generator=Draws("cpu", 1, s))[0] for s in HALVES]
+    torch.testing.assert_close(together(halves), whole)
+    made = teacher.sample(4, generator=Draws("cpu", 2))[1][0]
+    torch.testing.assert_close(
+        together([teacher.sample(2, generator=Draws("cpu", 2, s))[1][0] for s in HALVES]), made
+    )
+
+
+def test_augmentation_disturbs_the_same_images_alike():
+    images, p = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(0.7)
+    whole = augment(images, p, Draws("cpu", 3))
+    halves = [augment(images[s.rows], p, Draws("cpu", 3, s)) for s in HALVES]
+    torch.testing.assert_close(together(halves), whole)
+    assert not torch.equal(whole, images)
+
+
+# --- what is refused ---------------------------------------------------------------------------------------
+
+
+def test_what_processes_cannot_share_is_refused(monkeypatch):
+    check_batch("a batch", 6, Share(0, 3))
+    with pytest.raises(UserError, match="3 processes cannot share"):
+        check_batch("a batch", 8, Share(0, 3))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert launched() == Share(1, 2)
+    with pytest.raises(UserError, match="runs in one process, and 2 were started"):
+        cli.run("evaluate", [])
+
+
+# --- several checks in one start ---------------------------------------------------------------------------
+
+
+def torchrun(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", *arguments,
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=500)
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DREAMTEACHER_TIMEOUT": "120", **more}
+
+
+def config_of(images: Path, teacher: Path, out: Path) -> PretrainConfig:
+    return PretrainConfig(
+        images=images, out=out, teacher=str(teacher), student="test_resnet", width=8, batch_size=8, epochs=4,
+        warmup_epochs=2, lr=1e-3, device="cpu", precision="float32", log_every=1, save_every=2, probe_every=4,
+        keep=100, accumulate=2, ema=0.9, clip=1.0,
+    )  # fmt: skip
+
+
+def losses(run: Path) -> list[dict[str, Any]]:
+    return [row for row in read_rows(run / "metrics.jsonl") if "loss" in row or "loss/g" in row]
+
+
+def assert_near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        torch.testing.assert_close(
+            value, b[key], rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Losses within 1e-6 in float32, weights and everything in the last checkpoint as near."""
+    rows, others = losses(one), losses(other)
+    assert len(rows) == len(others) > 0
+    for a, b in zip(rows, others, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            tight = key == "loss" or key.startswith(("loss/", "mse/", "at/"))
+            assert b[key] == pytest.approx(value, rel=1e-6 if tight else 1e-4, abs=1e-6), (key, a["step"])
+
+
+def whole_run(run: Path) -> dict[str, torch.Tensor]:
+    last = checkpoint.latest(run)
+    assert last is not None
+    return checkpoint.load(last)[0]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, tiny_teacher: Path):
+    """One process here, then two of torchrun: the same pretraining and trainings of teachers."""
+    root = tmp_path_factory.mktemp("many")
+    config = config_of(image_folder, tiny_teacher, root / "one")
+    pretrain(config)
+    teachers = []
+    for preset, more in (("cpu-64", {}), ("stylegan2-cpu-64", {"ada": 0.6})):
+        teacher = TrainTeacherConfig(
+            images=image_folder, out=root / preset, preset=preset, device="cpu", precision="float32", **more
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            distributed_worker.prepare(patch.setitem)
+            train_teacher(teacher)
+        teachers.append(to_json(teacher))
+    xrays = root / "xrays"
+    for part in ("train", "test"):
+        for name, new in (("bright", "NORMAL"), ("dark", "PNEUMONIA")):
+            shutil.copytree(image_folder / name, xrays / part / new)
+            for path in list((xrays / part / new).iterdir()):
+                shutil.copy(path, path.with_name(f"again-{path.name}"))
+    shutil.copytree(xrays / "test" / "NORMAL", xrays / "masks" / "test" / "NORMAL")
+    demo = ["--images", str(xrays), "--out", str(root / "demo"), "--teacher", str(tiny_teacher)]
+    demo += [
+        "--student",
+        "test_resnet",
+        "--epochs",
+        "1",
+        "--seeds",
+        "0",
+        "--labels",
+        "2",
+        "--mask-counts",
+        "4",
+    ]
+    benchmark = [
+        "--out",
+        str(root / "distributed.csv"),
+        "--teacher",
+        str(tiny_teacher),
+        "--student",
+        "test_resnet",
+    ]
+    benchmark += ["--batch-size", "4", "--width", "8", "--rounds", "2", "--steps", "1", "--device", "cpu"]
+    features = [
+        "--images",
+        str(image_folder),
+        "--teacher",
+        str(tiny_teacher),
+        "--out",
+        str(root / "features"),
+    ]
+    features += ["--keep", "random", "--channels", "4", "--shard-mb", "0.1", "--device", "cpu"]
+    job = {
+        "features": features, "pretrain": to_json(config), "teachers": teachers, "demo": demo, "at": 4, "benchmark": benchmark,
+        "script": str(ROOT / "benchmarks" / "distributed" / "run.py"),
+    }  # fmt: skip
+    done = torchrun(distributed_worker.__file__, json.dumps(job))
+    (root / "said.txt").write_text(done.stdout + done.stderr)
+    assert (root / "demo" / "report.html").exists(), done.stdout[-2000:] + done.stderr[-6000:]
+    return root, done
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(runs):
+    root, _ = runs
+    assert_same_run(root / "one", root / "two")
+    assert_near(whole_run(root / "one"), whole_run(root / "two"), 1e-6)
+    for name in ("backbone", "regressor"):
+        assert_near(*(load_file(root / r / f"{name}.safetensors") for r in ("one", "two")), 1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_bitwise(runs):
+    root, _ = runs
+    for key, value in whole_run(root / "two").items():
+        assert torch.equal(whole_run(root / "two-resumed")[key], value), key
+    assert (root / "two" / "metrics.jsonl").read_bytes() == (
+        root / "two-resumed" / "metrics.jsonl"
+    ).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(runs, image_folder, tiny_teacher):
+    root, _ = runs
+    pretrain(config_of(image_folder, tiny_teacher, root / "two-to-one"))
+    for name in ("two-to-one", "one-to-two"):
+        assert_same_run(root / "one", root / name)
+        assert_near(whole_run(root / "one"), whole_run(root / name), 1e-6)
+
+
+@pytest.mark.slow
+def test_sharded_weights_give_the_same_run_and_plain_files(runs):
+    root, _ = runs
+    for name in ("sharded", "sharded-resumed"):
+        assert_same_run(root / "one", root / name)
+        assert_near(whole_run(root / "one"), whole_run(root / name), 1e-6)
+        assert_near(*(load_file(root / r / "backbone.safetensors") for r in ("one", name)), 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["cpu-64", "stylegan2-cpu-64"])
+def test_two_processes_train_the_same_teacher(runs, preset):
+    root, _ = runs
+    assert preset in PRESETS
+    assert_same_run(root / preset, root / f"{preset}-two")
+    files = [load_file(root / name / "teacher.safetensors") for name in (preset, f"{preset}-two")]
+    assert_near(files[0], files[1], 1e-5)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(runs):
+    root, _ = runs
+    (row,) = csv.DictReader((root / "distributed.csv").read_text().splitlines())
+    assert row["processes"] == "2"
+    assert float(row["apart_over_together"]) > 0
+    assert all(float(row[f"{kind}_ms"]) > 0 for kind in ("alone", "apart", "together", "local"))
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_store(runs):
+    root, _ = runs
+    store = FeatureStore(root / "features")  # every checksum is compared
+    assert store.plan.images == 16
+    assert store.plan.shards > 1
+
+
+@pytest.mark.slow
+def test_an_error_is_told_once_and_ends_all_with_2(runs):
+    _, done = runs
+    said = done.stdout + done.stderr
+    assert said.count("error: ") - said.count("_error: ") >= 1
+    assert said.count("2 processes cannot share evenly") == 1
+    assert "exitcode  : 2" in said
+    assert "AssertionError" not in said
+    assert done.stdout.count("pretrain test_resnet") == 6  # printed by the first process alone
+
+
+# --- one of them stops -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_killed_process_stops_the_others_and_a_restart_goes_on(runs, image_folder, tiny_teacher, tmp_path):
+    root, _ = runs
+    config = config_of(image_folder, tiny_teacher, tmp_path / "run")
+    job = {"how": "kill", "step": 9, "arguments": ["pretrain", *flags(config)]}
+    done = torchrun("--max-restarts", "1", distributed_worker.__file__, json.dumps(job))
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert said.count("Another of the 2 processes has stopped") == 1, said
+    assert done.stdout.count("Resuming from step 4") == 1
+    for key, value in whole_run(root / "two").items():
+        assert torch.equal(whole_run(config.out)[key], value), key
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_stops_all(image_folder, tiny_teacher, tmp_path):
+    """Started without torchrun, so that their exit codes are seen."""
+    config = config_of(image_folder, tiny_teacher, tmp_path / "run")
+    job = {"how": "error", "step": 5, "arguments": ["pretrain", *flags(config)]}
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, distributed_worker.__file__, json.dumps(job)], stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **group),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [p.communicate(timeout=300) for p in processes]
+    assert [p.returncode for p in processes] == [2, 2], said
+    errors = said[0][1] + said[1][1]
+    assert errors.count("error: ") == 1
+    assert "nowhere" in errors
+    assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 2)
+
+
+def flags(config: PretrainConfig) -> list[str]:
+    """The settings of a config that are not the defaults, as on the command line."""
+    found = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name != "label" and value != field.default:
+            found += [f"--{field.name.replace('_', '-')}", str(value)]
+    return found
+
+
+@pytest.mark.slow
+def test_the_slurm_script_runs(image_folder, tiny_teacher, tmp_path):
+    """With stand-ins for SLURM's two programs, one machine and one process."""
+    for name, text in (("srun", 'exec "$@"'), ("scontrol", "echo 127.0.0.1"), ("torchrun", TORCHRUN)):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script, config = ROOT / "examples" / "slurm.sh", config_of(image_folder, tiny_teacher, tmp_path / "run")
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    slurm = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7"}
+    env = environment(PATH=f"{tmp_path}:{os.environ['PATH']}", PORT=free_port(), **slurm)
+    settings = flags(dataclasses.replace(config, epochs=1, warmup_epochs=0))
+    done = subprocess.run(["bash", script, *settings], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (config.out / "report.html").exists()
+
+
+TORCHRUN = f'exec "{sys.executable}" -m torch.distributed.run "$@"'
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
