@@ -6,32 +6,44 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import io
 import json
 import os
 import pickle
+import pickletools
+import shutil
+import struct
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from dreamteacher.config import parse_json
 from dreamteacher.distributed_sharding import part_of
 from dreamteacher.errors import UserError, shorten
 
 PATTERN = "checkpoint-*.safetensors"
+_MOST_VALUES = 100_000  # in a tuple of a pickle
 
 
 def atomic_write(path: Path, write: Any) -> None:
     """Calls write(temporary path), then fsyncs and renames it to `path`; on any failure nothing is left.
 
+    The temporary file lies in a hidden folder beside `path`, so that nothing that a library puts beside it
+    (safetensors has a temporary file of its own) outlives a kill unseen: `sweep` removes the folder.
+
     Raises:
         UserError: when the disk is full or the place cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    place = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = place / path.name
     try:
+        place.mkdir(exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -49,17 +61,36 @@ def atomic_write(path: Path, write: Any) -> None:
             "Free space or choose another --out, then run the same command: it resumes.",
         ) from error
     finally:
-        with contextlib.suppress(OSError):  # the place itself may be what is wrong: keep the first error
-            temporary.unlink(missing_ok=True)
+        shutil.rmtree(
+            place, ignore_errors=True
+        )  # the place itself may be what is wrong: keep the first error
+
+
+def sweep(folder: Path, *names: str) -> None:
+    """Removes what killed writers of these files, or of any in the folder, left half-written.
+
+    Only for who alone writes them: what another process is writing right now would be taken from it.
+    """
+    for name in names or ("*",):
+        for left in folder.glob(f".{name}.*.tmp"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a small UTF-8 file atomically; file names that are not UTF-8 keep their bytes."""
-    atomic_write(path, lambda temporary: temporary.write_text(text, "utf-8", "surrogateescape"))
+    """Writes a small UTF-8 file atomically; file names that are not UTF-8 keep their bytes.
+
+    Half characters, which JSON of others may hold and UTF-8 cannot, become question marks.
+    """
+    errors = "surrogateescape"
+    try:
+        text.encode("utf-8", errors)
+    except UnicodeEncodeError:
+        errors = "replace"
+    atomic_write(path, lambda temporary: temporary.write_text(text, "utf-8", errors))
 
 
 def save(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
-    """Writes tensors and JSON facts into one safetensors file, atomically.
+    """Writes tensors and JSON facts into one safetensors file, atomically; logs beside it reach the disk before.
 
     Args:
         tensors: name -> tensor, any memory format or device.
@@ -69,6 +100,9 @@ def save(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any
     plain = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     text = json.dumps(meta)
     facts = {"dreamteacher": text, "sha256": _digest(plain, text)}
+    for log in path.parent.glob("*.jsonl"):  # or, after a power cut, a run would resume without lines of them
+        with open(log, "rb") as file, contextlib.suppress(OSError):
+            os.fsync(file.fileno())
     atomic_write(path, lambda temporary: save_file(plain, temporary, facts))
 
 
@@ -90,44 +124,72 @@ def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         UserError: when the file is missing, truncated, altered, not safetensors, or not one of ours.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
-            if "dreamteacher" not in facts:
-                raise UserError(
-                    f"'{path}' is a safetensors file, but not one that dreamteacher wrote.",
-                    "Remove it from the run folder; where weights are wanted, give a file from `dreamteacher export`.",
-                )
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        if "sha256" in facts and facts["sha256"] != _digest(tensors, facts["dreamteacher"]):
-            raise ValueError("its content has changed since it was written")
-        return tensors, json.loads(facts["dreamteacher"])
-    except (OSError, SafetensorError, ValueError) as error:
+        return _read(path)
+    except _DAMAGE as error:
         raise UserError(
-            f"'{path}' cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}.",
+            f"'{path}' cannot be read: {_reason(error)}.",
             "The file is missing, truncated or of another kind: delete it to fall back on an earlier one.",
         ) from None
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest checkpoint of a run folder that can be opened, or None when there is none at all.
+_DAMAGE = (OSError, SafetensorError, ValueError)
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "").rstrip(".") or type(error).__name__
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """As `load`, with one of _DAMAGE for what is damaged, and a UserError for what is whole and not ours."""
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata() or {}
+        if "dreamteacher" not in facts:
+            raise UserError(
+                f"'{path}' is a safetensors file, but not one that dreamteacher wrote.",
+                "Remove it from the run folder; where weights are wanted, give a file from `dreamteacher export`.",
+            )
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    if "sha256" in facts and facts["sha256"] != _digest(tensors, facts["dreamteacher"]):
+        raise ValueError("its content has changed since it was written")
+    return tensors, parse_json(facts["dreamteacher"])
+
+
+def latest(folder: Path, *, whole: bool = False) -> Path | None:
+    """The newest checkpoint of a run folder that can be read, or None when there is none at all.
 
     A damaged newest file is passed over, so that an earlier one still serves.
+
+    Args:
+        whole: compare every byte with the checksum, not only open the file; and rename damaged files to
+            damaged-*, where `prune` does not count them as kept. Only for who alone writes to the folder.
 
     Raises:
         UserError: when checkpoints exist and none can be read.
     """
-    found = sorted(folder.glob(PATTERN), reverse=True)
-    for path in found:
+    damaged: list[tuple[Path, str]] = []
+    for path in sorted(folder.glob(PATTERN), reverse=True):
         try:
-            with safe_open(path, framework="pt") as file:
-                file.keys()
-            return path
-        except (OSError, SafetensorError):
+            if whole:
+                _read(path)
+            else:
+                with safe_open(path, framework="pt") as file:
+                    file.keys()
+        except _DAMAGE as error:
+            damaged.append((path, _reason(error)))
             continue
-    if found:
+        for bad, reason in damaged if whole else ():
+            aside = bad.with_name(f"damaged-{bad.name}")
+            bad.replace(aside)
+            print(
+                f"'{bad}' is damaged ({reason}): it is now '{aside.name}', and '{path.name}' serves.",
+                flush=True,
+            )
+        return path
+    if damaged:
         raise UserError(
-            f"None of the checkpoints in '{folder}' can be read: {shorten(p.name for p in found)}.",
-            "They are truncated or foreign. Remove them to start the run anew.",
+            f"None of the checkpoints in '{folder}' can be read: {shorten(p.name for p, _ in damaged)} "
+            f"({damaged[0][1]}).",
+            "They are truncated, altered or foreign. Remove them to start the run anew.",
         )
     return None
 
@@ -211,6 +273,60 @@ def load_exactly(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], p
     module.load_state_dict(dict(tensors))
 
 
+def _refuse_bombs(path: Path) -> None:
+    """Raises ValueError for a file of torch's whose reading could take time or memory without end.
+
+    `weights_only` runs no code, but it inflates what is compressed (torch compresses nothing), makes a bytearray of
+    any length that it is asked for (no state dict has one), and hashes a key of tuples of tuples, which 300 bytes
+    make as large as they like.
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # as torch decides it
+        file.seek(0)
+        if not zipped:
+            for _ in range(
+                4
+            ):  # magic number, version, system, and what was saved; the keys of storages follow
+                _weigh(file)
+            return
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if any(m.compress_type != zipfile.ZIP_STORED for m in members):
+                raise ValueError("it is compressed")
+            for member in members:
+                if member.filename.lower().endswith(".pkl"):  # torch's reader takes either case
+                    _weigh(io.BytesIO(archive.read(member)))
+
+
+def _weigh(stream: IO[bytes]) -> None:
+    """Walks through one pickle, building nothing, with the values on its stack as numbers: how large a tuple is.
+
+    Raises:
+        ValueError: for a tuple of more than _MOST_VALUES, counted with all that is in it, or a bytearray.
+    """
+    stack, marks, memo = [], [], {}
+    for code, argument, _ in pickletools.genops(stream):
+        if "bytearray" in str(argument).lower():
+            raise ValueError("it asks for a bytearray")
+        name, before = code.name, code.stack_before
+        if name == "MARK":
+            marks.append(len(stack))
+        elif "PUT" in name or name == "MEMOIZE":
+            memo[len(memo) if argument is None else argument] = stack[-1]
+        elif name.endswith("GET"):
+            stack.append(memo.get(argument, 1))
+        else:
+            count = len(before)
+            if pickletools.markobject in before:
+                count = len(stack) - marks.pop() + before.index(pickletools.markobject)
+            items = stack[len(stack) - count :]
+            del stack[len(stack) - count :]
+            weight = 1 + sum(items) if "TUPLE" in name else items[0] if name == "DUP" else 1
+            if weight > _MOST_VALUES:
+                raise ValueError("it holds tuples of tuples without end")
+            stack += [weight] * len(code.stack_after)
+
+
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """The named tensors of a foreign file: .safetensors, or torch's own format read without running anything.
 
@@ -228,10 +344,12 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         else:
             with warnings.catch_warnings():  # torch warns of pickles that it then refuses: our error says it
                 warnings.simplefilter("ignore")
+                _refuse_bombs(path)
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except (
-        pickle.UnpicklingError, SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError,
-        AttributeError, TypeError,
+        pickle.UnpicklingError, SafetensorError, OSError, RuntimeError, ValueError, LookupError,
+        AttributeError, TypeError, ArithmeticError, AssertionError, EOFError, MemoryError, struct.error,
+        zipfile.BadZipFile,
     ) as error:  # fmt: skip
         raise UserError(
             f"'{path}' cannot be read as plain weights (damaged, or a pickle that holds more than tensors).",

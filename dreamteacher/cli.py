@@ -66,6 +66,7 @@ VERBS = {
 }  # fmt: skip
 
 TOGETHER = ("pretrain", "train-teacher", "demo", "make-features")  # with torchrun
+_DISK = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EPERM)
 
 HELP = """usage: dreamteacher VERB [--setting value ...]
 
@@ -140,11 +141,20 @@ def _main(arguments: list[str]) -> int:
     except UserError as error:
         return _report(str(error), error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text = f"The disk is full: {error}.\nFree space, then run the same command: it resumes."
+        elif error.errno in _DISK:
+            text = f"A disk fails: {error}.\nMend it or use another, then run the same command: it resumes."
+        else:
             raise
-        return _report(
-            f"The disk is full: {error}.\nFree space, then run the same command: it resumes.", error
-        )
+        return _report(text, error)
+    except RuntimeError as error:
+        from dreamteacher.data import worker_died
+
+        died = worker_died(error)
+        if died is None:
+            raise
+        return _report(str(died), error)
     except KeyboardInterrupt:
         return 130
     return 0

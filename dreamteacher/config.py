@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Iterator
@@ -12,6 +13,34 @@ from typing import Any, TypeVar
 from dreamteacher.errors import UserError, did_you_mean
 
 T = TypeVar("T")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` for files of others: whatever is wrong with the text is a ValueError.
+
+    Example:
+        >>> parse_json("[" * 100_000)
+        Traceback (most recent call last):
+        ValueError: nested too deep
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def largest(value: Any) -> float:
+    """The largest number or length in plain values, as a measure of what settings of others ask for.
+
+    Example:
+        >>> largest({"widths": [8, 16], "name": "x"})
+        16
+    """
+    if isinstance(value, dict):
+        return max(len(value), *map(largest, value.values()), 0)
+    if isinstance(value, list | tuple):
+        return max(len(value), *map(largest, value), 0)
+    return abs(value) if isinstance(value, int | float) and value == value else 0
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -60,7 +89,7 @@ def from_json(cls: type[T], values: dict[str, Any]) -> T:
     for key, value in values.items():
         try:
             typed[key] = _typed(hints[key], value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UserError(
                 f"{cls.__name__}: '{key}' cannot be {str(value)[:40]!r}.", "Mend or restore the file."
             ) from None
@@ -74,6 +103,11 @@ def _typed(hint: Any, value: Any) -> Any:
             return None
         hint = next(a for a in args if a is not type(None))
         return _typed(hint, value)
+    if origin is typing.Literal and value not in args:
+        raise ValueError("not one of the words")
+    plain = hint if hint in (int, str, bool) else {tuple: (list, tuple), list: list, dict: dict}.get(origin)
+    if plain and (not isinstance(value, plain) or (hint is int and isinstance(value, bool))):
+        raise TypeError("of another kind")
     if origin is tuple:
         inner = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else list(args)
         return tuple(_typed(h, v) for h, v in zip(inner, value, strict=True))

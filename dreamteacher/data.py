@@ -285,6 +285,19 @@ def batches(
     return _batches(images, batch_size, seed, steps, flip, workers, share)
 
 
+def worker_died(error: RuntimeError) -> UserError | None:
+    """What torch says of a process of a loader that was killed, as an error of ours; none for other errors.
+
+    It may be raised wherever the main thread is, for torch notices by a signal.
+    """
+    if "DataLoader worker" not in str(error):
+        return None
+    return UserError(
+        "A process that decodes images has died (was it killed, or is the machine's memory full?).",
+        "Run the same command again: it resumes from the last checkpoint. Fewer --workers need less memory.",
+    )
+
+
 def _batches(
     images: ImageSet, batch_size: int, seed: int, steps: range, flip: bool, workers: int, share: Share
 ) -> Iterator[Batch]:
@@ -298,7 +311,10 @@ def _batches(
     decoded = iter(stream)
     for step in steps:
         if images.cache is None:
-            pixels, index = images._record(next(decoded))
+            try:
+                pixels, index = images._record(next(decoded))
+            except RuntimeError as error:
+                raise worker_died(error) or error from None
         else:
             index = batch_indices(len(images), batch_size=batch_size, seed=seed, step=step)[share.rows]
             pixels = images.get(index)

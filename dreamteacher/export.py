@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dreamteacher import __version__
+from dreamteacher.config import parse_json
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.export_formats import Format, Layout, check_format, layout
 from dreamteacher.export_hub import LICENCE_FILE, OTHER, check_hub, front_matter, licence_text
@@ -315,7 +316,7 @@ def _read_config(run: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        facts = json.loads(path.read_text())
+        facts = parse_json(path.read_text())
     except ValueError as error:
         raise UserError(
             f"'{path}' is not JSON ({error}).", "Restore it, or delete it: the card will say so."

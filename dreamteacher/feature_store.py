@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dreamteacher.config import from_json, to_json
+from dreamteacher.config import from_json, parse_json, to_json
 from dreamteacher.data import ImageSet, step_generator
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.feature_items import Plan, encode_group, layout, part, project, unpack
@@ -105,7 +105,7 @@ def read_manifest(folder: Path) -> tuple[Plan, str | None, list[tuple[str, int]]
             else "Give the --out folder of `dreamteacher make-features`.",
         )
     try:
-        facts = json.loads(path.read_text("utf-8"))
+        facts = parse_json(path.read_text("utf-8"))
         told = facts.pop("sha256")
         if facts["format"] != FORMAT or facts["version"] != VERSION:
             raise UserError(
@@ -114,11 +114,29 @@ def read_manifest(folder: Path) -> tuple[Plan, str | None, list[tuple[str, int]]
             )
         if told != _digest(facts):
             raise ValueError("its content has changed since it was written")
-        plan = from_json(Plan, facts["plan"])
-        return plan, facts["basis"], [(str(digest), int(size)) for digest, size in facts["shards"]]
+        plan, shards = from_json(Plan, facts["plan"]), [(str(d), int(size)) for d, size in facts["shards"]]
+        _check_possible(plan, facts["basis"], shards)
+        return plan, facts["basis"], shards
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"'{path}' cannot be read: {text}.", f"Restore it. {ANEW}") from None
+
+
+def _check_possible(plan: Plan, basis: str | None, shards: Sequence[tuple[str, int]]) -> None:
+    """Raises ValueError for a plan that no store can have: its numbers are used before a shard is opened."""
+    counts = [plan.images, plan.draws, plan.group, plan.shard_images, *plan.size]
+    counts += [n for v in plan.levels for n in (v.channels, v.stride, v.height, v.width, v.kept)]
+    names = {v.name for v in plan.levels}
+    if not names or len(names) != len(plan.levels) or min(counts) < 1 or plan.shard_images % plan.group:
+        raise ValueError("its plan holds impossible numbers")
+    if not -(2**63) <= plan.seed < 2**63 or (basis is None) == plan.projected:
+        raise ValueError("its plan does not fit its basis or seed")
+    if len(shards) != plan.shards:
+        raise ValueError(f"it lists {len(shards)} shards of {plan.shards}")
+    for i, (_, size) in enumerate(shards):
+        first, last = plan.shard_range(i)
+        if (last - first) * plan.draws * layout(plan)[1] > size:
+            raise ValueError(f"{shard_name(i)} is too small for its plan")
 
 
 def image_lines(images: ImageSet) -> str:
@@ -158,6 +176,9 @@ class FeatureStore:
         if basis is not None:
             self._check(folder / BASIS, basis)
             found = load_file(folder / BASIS)
+            wanted = {v.name: (v.kept, v.channels) for v in self.plan.levels}
+            if {k: v.shape for k, v in found.items()} != wanted:
+                raise self._damaged(folder / BASIS, "it is of other levels")
             self.bases = [found[v.name] for v in self.plan.levels]
         self._check_shards(hash_gb)
 

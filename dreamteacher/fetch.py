@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from dreamteacher.config import parse_json
 from dreamteacher.errors import UserError, shorten
 
 TIMEOUT = 30.0  # seconds without an answer
@@ -170,7 +171,7 @@ def _headers(file: IO[bytes], url: str) -> dict[str, str]:
     """Asks for what follows the part, provided that the server's file is still the one that the part is of."""
     headers = {"User-Agent": "dreamteacher", "Accept-Encoding": "identity"}
     try:
-        notes = json.loads(_notes(Path(file.name)).read_text("utf-8"))
+        notes = parse_json(_notes(Path(file.name)).read_text("utf-8"))
         known = notes["url"] == url and notes["validator"]
     except (OSError, ValueError, KeyError, TypeError):
         known = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import gzip
 import os
@@ -65,8 +66,13 @@ def extract(archive: Path, folder: Path, wanted: Sequence[str], *, most: int) ->
         return sorted(folder / path.relative_to(temporary) for path in written)
     except (
         tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, LZMAError, EOFError, ValueError,
-        RuntimeError,
+        RuntimeError, OverflowError, OSError,
     ) as error:  # fmt: skip
+        if isinstance(error, OSError) and error.errno not in (
+            None,
+            errno.EINVAL,
+        ):  # EINVAL: a place before the start
+            raise
         raise UserError(
             f"'{archive}' cannot be taken apart: {str(error).splitlines()[0][:120] if str(error) else 'damaged'}.",
             "It is truncated, encrypted or no archive: download it again, or give the file inside by --file.",

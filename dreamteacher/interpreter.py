@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dreamteacher import checkpoint
-from dreamteacher.config import from_json, to_json
+from dreamteacher.config import from_json, parse_json, to_json
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.features import FeatureSpec
 from dreamteacher.regressor import resize
@@ -180,7 +180,7 @@ def read_interpreter_spec(folder: Path) -> InterpreterSpec:
             "Give the --out folder of `dreamteacher train-interpreter`; the same command resumes it.",
         )
     try:
-        values = json.loads((folder / SPEC).read_text("utf-8"))
+        values = parse_json((folder / SPEC).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"'{folder / SPEC}' cannot be read: {error}.", "Train it again.") from None
     spec = from_json(InterpreterSpec, values)
@@ -196,12 +196,17 @@ def load_interpreter(folder: Path) -> tuple[Interpreter, InterpreterSpec]:
         UserError: as `read_interpreter_spec`, or when weights and spec do not fit.
     """
     spec = read_interpreter_spec(folder)
-    interpreter = spec.build()
     try:
+        with torch.device("meta"):  # what does not fit takes no memory
+            shapes = spec.build()
         weights = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
-            f"'{folder / WEIGHTS}' cannot be read: {error}.", "Copy the whole folder again."
+            f"The interpreter in '{folder}' cannot be read: {reason[:200]}.", "Copy the whole folder again."
         ) from None
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in shapes.state_dict().items()}:
+        checkpoint.load_exactly(shapes, weights, folder / WEIGHTS)  # raises, and says what does not fit
+    interpreter = spec.build()
     checkpoint.load_exactly(interpreter, weights, folder / WEIGHTS)
     return interpreter.requires_grad_(False).eval(), spec

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dreamteacher import data
+from dreamteacher.config import parse_json
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.labelled import load_labelled
 from dreamteacher.masks import SegmentationSet
@@ -108,7 +108,7 @@ def read_seeds(images: Path, paths: Sequence[Path]) -> Tensor:
         UserError: there is no such list, or it lacks some of the images.
     """
     try:
-        seeds = json.loads((images / SAMPLES).read_text("utf-8"))["seeds"]
+        seeds = parse_json((images / SAMPLES).read_text("utf-8"))["seeds"]
         found = {str(name): int(seed) for name, seed in seeds.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(

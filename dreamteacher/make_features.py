@@ -306,6 +306,7 @@ class _Writer:
 
     def _write_plan(self, resolved: dict[str, Any]) -> None:
         _check_plan(self.out, resolved)
+        checkpoint.sweep(self.out, "config.json", IMAGES)
         if RunDir(self.out).config() is None:
             checkpoint.write_text(self.out / "config.json", json.dumps(resolved, indent=2) + "\n")
         if not (self.out / IMAGES).exists():
@@ -319,14 +320,9 @@ class _Writer:
             with claim(self.out, name) as mine:
                 if mine:
                     if not there():
-                        self._drop_partial(name)
                         act()
                     return
             time.sleep(_POLL)
-
-    def _drop_partial(self, name: str) -> None:
-        for left in self.out.glob(f".{name}.*.tmp"):
-            left.unlink(missing_ok=True)
 
     # --- the basis ---------------------------------------------------------------------------------------
 
@@ -341,6 +337,7 @@ class _Writer:
 
     def _write_basis(self, groups: list[int], positions: int) -> None:
         plan = self.plan
+        checkpoint.sweep(self.out, BASIS)
         if plan.keep == "random":
             bases = {
                 v.name: random_basis(v.kept, v.channels, plan.seed + i) for i, v in enumerate(plan.levels)
@@ -388,7 +385,7 @@ class _Writer:
                     continue
                 with claim(self.out, shard_name(i)) as mine:
                     if mine and not self.done(i):
-                        self._drop_partial(shard_name(i))
+                        checkpoint.sweep(self.out, shard_name(i), f"{shard_name(i)}.sha256")
                         self._write_shard(i, signals)
                         written += 1
                         progress.update(sum(map(self.done, range(plan.shards))), f"shard {i}")
@@ -434,6 +431,7 @@ class _Writer:
         checkpoint.write_text(self._sum_file(shard), f"{digest}  {path.name}\n")
 
     def _write_manifest(self) -> None:
+        checkpoint.sweep(self.out, MANIFEST)
         shards = []
         for i in range(self.plan.shards):
             digest = self._sum_file(i).read_text("utf-8").split()[0]
@@ -443,5 +441,5 @@ class _Writer:
 
 
 def _put(path: Path, content: bytes) -> None:
-    """Writes a file atomically. Not with `save_file`: its own temporary file would outlive a killed writer."""
+    """Writes a file atomically."""
     checkpoint.atomic_write(path, lambda temporary: temporary.write_bytes(content))

@@ -118,6 +118,8 @@ def make_labels(config: MakeLabelsConfig) -> Path:
     with contextlib.closing(RunDir(config.out)) as run, Signals() as signals:
         run.open(resolved)
         (run.path / "images").mkdir(exist_ok=True)
+        for part in run.path.iterdir():
+            checkpoint.sweep(part)
         done = {row["name"] for row in read_rows(run.path / "labels.jsonl")}
         progress = Progress(len(batches), 0, 1, "make-labels")
         if batches.seeds is not None:

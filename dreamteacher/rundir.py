@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dreamteacher import checkpoint
-from dreamteacher.config import changed_keys
+from dreamteacher.config import changed_keys, parse_json
 from dreamteacher.distributed import ALONE, Share, launched
 from dreamteacher.distributed_group import from_first
 from dreamteacher.errors import UserError, shorten
@@ -83,11 +83,9 @@ class RunDir:
             )
         if checkpoint.latest(path) is None and not (path / "backbone.safetensors").exists():
             return  # it never reached its first checkpoint: nothing is lost by starting anew
-        changes = [
-            c
-            for c in changed_keys(old.get("config", {}), json.loads(json.dumps(resolved.get("config", {}))))
-            if c.split(":")[0] not in FREE_TO_CHANGE
-        ]
+        before, now = old.get("config"), json.loads(json.dumps(resolved.get("config", {})))
+        changes = changed_keys(before if isinstance(before, dict) else {}, now)
+        changes = [c for c in changes if c.split(":")[0] not in FREE_TO_CHANGE]
         if changes:
             raise UserError(
                 f"'{path}' was started with other settings: {shorten(changes)}.",
@@ -112,7 +110,8 @@ class RunDir:
                 f"Another process is writing to '{self.path}'.", "Wait for it, or choose another --out."
             ) from None
         self._lock = lock
-        resume = checkpoint.latest(self.path)
+        checkpoint.sweep(self.path)
+        resume = checkpoint.latest(self.path, whole=True)
         if resume is None:  # a run that goes on keeps the config that it was started with
             checkpoint.write_text(self.path / "config.json", json.dumps(resolved, indent=2) + "\n")
             for name in ("metrics.jsonl", "timing.jsonl"):
@@ -135,24 +134,29 @@ class RunDir:
     def config(self) -> dict[str, Any] | None:
         """The resolved config of a run that exists, or None."""
         try:
-            config = json.loads((self.path / "config.json").read_text("utf-8"))
+            config = parse_json((self.path / "config.json").read_text("utf-8"))
         except (OSError, ValueError):
             return None
         return config if isinstance(config, dict) else None
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
-        """Adds one line to a .jsonl file of the run."""
+        """Adds one line to a .jsonl file of the run; a last line that a kill cut off is ended first."""
         if not self.share.first:
             return
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with open(self.path / name, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write((json.dumps(row) + "\n").encode())
 
     def rewind(self, name: str, step: int) -> None:
         """Drops what a killed run had logged after the checkpoint of `step`."""
         if not self.share.first:
             return
         path = self.path / name
-        kept = [row for row in read_rows(path) if row["step"] <= step]
+        rows = read_rows(path)
+        kept = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= step]
         checkpoint.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
@@ -161,10 +165,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            rows.append(parse_json(line))
         except ValueError:
             continue
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 class Signals:

@@ -104,7 +104,7 @@ def tar_images(source: Path) -> ImageFiles:
     for shard in shards:
         try:
             images, known = _members(shard)
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
             raise UserError(
                 f"'{shard}' is no whole tar file: {' '.join(str(error).split()) or type(error).__name__}.",
                 "Copy it again; a compressed one must be uncompressed first.",

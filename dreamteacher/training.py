@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dreamteacher import checkpoint, data, metrics, optim
 from dreamteacher.distributed import ALONE, Precision, Share, autocast
-from dreamteacher.distributed_group import averaged
+from dreamteacher.distributed_group import averaged, earliest
 from dreamteacher.distributed_norm import BatchNorm, make_global
 from dreamteacher.distributed_sharding import (
     Sharding,
@@ -36,6 +36,7 @@ from dreamteacher.teachers.base import Noise, Teacher
 from dreamteacher.train_interpreter import InterpreterTraining
 
 Mode = Literal["feature", "label", "mixed"]
+_NEVER = 2**62  # a step that is never reached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +235,9 @@ class Training:
         # Sums since the last log line, on the device: total, gradient norm, count, label loss, its entropy,
         # MSE and AT of each level.
         self.sums = torch.zeros(5 + 2 * len(self.levels), device=self.device)
+        # The first step at which each of these was not finite, on the device: the teacher's maps, loss, gradient.
+        self.watched = [*(f"teacher's map {name}" for name in self.levels), "loss", "gradient"]
+        self.first_bad = torch.full((len(self.watched),), _NEVER, device=self.device)
 
     def step(
         self, index: int, stream: Iterator[FeatureBatch], progress: Progress
@@ -242,16 +246,22 @@ class Training:
         c = self.config
         self.trained.train()
         self.optimizer.zero_grad(set_to_none=True)
+        seen = []
         for part in range(c.accumulate):
             batch = next(stream)
             progress.wait(batch.waited)
             with gradients_stay(self.network, part + 1 < c.accumulate):
                 loss, parts, maps = self._loss(batch)
                 (loss / c.accumulate).backward()
+            seen.append(
+                torch.stack([*(m.detach().sum(dtype=torch.float32) for m in batch.maps), loss.detach()])
+            )
             self.sums[0] += loss.detach() / c.accumulate
             self.sums[3:] += parts / c.accumulate
-        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), c.clip or float("inf"))
-        self.sums[1] += whole(norm)
+        norm = whole(nn.utils.clip_grad_norm_(self.trained.parameters(), c.clip or float("inf")))
+        good = torch.cat([torch.stack(seen).sum(0), norm[None]]).isfinite()
+        self.first_bad = self.first_bad.where(good, self.first_bad.clamp(max=index + 1))
+        self.sums[1] += norm
         self.sums[2] += 1
         self.lr = optim.lr_at(index, total=self.steps, warmup=self.warmup, peak=c.lr)
         optim.set_lr(self.optimizer, self.lr)
@@ -290,14 +300,18 @@ class Training:
         """One line of metrics: means since the last line; R2 and cosine of the last part against its targets.
 
         Raises:
-            UserError: when the loss is not finite; the last checkpoint is from before.
+            UserError: when a map of the teacher, the loss or its gradient was not finite: which, and at which
+                step; the last checkpoint is from before.
         """
         total, norm, count, label, entropy, *parts = averaged(self.sums).tolist()
-        if not all(map(_finite, (total, norm))):
+        bad = earliest(self.first_bad).tolist()
+        if min(bad) < _NEVER:
+            cause = self.watched[bad.index(min(bad))]
+            theirs = "Look at the images of that step, and use --precision float32 or another --t. "
+            ours = f"Lower --lr (now {self.config.lr:g}), set --clip 1, or use --precision float32. "
             raise UserError(
-                f"The loss or its gradient is not finite between steps {step - int(count)} and {step}.",
-                f"Lower --lr (now {self.config.lr:g}), set --clip 1, or use --precision float32. "
-                "The last checkpoint is from before.",
+                f"The {cause} is not finite at step {min(bad)}.",
+                (theirs if "teacher" in cause else ours) + "The last checkpoint is from before.",
             )
         self.sums.zero_()
         row = {"step": step, "images_seen": step * self.config.batch_size, "loss": total / count}
@@ -390,10 +404,6 @@ class Training:
             checkpoint.atomic_write(
                 folder / f"{name}.safetensors", lambda path, tensors=tensors: save_file(tensors, path, about)
             )
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -25,12 +26,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_faults import poison_loss, poison_teacher
 from test_stylegan2 import tiny as tiny_gan
+from test_train_teacher import TINY
 
-from dreamteacher import checkpoint, report, teachers
+from dreamteacher import checkpoint, report, teachers, training
 from dreamteacher.cli import main
 from dreamteacher.images import read_image
-from dreamteacher.rundir import read_rows
+from dreamteacher.rundir import RunDir, read_rows
+from dreamteacher.teachers import train as train_module
+from dreamteacher.teachers import train_diffusion
 
 PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
 SECRET = "dreamteacher-errors-code-ran"
@@ -118,6 +123,44 @@ def full_at_the_second_checkpoint(patch: pytest.MonkeyPatch) -> None:
         write(*args)
 
     patch.setattr(checkpoint, "save_file", save_file)
+
+
+def a_bad_block(patch: pytest.MonkeyPatch) -> None:
+    def append(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "new/run/metrics.jsonl")
+
+    patch.setattr(RunDir, "append", append)
+
+
+def a_worker_is_killed(patch: pytest.MonkeyPatch) -> None:
+    step = training.Training.step
+
+    def killing(self: training.Training, index: int, *rest: Any) -> Any:
+        for worker in multiprocessing.active_children() if index == 2 else ():
+            worker.kill()
+            worker.join()
+        return step(self, index, *rest)
+
+    patch.setattr(training.Training, "step", killing)
+
+
+def nan_in_a_map(patch: pytest.MonkeyPatch) -> None:
+    poison_teacher(patch, 1, 2)
+
+
+def nan_loss(patch: pytest.MonkeyPatch) -> None:
+    poison_loss(patch, 1)
+
+
+def full_while_a_teacher_is_trained(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(train_module.PRESETS, "cpu-64", TINY)
+    full_at_the_second_checkpoint(patch)
+
+
+def nan_teacher_loss(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(train_module.PRESETS, "cpu-64", TINY)
+    loss = train_diffusion.epsilon_loss
+    patch.setattr(train_diffusion, "epsilon_loss", lambda *args: loss(*args) * float("nan"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,9 +339,7 @@ SECTIONS: dict[str, list[Case]] = {
         case("A checkpoint of another verb in it", pretrain(out="run-verb"), "checkpoint of 'train-teacher'"),
         case("All its checkpoints are damaged", pretrain(out="run-garbage"), "None of the checkpoints"),
         case(
-            "Its newest checkpoint was altered",
-            pretrain(out="run-altered"),
-            "has changed since it was written",
+            "Its one checkpoint was altered", pretrain(out="run-altered"), "has changed since it was written"
         ),
         case("Results into a file", classify(out="notes.txt"), "notes.txt"),
         case("The disk is too small, seen at the start", pretrain(), "1 MB free", patch=little_space),
@@ -310,6 +351,35 @@ SECTIONS: dict[str, list[Case]] = {
             "resumes",
             patch=full_at_the_second_checkpoint,
             kept=False,
+        ),
+        case(
+            "The same, another verb",
+            train(save_every="1", steps="3"),
+            "the disk is full",
+            patch=full_while_a_teacher_is_trained,
+            kept=False,
+        ),
+        case("A disk fails in the middle", pretrain(), "A disk fails", patch=a_bad_block, kept=False),
+        case(
+            "A process that decodes images is killed",
+            pretrain(cache_gb="0", workers="1", epochs="4"),
+            "has died",
+            "resumes",
+            patch=a_worker_is_killed,
+            kept=False,
+        ),
+        case(
+            "The teacher gives NaN",
+            pretrain(),
+            "The teacher's map s8 is not finite at step 2",
+            patch=nan_in_a_map,
+            kept=False,
+        ),
+        case(
+            "The loss becomes NaN", pretrain(), "The loss is not finite at step 1", patch=nan_loss, kept=False
+        ),
+        case(
+            "The same, another verb", train(), "The loss is nan at step 1", patch=nan_teacher_loss, kept=False
         ),
         case("Export of a missing run", ["export", "--run", "nowhere"], "No run folder at 'nowhere'"),
         case("Export of an unfinished run", ["export", "--run", "unfinished"], "has not finished"),
@@ -558,6 +628,7 @@ def _runs() -> None:
     checkpoint.save(Path("run-verb", newest), tensors, meta | {"kind": "train-teacher"})
     for path in Path("run-garbage").glob("checkpoint-*"):
         path.write_bytes(b"garbage")
+    Path("run-altered/checkpoint-00000001.safetensors").unlink()
     altered = bytearray(Path("run", newest).read_bytes())
     altered[-100] ^= 1
     Path("run-altered", newest).write_bytes(altered)

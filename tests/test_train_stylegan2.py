@@ -551,13 +551,13 @@ def test_nan_stops_and_keeps_the_checkpoint(
         return original(real, fake) * (math.nan if len(calls) == 6 else 1)
 
     monkeypatch.setattr(train_stylegan2, "discriminator_loss", poisoned)
-    with pytest.raises(UserError, match="loss/d is nan at step 5"):
+    with pytest.raises(UserError, match="loss/d is nan at step 6"):
         train_teacher(config)
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 4)
 
 
 class Elsewhere(Trainee):
-    """A trainee on a device that is not the CPU, whose loss is lost at step 6."""
+    """A trainee on a device that is not the CPU, whose loss is lost in its seventh step."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -588,7 +588,7 @@ def test_losses_on_a_device_are_read_before_a_save_only(config: TrainTeacherConf
     images = data.load_images(config.images, (64, 64))
     trainee, run = Elsewhere(), RunDir(config.out)
     elsewhere = plan(device=torch.device("meta"), batch_size=8, steps=20)
-    with pytest.raises(UserError, match="The loss is inf at step 6"):
+    with pytest.raises(UserError, match="The loss is inf at step 7"):
         train._Loop(config, elsewhere, trainee, images, run, {"config": {}}).run_all()
     run.close()
     assert trainee.steps == 8

@@ -309,6 +309,6 @@ def test_nan_stops_and_keeps_the_checkpoint(
 
     poisoned.calls = 0  # type: ignore[attr-defined]
     monkeypatch.setattr(train_diffusion, "epsilon_loss", poisoned)
-    with pytest.raises(UserError, match="nan at step 6"):
+    with pytest.raises(UserError, match="nan at step 7"):
         train_teacher(config)
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -59,6 +58,7 @@ from dreamteacher.downstream.segmentation import (
 from dreamteacher.downstream.semantic import semantic
 from dreamteacher.downstream.sources import load_classes, load_masks
 from dreamteacher.errors import UserError
+from dreamteacher.rundir import RunDir
 from dreamteacher.students import Student, create_student, is_ours, recorded_student, weight_file
 
 __all__ = [
@@ -369,8 +369,7 @@ def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> l
     ):
         rows.append(row)
         if config.out is not None:
-            with open(config.out / "results.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            RunDir(config.out).append("results.jsonl", row)
         if row["metric"] == HEADLINE[row["task"]]:
             log(f"{row_title(row)}, seed {row['seed']}: {row['value']:.3f} ({row['seconds']:.1f} s)")
     log(summary_table(rows))

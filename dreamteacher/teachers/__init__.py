@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dreamteacher import checkpoint
-from dreamteacher.config import from_json, to_json
+from dreamteacher.config import from_json, parse_json, to_json
 from dreamteacher.errors import UserError, did_you_mean
 from dreamteacher.teachers.base import Noise, Teacher
 
@@ -65,8 +65,9 @@ def teacher_folder(name: str) -> Path:
 def read_card(folder: Path) -> dict[str, Any]:
     """teacher.json: family, name, licence, sha256 of the weights, the network's spec, how it was trained."""
     try:
-        card = json.loads((folder / SPEC).read_text())
-        return {**card, "family": card["family"], "network": card["network"]}
+        card = parse_json((folder / SPEC).read_text())
+        texts = {key: str(card[key]) for key in ("name", "licence", "sha256") if key in card}
+        return {**card, **texts, "family": str(card["family"]), "network": card["network"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"'{folder / SPEC}' cannot be read: {type(error).__name__} {error}.",

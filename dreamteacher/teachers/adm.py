@@ -4,7 +4,6 @@ and folders of diffusers' `UNet2DModel` (google/ddpm-*-256 and others).
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dreamteacher import checkpoint
-from dreamteacher.config import from_json
+from dreamteacher.config import from_json, parse_json
 from dreamteacher.errors import UserError
 from dreamteacher.teachers.adm_layout import Layout, foreign, layout_of, renamed
 from dreamteacher.teachers.diffusion import DiffusionSpec, DiffusionTeacher, Schedule, build_unet
@@ -286,7 +285,7 @@ def _modern(key: str) -> str:
 
 def _read_config(path: Path, kind: str) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = parse_json(path.read_text("utf-8"))
         found = config.get("_class_name", kind)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(
@@ -313,7 +312,7 @@ def _schedule(path: Path, flags: DiffusersFlags) -> tuple[Schedule, int]:
             )
         return cast(Schedule, flags.noise_schedule), 1000
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = parse_json(file.read_text("utf-8"))
         steps = found.get("num_train_timesteps", 1000)
         kind, predicts = found.get("beta_schedule", "linear"), found.get("prediction_type", "epsilon")
         given = float(found.get("beta_start", 1e-4)), float(found.get("beta_end", 0.02))

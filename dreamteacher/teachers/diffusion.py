@@ -21,6 +21,7 @@ from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, ResnetUpsampleB
 from torch import Tensor, nn
 
 from dreamteacher import checkpoint
+from dreamteacher.config import largest
 from dreamteacher.distributed import randint, randn
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
@@ -393,10 +394,15 @@ def build_unet(spec: DiffusionSpec) -> UNet2DModel:
     """
     settings = {**spec.unet, "num_class_embeds": spec.classes} if spec.classes else spec.unet
     try:
+        if largest(vars(spec)) > 65_536 or largest(settings.get("layers_per_block")) > 64:
+            raise ValueError("a number or a list is larger than any network's")  # it would be built for hours
         unet = UNet2DModel(**settings)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+    except (
+        ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError,
+    ) as error:  # fmt: skip
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
-            f"The U-Net cannot be built: {str(error).splitlines()[0]}", "Mend 'network' in teacher.json."
+            f"The U-Net cannot be built: {reason[:200]}", "Mend 'network' in teacher.json."
         ) from None
     if spec.time_width is not None:
         old = unet.time_proj

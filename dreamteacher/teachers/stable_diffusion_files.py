@@ -6,7 +6,6 @@ Weights are read from safetensors alone. The text encoders run once, here, and a
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dreamteacher.checkpoint import read_state_dict
+from dreamteacher.config import parse_json
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.teachers.stable_diffusion_network import Kind
 from dreamteacher.teachers.vae import ORIGINAL, modern_attention, tiny_from_original
@@ -60,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: for a file that is missing, damaged or holds something else.
     """
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = parse_json(path.read_text("utf-8"))
         return {str(k): v for k, v in found.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(

@@ -272,7 +272,7 @@ class _Loop:
         for (step, name), value in zip(names, values, strict=True):
             if not math.isfinite(value):
                 raise UserError(
-                    f"The {name} is {value} at step {step}.",
+                    f"The {name} is {value} at step {step + 1}.",
                     f"Lower --lr (now {self.plan.lr:g}), or use --precision float32; the last checkpoint is kept.",
                 )
             self.losses.setdefault(name, []).append(value)

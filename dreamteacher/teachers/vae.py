@@ -6,7 +6,6 @@ The network is one of diffusers' `AutoencoderKL`, `AutoencoderTiny` (TAESD), `VQ
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dreamteacher import checkpoint
-from dreamteacher.config import from_json
+from dreamteacher.config import from_json, parse_json
 from dreamteacher.distributed import randint, randn
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.features import FeatureSpec
@@ -378,7 +377,7 @@ def _read_config(folder: Path) -> tuple[Kind, dict[str, Any]]:
             "Give the folder that diffusers' `save_pretrained` writes, or the one of TAESD's two files.",
         )
     try:
-        values = json.loads(path.read_text())
+        values = parse_json(path.read_text())
         name = values["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__} {error}"
