@@ -99,14 +99,14 @@ def save(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any
     # One contiguous CPU copy a tensor: safetensors stores plain row-major arrays and refuses shared storage.
     plain = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     text = json.dumps(meta)
-    facts = {"dreamteacher": text, "sha256": _digest(plain, text)}
+    facts = {"dreamteacher": text, "sha256": digest(plain, text)}
     for log in path.parent.glob("*.jsonl"):  # or, after a power cut, a run would resume without lines of them
         with open(log, "rb") as file, contextlib.suppress(OSError):
             os.fsync(file.fileno())
     atomic_write(path, lambda temporary: save_file(plain, temporary, facts))
 
 
-def _digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
+def digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
     """SHA-256 of the facts and each tensor's name, dtype, shape and bytes: safetensors has no checksum."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
@@ -149,7 +149,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
                 "Remove it from the run folder; where weights are wanted, give a file from `dreamteacher export`.",
             )
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    if "sha256" in facts and facts["sha256"] != _digest(tensors, facts["dreamteacher"]):
+    if "sha256" in facts and facts["sha256"] != digest(tensors, facts["dreamteacher"]):
         raise ValueError("its content has changed since it was written")
     return tensors, parse_json(facts["dreamteacher"])
 

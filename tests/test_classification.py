@@ -413,6 +413,23 @@ def test_the_scored_weights_are_the_average(student: Student, data: Classificati
     assert torch.allclose(averaged, start * 2 / 11 + plain * 9 / 11, atol=1e-7)
 
 
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m0", "augmix-m10"])
+def test_the_strongest_posterisation_is_one_bit(policy: str) -> None:
+    """timm asks Pillow for 0 bits, which Pillow 13 refuses: ConvNeXt's policy would end after a few batches."""
+    image = Image.new("RGB", (SIDE, SIDE), (200, 100, 50))
+    (part,) = (
+        p
+        for p in Augmentation(size=(SIDE, SIDE), rand_augment=policy).transform().transforms
+        if hasattr(p, "ops")
+    )
+    found = [op for op in part.ops if op.name.startswith("Posterize")]
+    assert found
+    kept = [tuple(v & -(1 << 8 - bits) for v in (200, 100, 50)) for bits in range(1, 9)]
+    for op in found:
+        op.prob = 1.0
+        assert op(image).getpixel((0, 0)) in kept
+
+
 def test_too_few_images_for_the_parts(student: Student, data: ClassificationData) -> None:
     few = dataclasses.replace(data, train=data.train[:6], train_labels=data.train_labels[:6])
     refused(lambda: train(student, few, dataclasses.replace(QUICK, accumulate=4)), "6 training images")

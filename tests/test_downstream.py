@@ -409,6 +409,19 @@ def test_segmentation_is_reproducible(student: Student, monkeypatch: pytest.Monk
     assert torch.allclose(first, trained_head(student, masks), atol=1e-4)
 
 
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_batch_without_any_label_teaches_nothing(student: Student, freeze: bool) -> None:
+    data = squares(6, 1)
+    masks = torch.full_like(data.masks, 255)
+    masks[:2] = data.masks[:2]  # most batches of 3 of these 6 hold some; of one pair of images alone, none
+    for labelled in (masks, torch.full_like(masks, 255)):
+        model = segmentation.train_segmenter(
+            student, data.images, labelled, SegmentConfig(steps=4, batch_size=2, width=8), classes=2,
+            freeze=freeze, seed=0, precision="float32",
+        )  # fmt: skip
+        assert all(bool(v.isfinite().all()) for v in model.state_dict().values())
+
+
 def test_ignored_pixels_teach_nothing_and_are_not_scored(student: Student) -> None:
     masks = squares(6, 1).masks
     masks[:, :8] = 255

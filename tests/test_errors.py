@@ -14,8 +14,11 @@ import json
 import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import subprocess
+import sys
+import tarfile
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +41,7 @@ from dreamteacher.teachers import train as train_module
 from dreamteacher.teachers import train_diffusion
 
 PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
+BASELINES = Path(__file__).parent.parent / "benchmarks" / "baselines" / "run.py"
 SECRET = "dreamteacher-errors-code-ran"
 
 
@@ -72,6 +76,42 @@ def segment(*flags: str, **settings: str) -> list[str]:
         "mask-counts": "2",
     }
     return _command("evaluate", base | {"out": "new/results"}, settings, flags)
+
+
+def streamed(task: str, *flags: str, **settings: str) -> list[str]:
+    """`semantic` or `readout` on `masked` images with `masks`."""
+    base = {"images": "masked", "masks": "masks", "student": "test_resnet", "tasks": task, "device": "cpu"}
+    return _command("evaluate", base | {"out": "new/results"}, settings, flags)
+
+
+def detect(*flags: str, **settings: str) -> list[str]:
+    """A detector on the objects in `masked` images."""
+    base = {
+        "images": "masked",
+        "instances": "labels/instances.json",
+        "student": "test_resnet",
+        "tasks": "detect",
+    }
+    return _command("evaluate", base | {"device": "cpu", "out": "new/results"}, settings, flags)
+
+
+def panoptic(*flags: str, **settings: str) -> list[str]:
+    """A panoptic FPN on `masked` images with `segments`."""
+    base = {"images": "masked", "masks": "segments", "segments": "labels/segments.json", "tasks": "panoptic"}
+    base |= {"student": "test_resnet", "device": "cpu", "out": "new/results"}
+    return _command("evaluate", base, settings, flags)
+
+
+def full(task: str, *flags: str, **settings: str) -> list[str]:
+    """`linear-sgd` or `finetune-full` on the classes of `photos`."""
+    return classify(*flags, **{"tasks": task, "labels": "", "device": "cpu", **settings})
+
+
+def baseline(*flags: str, **settings: str) -> list[str]:
+    """A compared method on the images of `photos`."""
+    base = {"images": "photos", "out": "new/baseline", "student": "test_resnet", "device": "cpu"}
+    base |= {"batch-size": "8", "images-seen": "16", "size": "64 64", "workers": "0"}
+    return _command(str(BASELINES), base, settings, flags)
 
 
 def get(*flags: str, **settings: str) -> list[str]:
@@ -459,6 +499,87 @@ SECTIONS: dict[str, list[Case]] = {
         ),
         case("A teacher alone", label(interpreter="", teacher="gan"), "labels nothing"),
     ],
+    "Detection, segmentation and classification at full size": [
+        case("No instances given", detect(instances=""), "Give both --images and --instances"),
+        case(
+            "Instances that are not there", detect(instances="nowhere.json"), "no instances at 'nowhere.json'"
+        ),
+        case("Instances in colours", detect(instances="masks-rgb"), "instance PNGs", "number of each pixel"),
+        case("PNGs that show no object", detect(instances="masks-empty"), "shows an object"),
+        case(
+            "Test instances of other categories",
+            detect(test_images="masked", test_instances="labels/instances-other.json"),
+            "instances differ",
+        ),
+        case("Test images without instances", detect(test_images="masked"), "Give --test-instances too"),
+        case("More images than show an object", detect("--detect.images", "100"), "100", "are there"),
+        case("Sides in falling order", detect("--detect.short-side", "96", "64"), "96 to 64"),
+        case("No masks for `semantic`", streamed("semantic", masks=""), "Give both --images and --masks"),
+        case("Masks in colours for it", streamed("semantic", masks="masks-rgb"), "no class ids"),
+        case(
+            "More masks than there are",
+            streamed("semantic", "--semantic.masks", "100"),
+            "100 masks asked for",
+        ),
+        case("A share above 1", streamed("semantic", "--semantic.overlap", "1.5"), "overlap is 1.5"),
+        case("Crops that no network fits", streamed("semantic", "--semantic.crops.size", "50", "64"), "50"),
+        case("A stride that no level has", streamed("readout", "--readout.stride", "7"), "stride is 7"),
+        case(
+            "No room for checkpoints of a long training", streamed("readout"), "1 MB free", patch=little_space
+        ),
+        case("Time that runs backwards", streamed("readout", save_minutes="-1"), "save_minutes is -1"),
+        case("No segments", panoptic(segments=""), "Give --images, --masks and --segments"),
+        case("Segments that are none", panoptic(segments="labels/instances.json"), "panoptic format"),
+        case("Segments whose PNGs are missing", panoptic(masks="masks-alone"), "cannot be used"),
+        case("Segments without things", panoptic(), "classes of things and of stuff"),
+        case("Classes without subfolders", full("linear-sgd", train="masked"), "is not sorted into classes"),
+        case("A momentum of 1", full("linear-sgd", "--linear-sgd.momentum", "1"), "momentum is 1"),
+        case(
+            "A policy that timm does not know",
+            full("finetune-full", "--finetune-full.rand-augment", "random"),
+            "no augmentation policy 'random'",
+        ),
+        case(
+            "Parts that a batch does not have",
+            full("finetune-full", "--finetune-full.batch-size", "10", "--finetune-full.accumulate", "4"),
+            "no 4 even parts",
+        ),
+        case(
+            "Fewer images than parts",
+            full("finetune-full", "--finetune-full.accumulate", "16"),
+            "16 training images make no 16 even parts",
+        ),
+        case(
+            "Stochastic depth that a network has not",
+            full("finetune-full", student="vgg11"),
+            "no stochastic depth",
+        ),
+        case("A compared method without a whole batch", baseline(images_seen="4"), "make no batch of 8"),
+        case(
+            "Its batch is larger than the folder", baseline(batch_size="64", images_seen="64"), "16 readable"
+        ),
+        case("Its folder holds something else", baseline(out="thesis"), "is no run folder"),
+    ],
+    "Public data sets": [
+        case(
+            "A layout that does not exist", segment(images="ade2k:photos", masks=""), "Did you mean 'ade20k'?"
+        ),
+        case("A layout without a root", segment(images="ade20k:", masks=""), "names a layout and no root"),
+        case(
+            "A root that is not there", segment(images="cityscapes:nowhere", masks=""), "nowhere", "Expected"
+        ),
+        case("A root that lacks a part", classify(train="imagenet:photos", test=""), "as it is downloaded"),
+        case("Masks beside a layout", segment(images="ade20k:photos"), "comes with its masks"),
+        case("A layout without masks", segment(images="ffhq:photos", masks=""), "has no masks of classes"),
+        case("One without panoptic segments", panoptic(images="ade20k:photos"), "has no panoptic segments"),
+        case("A folder without shards", pretrain(images="shards:photos"), "No .tar files"),
+        case("Compressed shards", pretrain(images="shards:shards-packed"), "are compressed"),
+        case("A shard that is cut off", pretrain(images="shards:shards-cut"), "no whole tar file"),
+        case("A shard that leads out of itself", pretrain(images="shards:shards-hostile"), "leads out of it"),
+        case("A shard of links", pretrain(images="shards:shards-links"), "is a link"),
+        case("Shards without images", pretrain(images="shards:shards-empty"), "No images"),
+        case("A Hugging Face dataset without images", pretrain(images="hf:thesis"), "cannot be loaded"),
+    ],
 }
 CASES = {(section, c.what): c for section, cases in SECTIONS.items() for c in cases}
 
@@ -593,6 +714,43 @@ def _label_files() -> None:
     Path("labels/missing.json").write_text(json.dumps(missing))
     category = good | {"annotations": [box | {"category_id": 5}]}
     Path("labels/category.json").write_text(json.dumps(category))
+    images = [image | {"id": 1 + i, "file_name": f"{i}.png"} for i in range(8)]
+    boxes = [box | {"id": 1 + i, "image_id": 1 + i} for i in range(8)]
+    for name, thing in (("instances", "thing"), ("instances-other", "animal")):
+        categories = [{"id": 1, "name": thing}]
+        content = {"images": images, "annotations": boxes, "categories": categories}
+        Path(f"labels/{name}.json").write_text(json.dumps(content))
+    Path("segments").mkdir()
+    segments = []
+    for i in range(8):
+        Image.new("RGB", (64, 64), (1, 0, 0)).save(f"segments/{i}.png")
+        info = {"id": 1, "category_id": 1}
+        segments.append({"image_id": 1 + i, "file_name": f"{i}.png", "segments_info": [info]})
+    content = {
+        "images": images,
+        "annotations": segments,
+        "categories": [{"id": 1, "name": "sky", "isthing": 0}],
+    }
+    Path("labels/segments.json").write_text(json.dumps(content))
+    _shards()
+
+
+def _shards() -> None:
+    """Folders of tar files, each with one thing wrong."""
+    for kind in ("packed", "cut", "hostile", "links", "empty"):
+        Path(f"shards-{kind}").mkdir()
+        with tarfile.open(f"shards-{kind}/0.tar.gz" if kind == "packed" else f"shards-{kind}/0.tar",
+                          "w:gz" if kind == "packed" else "w") as tar:  # fmt: skip
+            if kind == "empty":
+                tar.add("labels/broken.json", "0.txt")
+            elif kind == "links":
+                link = tarfile.TarInfo("0.png")
+                link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+                tar.addfile(link)
+            else:
+                tar.add("photos/dark/0.png", "../../0.png" if kind == "hostile" else "0.png")
+    whole = Path("shards-cut/0.tar").read_bytes()
+    Path("shards-cut/0.tar").write_bytes(whole[:2000])
 
 
 def _teachers(tiny: Path) -> None:
@@ -675,6 +833,18 @@ class Outcome:
     after: dict[str, str]
 
 
+def run_command(command: list[str], patch: pytest.MonkeyPatch) -> int | None:
+    """The exit code of `dreamteacher`, or of a script, run here."""
+    if not command[0].endswith(".py"):
+        return main(command)
+    patch.setattr(sys, "argv", command)
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
 @pytest.fixture(scope="module")
 def provoke(world: Path, tiny_teacher: Path) -> Callable[[Case], Outcome]:
     """Runs a case once, in the world, and keeps what came of it."""
@@ -693,7 +863,7 @@ def provoke(world: Path, tiny_teacher: Path) -> Callable[[Case], Outcome]:
                 if c.patch:
                     c.patch(patch)
                 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                    code = main(c.command)
+                    code = run_command(c.command, patch)
             outcomes[id(c)] = Outcome(code, out.getvalue(), err.getvalue(), before, contents(world))
             if not c.kept:
                 shutil.rmtree(world / "new")

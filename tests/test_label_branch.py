@@ -21,9 +21,9 @@ from torch import Tensor
 
 from dreamteacher import checkpoint, data
 from dreamteacher.config import to_json
-from dreamteacher.downstream import draw_labels
+from dreamteacher.downstream import distilled, draw_labels
 from dreamteacher.downstream.distilled import load_distilled
-from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate
+from dreamteacher.downstream.evaluate import EvaluateConfig, check_config, evaluate
 from dreamteacher.downstream.segmentation import SegmentConfig, draw_masks
 from dreamteacher.feature_dataset import FeatureBatch
 from dreamteacher.interpreter import load_interpreter, read_interpreter_spec
@@ -353,6 +353,13 @@ def test_classes_are_distilled_too(image_folder: Path, tiny_teacher: Path, tmp_p
     )  # fmt: skip
     assert {r["metric"]: r["value"] for r in rows}["accuracy"] == 1.0
     assert load_distilled(out).classes == ("bright", "dark")
+    # What the head labels is in the file's metadata: no model is made to find out.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distilled, "create_student", lambda *_, **__: pytest.fail("a model was made"))
+        config = EvaluateConfig(
+            init=str(out), train=image_folder, test=image_folder, size=(64, 64), labels=(2,)
+        )
+        assert check_config(config) == ("knn", "linear", "finetune", "distilled-classes")
 
 
 # --- datasets that a model labels ------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from dreamteacher.data import step_generator
 from dreamteacher.distributed import seeded
-from dreamteacher.downstream import crops, evaluate, finetune, semantic
+from dreamteacher.downstream import crops, evaluate, finetune, segmentation, semantic
 from dreamteacher.downstream.crops import CropConfig, SemanticData, random_crop
 from dreamteacher.downstream.evaluate import EvaluateConfig
 from dreamteacher.downstream.evaluate_config import TASK_NAMES
@@ -299,8 +299,10 @@ def test_the_loss_is_averaged_over_what_counts() -> None:
         for x in range(4)
         if target[n, y, x] != 255
     ]
-    assert float(semantic.pixel_loss(logits, target, 255)) == pytest.approx(sum(terms) / len(terms), rel=1e-5)
-    assert float(semantic.pixel_loss(logits, torch.full_like(target, 255), 255)) == 0.0
+    assert float(segmentation.pixel_loss(logits, target, 255)) == pytest.approx(
+        sum(terms) / len(terms), rel=1e-5
+    )
+    assert float(segmentation.pixel_loss(logits, torch.full_like(target, 255), 255)) == 0.0
 
 
 def test_the_fully_convolutional_head_is_torchvisions() -> None:

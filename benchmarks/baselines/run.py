@@ -403,7 +403,8 @@ def main() -> None:
     try:
         folder = pretrain_baseline(config)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     print(
         json.dumps({"backbone": str(folder), "next": f"dreamteacher evaluate --init {folder} --method ..."})
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -55,7 +56,7 @@ class Augmentation:
         """
         create: Any = create_transform
         try:
-            return create(
+            made = create(
                 self.size, is_training=True, scale=self.scale, hflip=self.flip, color_jitter=None,
                 auto_augment=self.rand_augment or None, interpolation="bicubic", mean=self.mean, std=self.std,
                 re_prob=self.erase, re_mode="pixel",
@@ -65,6 +66,17 @@ class Augmentation:
                 f"timm has no augmentation policy '{self.rand_augment}' ({str(error)[:80] or type(error).__name__}).",
                 "Give one like rand-m9-mstd0.5-inc1, or none.",
             ) from error
+        for part in made.transforms:
+            if isinstance(part, (auto_augment.RandAugment, auto_augment.AugMixAugment)):
+                for op in part.ops:
+                    if op.name.startswith("Posterize"):
+                        op.level_fn = functools.partial(_one_bit_or_more, op.level_fn)
+        return made
+
+
+def _one_bit_or_more(bits: Callable[[float, Any], tuple[int]], level: float, hparams: Any) -> tuple[int]:
+    """What an image is posterised to: Pillow 13 refuses the 0 bits that timm asks for at its strongest."""
+    return (max(1, *bits(level, hparams)),)
 
 
 @contextmanager
@@ -195,18 +207,20 @@ def augmented_batches(
     repeats: int = 1,
     source: Source = "file",
     workers: int = 0,
+    first: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`steps` training batches: a new order in every epoch, whose incomplete last batch is dropped.
+    """Training batches `first` to `steps` - 1, each the same wherever they begin: a new order in every epoch, whose incomplete last batch is dropped.
 
     Args:
         images: uint8 N x 3 x H x W, or an image set, which is streamed.
         augmentation: see `Augmentation`; drawn from (seed, step, place in the batch).
         batch_size: images in a batch; cut to the size of the set.
-        steps: number of batches.
+        steps: number of batches from the very first on.
         seed: of the order and of all draws.
         repeats: see `repeated_order`.
         source: random crops are cut from the whole "file", or from the image "decoded" at the set's size.
         workers: processes that decode and augment; 0: this one.
+        first: where to begin.
 
     Yields:
         float32 N x 3 x H x W, as the augmentation normalises it; int64 N, the images' places in their set.
@@ -214,7 +228,7 @@ def augmented_batches(
     shown = _Steps(
         images, augmentation, batch_size=batch_size, seed=seed, stream="augment", source=source, repeats=repeats
     )  # fmt: skip
-    yield from _loader(shown, steps, workers)
+    yield from _loader(shown, range(first, steps), workers)
 
 
 def augmented_pass(
@@ -234,13 +248,13 @@ def augmented_pass(
     shown = _Steps(
         images, augmentation, batch_size=batch_size, seed=seed, stream=f"view {view}", source=source, repeats=None
     )  # fmt: skip
-    yield from _loader(shown, -(-len(images) // shown.batch_size), workers)
+    yield from _loader(shown, range(-(-len(images) // shown.batch_size)), workers)
 
 
-def _loader(shown: _Steps, steps: int, workers: int) -> DataLoader[tuple[Tensor, Tensor]]:
+def _loader(shown: _Steps, steps: range, workers: int) -> DataLoader[tuple[Tensor, Tensor]]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return DataLoader(
-        shown, batch_size=None, sampler=range(steps), num_workers=min(workers, cores), collate_fn=_as_it_is,
+        shown, batch_size=None, sampler=steps, num_workers=min(workers, cores), collate_fn=_as_it_is,
         generator=torch.Generator(),
     )  # fmt: skip
 

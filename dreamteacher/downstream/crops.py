@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -248,19 +249,26 @@ def _as_it_is(item: Any) -> Any:
 
 
 def crops(
-    files: SegmentationFiles, config: CropConfig, *, steps: int, batch_size: int, seed: int, workers: int = 0
+    files: SegmentationFiles,
+    config: CropConfig,
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    first: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`steps` batches of crops, uint8 N x 3 x H x W, and masks, int64 N x H x W.
+    """Batches `first` to `steps` - 1 of crops, uint8 N x 3 x H x W, and masks, int64 N x H x W.
 
-    The same for every number of workers. A pair found damaged gives way to the next, which is said on stderr.
+    The same for every number of workers, and wherever they begin. A pair found damaged gives way to the next, which is said on stderr.
 
     Raises:
         UserError: nothing can be read any more.
     """
     order = shuffled_batches(len(files), batch_size, steps, step_generator(seed, 0, "semantic"))
-    stream = loader(_CropSet(files, config, seed), enumerate(order), workers)
+    stream = loader(_CropSet(files, config, seed), itertools.islice(enumerate(order), first, None), workers)
     known: set[BadImage] = set()
-    for batch in tqdm(stream, total=steps, desc="training", disable=not sys.stderr.isatty()):
+    for batch in stream:
         known |= set(batch.bad)
         if not len(batch.images):
             raise UserError(

@@ -29,6 +29,7 @@ from dreamteacher.downstream.detection_data import (
 from dreamteacher.downstream.detection_model import build_detector
 from dreamteacher.downstream.detection_scores import check_scores, scores_of
 from dreamteacher.downstream.finetune import recalibrate, shuffled_batches
+from dreamteacher.downstream.loop import Saved, run_steps
 from dreamteacher.downstream.segmentation import draw_masks
 from dreamteacher.images import Size
 from dreamteacher.optim import layer_decay_groups, lr_at, parameter_groups
@@ -65,6 +66,7 @@ def train_detector(
     seed: int,
     precision: Precision = "auto",
     log: Callable[[int, dict[str, float]], None] | None = None,
+    saved: Saved | None = None,
 ) -> GeneralizedRCNN:
     """A detector in evaluation mode. On a CPU the seed decides every bit; on a GPU RoIAlign adds in any order.
 
@@ -75,7 +77,8 @@ def train_detector(
         cascade: Cascade Mask R-CNN instead of Mask R-CNN.
         seed: of the heads, the batches, scales, mirroring, and of what torchvision draws (anchors, proposals).
         precision: of the matrix products of the backbone and the FPN.
-        log: called with (step, losses by name) after each update.
+        log: called with (step, losses by name) before each update.
+        saved: where the training is kept; None: it is not.
 
     Raises:
         UserError: for settings out of their range.
@@ -93,18 +96,25 @@ def train_detector(
         if config.backbone_norm == "frozen":
             freeze_norms(backbone)
         optimizer = make_optimizer(build_groups(model, config), config)
-        draws = training_draws(len(data), config, generator)
+        draws = training_draws(len(data), config, generator)[saved.step if saved else 0 :]
         batches = example_batches(data, draws, config.longest_side, config.workers)
-        for step, batch in enumerate(batches):
-            for group in optimizer.param_groups:
-                group["lr"] = rate_at(step, config) * group["factor"]
-            losses: dict[str, Tensor] = model(*_on(batch, device))
-            optimizer.zero_grad(set_to_none=True)
-            torch.stack(list(losses.values())).sum().backward()
-            optimizer.step()
+
+        def losses_at(step: int) -> list[Tensor]:
+            losses: dict[str, Tensor] = model(*_on(next(batches), device))
             if log is not None:
                 log(step, {name: float(loss.detach()) for name, loss in losses.items()})
-        _calibrate(model, data, config)
+            return [torch.stack(list(losses.values())).sum()]
+
+        run_steps(
+            [model], optimizer, losses_at, lambda step: rate_at(step, config),
+            steps=config.steps, saved=saved, title="training",
+        )  # fmt: skip
+
+        def show(draws: Sequence[list[Draw]]) -> None:
+            for batch in example_batches(data, draws, config.longest_side, config.workers):
+                model(*_on(batch, device))
+
+        calibrate(model, config, len(data), show)
     return model.eval()
 
 
@@ -142,20 +152,27 @@ def freeze_norms(module: nn.Module) -> None:
             norm.eval().requires_grad_(False)
 
 
-def _calibrate(model: GeneralizedRCNN, data: InstanceSet, config: DetectConfig) -> None:
-    """BatchNorm's statistics from the training images at the test's scale, on sampled boxes as in training."""
-    size = min(config.batch_size, len(data))
-    draws = [Draw(i, config.test_side, False) for i in range(len(data) - len(data) % size)]
+def calibrate(
+    model: GeneralizedRCNN, config: DetectConfig, count: int, show: Callable[[Sequence[list[Draw]]], None]
+) -> None:
+    """BatchNorm's statistics from the training images at the test's scale, on sampled boxes as in training.
+
+    Args:
+        model: in training mode; in evaluation mode afterwards.
+        config: batch size, test side, and whether the backbone's norms are frozen.
+        count: number of training images.
+        show: computes the losses of batches of these draws.
+    """
+    size = min(config.batch_size, count)
+    draws = [Draw(i, config.test_side, False) for i in range(count - count % size)]
     batches = [draws[i : i + size] for i in range(0, len(draws), size)][:_CALIBRATION]
-    device = device_of(model)
     trained = [model.rpn, model.roi_heads, model.backbone.fpn]
     trained += [] if config.backbone_norm == "frozen" else [model.backbone.student]
 
     def forward() -> None:
         for part in (model, model.rpn, model.roi_heads):  # it is what makes them sample boxes
             part.training = True
-        for batch in example_batches(data, batches, config.longest_side, config.workers):
-            model(*_on(batch, device))
+        show(batches)
 
     recalibrate(nn.ModuleList(trained), forward)
 
@@ -195,6 +212,7 @@ def detect(
     cascade: bool,
     seed: int,
     precision: Precision = "auto",
+    saved: Saved | None = None,
 ) -> Iterator[Metric]:
     """COCO's AP, AP50 and AP75 of boxes and masks on the test images, after training on some of the pool.
 
@@ -206,6 +224,7 @@ def detect(
         cascade: Cascade Mask R-CNN instead of Mask R-CNN.
         seed: of the draw and of the training.
         precision: of the matrix products of the backbone and the FPN.
+        saved: where the training is kept; None: it is not.
 
     Raises:
         UserError: faster-coco-eval is missing, or there are too few images.
@@ -214,7 +233,7 @@ def detect(
     pool, test = data.pool.shown(), data.test
     drawn = draw_masks(len(pool), len(pool) if images is None else images, seed)
     model = train_detector(
-        student, pool.subset(drawn), config, cascade=cascade, seed=seed, precision=precision
+        student, pool.subset(drawn), config, cascade=cascade, seed=seed, precision=precision, saved=saved
     )
     found = list(predict(model, test, config))
     truth = [test.truth(i) for i in range(len(test))]

@@ -73,6 +73,15 @@ def has_head(run: Path) -> bool:
     return (run / HEAD).is_file()
 
 
+def is_pooled(run: Path) -> bool:
+    """Whether the label head of a run gives one label an image; only the file's metadata is read.
+
+    Raises:
+        UserError: the file cannot be read, or does not say its classes.
+    """
+    return _classes(run / HEAD)[1]
+
+
 def load_distilled(run: Path) -> Distilled:
     """The distilled model of a finished run of mode label or mixed, on the CPU, in evaluation mode.
 
@@ -159,5 +168,5 @@ def _classes(path: Path) -> tuple[tuple[str, ...], bool]:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
         return tuple(str(name) for name in json.loads(facts["classes"])), facts.get("pooled") == "yes"
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, OSError, SafetensorError):
         raise UserError(f"'{path}' does not say its classes.", "Give a run of this version.") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,12 +44,14 @@ from dreamteacher.downstream.evaluate_config import (
     with_masks,
 )
 from dreamteacher.downstream.finetune import finetune
-from dreamteacher.downstream.finetune_full import finetune_full
+from dreamteacher.downstream.finetune_full import TimmClassifier, batch_size_of, finetune_full, recipe_of
 from dreamteacher.downstream.knn import knn
 from dreamteacher.downstream.linear import linear
 from dreamteacher.downstream.linear_sgd import linear_sgd
+from dreamteacher.downstream.loop import Saved
 from dreamteacher.downstream.panoptic import PanopticData, load_panoptic, panoptic
-from dreamteacher.downstream.readout import readout
+from dreamteacher.downstream.readout import level_of, readout
+from dreamteacher.downstream.results import LONG, Results
 from dreamteacher.downstream.segmentation import (
     SegmentationData,
     draw_masks,
@@ -86,6 +89,7 @@ class Bench:
     streamed: SemanticData | None = None
     segments: PanopticData | None = None
     extracted: tuple[Tensor, Tensor] | None = None
+    saved: Saved | None = None  # where the training of the present task is kept
 
     def labelled(self) -> ClassificationData:
         """The labelled images, or a UserError."""
@@ -147,7 +151,7 @@ def _finetune(bench: Bench, labels: int, seed: int) -> Iterator[Metric]:
 def _settings(bench: Bench, seed: int) -> dict[str, Any]:
     config = bench.config
     plain = {name: getattr(config, name) for name in ("size", "batch_size", "precision", "workers")}
-    return {"seed": seed, **plain}
+    return {"seed": seed, "saved": bench.saved, **plain}
 
 
 def _linear_sgd(bench: Bench, _budget: int, seed: int) -> Iterator[Metric]:
@@ -203,39 +207,30 @@ def _segment_linear(bench: Bench, masks: int, seed: int) -> Iterator[Metric]:
 
 def _detect(bench: Bench, images: int, seed: int, *, cascade: bool) -> Iterator[Metric]:
     config, precision = bench.config.detect, bench.config.precision
-    wanted = images or None
-    return detect(
-        bench.student,
-        bench.instances(),
-        config,
-        images=wanted,
-        cascade=cascade,
-        seed=seed,
-        precision=precision,
-    )
+    settings = {"images": images or None, "seed": seed, "precision": precision, "saved": bench.saved}
+    return detect(bench.student, bench.instances(), config, cascade=cascade, **settings)
 
 
 def _semantic(bench: Bench, masks: int, seed: int) -> Iterator[Metric]:
-    student, data, c = bench.student, bench.files(), bench.config
-    return semantic(
-        student, data, c.semantic, masks=masks or None, seed=seed, precision=c.precision, workers=c.workers
-    )
+    return semantic(bench.student, bench.files(), bench.config.semantic, **_streamed(bench, masks, seed))
 
 
 def _readout(bench: Bench, masks: int, seed: int) -> Iterator[Metric]:
-    student, data, c = bench.student, bench.files(), bench.config
-    return readout(
-        student, data, c.readout, masks=masks or None, seed=seed, precision=c.precision, workers=c.workers
-    )
+    return readout(bench.student, bench.files(), bench.config.readout, **_streamed(bench, masks, seed))
+
+
+def _streamed(bench: Bench, masks: int, seed: int) -> dict[str, Any]:
+    config = bench.config
+    plain = {"masks": masks or None, "seed": seed, "saved": bench.saved}
+    return {**plain, "precision": config.precision, "workers": config.workers}
 
 
 def _panoptic(bench: Bench, images: int, seed: int) -> Iterator[Metric]:
     if bench.segments is None:
         raise UserError("panoptic needs segments.", "Give --images, --masks and --segments.")
     config, precision = bench.config.panoptic, bench.config.precision
-    return panoptic(
-        bench.student, bench.segments, config, images=images or None, seed=seed, precision=precision
-    )
+    settings = {"images": images or None, "seed": seed, "precision": precision, "saved": bench.saved}
+    return panoptic(bench.student, bench.segments, config, **settings)
 
 
 # Name -> (bench, labels per class, masks or images, seed) -> (metric, value) pairs.
@@ -268,6 +263,7 @@ def evaluate_student(
     detection: DetectionData | None = None,
     streamed: SemanticData | None = None,
     segments: PanopticData | None = None,
+    results: Results | None = None,
 ) -> Iterator[Row]:
     """The rows of one method, in memory: `config` gives tasks, seeds and settings, its folders are not read.
 
@@ -282,10 +278,12 @@ def evaluate_student(
         detection: for detect, detect-cascade.
         streamed: for semantic, readout.
         segments: for panoptic.
+        results: where rows are kept, and those that are there are not computed again; None: nowhere.
 
     Yields:
         {"method", "student", "task", "metric", "value", "labels", "seed", "seconds"}: `labels` is per class
-        (None: all of them, as for knn) or a number of masks or images, `seconds` that of the whole task.
+        (None: all of them, as for knn) or a number of masks or images, `seconds` that of the whole task (after a
+        stop: of its last part). With `results` also "key", of all that decides the row.
     """
     device = pick_device(config.device)
     tasks: Sequence[str] = config.tasks or [
@@ -305,20 +303,20 @@ def evaluate_student(
             if seen and task in UNDRAWN:
                 continue
             for budget in budgets(task, config):
+                facts = results.facts(bench.student, task, budget, seed) if results else {}
+                rows = results.found(facts) if results else []
+                if rows:
+                    yield from rows
+                    continue
                 start = time.perf_counter()
-                results = list(TASKS[task](bench, budget or 0, seed))
+                kept = results.training(facts) if results else contextlib.nullcontext()
+                with kept as bench.saved:
+                    metrics = list(TASKS[task](bench, budget or 0, seed))
                 seconds = round(time.perf_counter() - start, 3)
-                for metric, value in results:
-                    yield {
-                        "method": method,
-                        "student": student.name,
-                        "task": task,
-                        "metric": metric,
-                        "value": value,
-                        "labels": budget,
-                        "seed": seed,
-                        "seconds": seconds,
-                    }
+                for metric, value in metrics:
+                    row = {"method": method, "student": student.name, "task": task, "metric": metric}
+                    rows.append({**row, "value": value, "labels": budget, "seed": seed, "seconds": seconds})
+                yield from results.add(rows, facts) if results else rows
 
 
 def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> list[Row]:
@@ -342,6 +340,10 @@ def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> l
     def make_student(seed: int) -> Student:
         return create_student(name, seed=seed) if config.init == "random" else first
 
+    if "readout" in tasks:
+        level_of(first, config.readout)
+    if "finetune-full" in tasks:
+        TimmClassifier(first, 2, recipe_of(config.finetune_full).drop_path)
     run = _run_folder(config, tasks)
     segmentation = _load_segmentation(config) if with_masks(tasks) else None
     classification = None
@@ -350,28 +352,36 @@ def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> l
             config.train, config.test, config.size, strict=config.strict, cache_gb=config.cache_gb,
             workers=config.workers,
         )  # fmt: skip
+        if "finetune-full" in tasks:
+            recipe, parts = recipe_of(config.finetune_full), config.finetune_full.accumulate
+            batch_size_of(len(classification.train), recipe, parts)
     streamed = _load_streamed(config, tasks) if set(tasks) & set(STREAMED) else None
     segments = _load_panoptic(config) if set(tasks) & set(PANOPTIC) else None
     detection = _load_detection(config) if set(tasks) & set(DETECTION) else None
+    method, results = config.method or method_name(config.init), None
     if config.out is not None:
+        results = Results(config.out, config, method)
+        if set(LONG) & set(tasks):
+            results.check(first)
         config.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for row in evaluate_student(
         make_student,
         config,
-        method=config.method or method_name(config.init),
+        method=method,
         classification=classification,
         segmentation=segmentation,
         run_of=(lambda _seed: run) if run else None,
         detection=detection,
         streamed=streamed,
         segments=segments,
+        results=results,
     ):
         rows.append(row)
-        if config.out is not None:
-            RunDir(config.out).append("results.jsonl", row)
         if row["metric"] == HEADLINE[row["task"]]:
-            log(f"{row_title(row)}, seed {row['seed']}: {row['value']:.3f} ({row['seconds']:.1f} s)")
+            there = results is not None and row["key"] in results.reused
+            spent = "already there" if there else f"{row['seconds']:.1f} s"
+            log(f"{row_title(row)}, seed {row['seed']}: {row['value']:.3f} ({spent})")
     log(summary_table(rows))
     return rows
 

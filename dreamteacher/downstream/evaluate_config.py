@@ -21,7 +21,7 @@ from dreamteacher.downstream import (
 )
 from dreamteacher.downstream.detection_config import DetectConfig, check_detect
 from dreamteacher.downstream.detection_scores import check_scores
-from dreamteacher.downstream.distilled import has_head, load_distilled
+from dreamteacher.downstream.distilled import has_head, is_pooled
 from dreamteacher.downstream.finetune import FinetuneConfig
 from dreamteacher.downstream.finetune_full import FinetuneFullConfig, recipe_of
 from dreamteacher.downstream.linear_sgd import LinearSgdConfig
@@ -116,7 +116,9 @@ class EvaluateConfig:
     method: str | None = None
     """What the rows are called in tables; none: random init, ImageNet, DreamTeacher or the path's name."""
     out: Path | None = None
-    """Folder whose results.jsonl the rows are added to."""
+    """Folder whose results.jsonl the rows are added to; rows that are there already are not computed again."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints of a long training in `out`; the same command resumes it."""
 
 
 # Tasks that depend on no draw of labels.
@@ -205,6 +207,8 @@ def _check_numbers(config: EvaluateConfig) -> None:
         )
     if min(config.batch_size, config.knn_k) < 1:
         raise UserError("batch_size or knn_k is below 1.", "Give at least 1.")
+    if config.save_minutes < 0:
+        raise UserError(f"save_minutes is {config.save_minutes}.", "Give 0 (after every step) or more.")
 
 
 def mask_places(config: EvaluateConfig) -> tuple[Path | None, Path | None, Path | None, Path | None]:
@@ -222,7 +226,7 @@ def _distilled_task(config: EvaluateConfig) -> tuple[str, ...]:
     run = Path(config.init).expanduser()
     if not has_head(run):
         return ()
-    if load_distilled(run).pooled:
+    if is_pooled(run):
         return ("distilled-classes",) if config.train or config.test else ()
     return ("distilled",) if _masked(config) else ()
 

@@ -27,6 +27,7 @@ from dreamteacher.downstream import (
     take,
     to_input,
 )
+from dreamteacher.downstream.loop import Saved, run_steps
 from dreamteacher.errors import UserError
 from dreamteacher.optim import lr_at, parameter_groups, poly_lr_at
 from dreamteacher.students import Student
@@ -90,18 +91,22 @@ def train(
     warmup: float = 0.1,
     optimizer: Optimizer = "adamw",
     power: float | None = None,
+    saved: Saved | None = None,
+    title: str = "",
 ) -> None:
     """AdamW or SGD, a linear warm-up and a decay to zero; vectors (biases, norms) have no weight decay.
 
     Args:
         modules: (module, factor on its learning rate); what is not listed is not trained.
-        loss_at: the loss of step 0 .. steps - 1, with a graph.
+        loss_at: step -> loss with a graph; called for each step in turn, from `saved.step` on.
         steps: number of updates.
         lr: peak learning rate.
         weight_decay: of matrices and kernels.
         warmup: share of the steps.
         optimizer: AdamW (betas 0.9, 0.999), or SGD with momentum 0.9.
         power: of a polynomial decay (see `dreamteacher.optim.poly_lr_at`); None: a half cosine.
+        saved: where the training is kept; None: it is not.
+        title: of a progress bar; none without one.
     """
     groups: list[dict[str, object]] = []
     for module, factor in modules:
@@ -114,17 +119,16 @@ def train(
         # Fused: one pass over the weights. With tiny batches on a CPU the update is else a third of the time.
         update = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
     first = max(1, round(warmup * steps))
-    for step in range(steps):
+
+    def rate_at(step: int) -> float:
         if power is None:
-            rate = lr_at(step, total=steps, warmup=first, peak=lr)
-        else:
-            rate = poly_lr_at(step, total=steps, warmup=first, peak=lr, power=power)
-        for group in update.param_groups:
-            group["lr"] = rate * group["factor"]
-        loss = loss_at(step)
-        update.zero_grad(set_to_none=True)
-        loss.backward()
-        update.step()
+            return lr_at(step, total=steps, warmup=first, peak=lr)
+        return poly_lr_at(step, total=steps, warmup=first, peak=lr, power=power)
+
+    run_steps(
+        [module for module, _ in modules], update, lambda step: [loss_at(step)], rate_at,
+        steps=steps, saved=saved, title=title,
+    )  # fmt: skip
 
 
 def recalibrate(model: nn.Module, forward: Callable[[], object]) -> None:

@@ -16,7 +16,6 @@ from timm.data.mixup import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dreamteacher.data import step_generator
 from dreamteacher.distributed import Precision, autocast, seeded
@@ -29,6 +28,7 @@ from dreamteacher.downstream.augmented import (
     epoch_steps,
 )
 from dreamteacher.downstream.finetune import predict
+from dreamteacher.downstream.loop import Saved, run_steps
 from dreamteacher.errors import UserError
 from dreamteacher.images import Size
 from dreamteacher.optim import Ema, OptimizerName, build_optimizer, lr_at
@@ -248,6 +248,20 @@ def loss_of(recipe: FinetunePreset) -> Callable[[Tensor, Tensor], Tensor]:
     return SoftTargetCrossEntropy() if mixed else LabelSmoothingCrossEntropy(recipe.smoothing)
 
 
+def batch_size_of(count: int, recipe: FinetunePreset, accumulate: int) -> int:
+    """The recipe's, cut to a set of `count` images in even parts: mixup makes pairs.
+
+    Raises:
+        UserError: there are too few.
+    """
+    batch_size = min(recipe.batch_size, count // (2 * accumulate) * 2 * accumulate)
+    if batch_size < 2:
+        raise UserError(
+            f"{count} training images make no {accumulate} even parts.", "Lower accumulate, or add images."
+        )
+    return batch_size
+
+
 def train_full(
     student: Student,
     images: Images,
@@ -262,6 +276,7 @@ def train_full(
     precision: Precision = "auto",
     workers: int = 0,
     seen: Callable[[int, float], None] | None = None,
+    saved: Saved | None = None,
 ) -> TimmClassifier:
     """A classifier trained from a copy of the backbone, in evaluation mode, on the student's device.
 
@@ -278,19 +293,14 @@ def train_full(
         precision: of the matrix products.
         workers: processes that decode and augment.
         seen: receives step and loss.
+        saved: where the training is kept; None: it is not.
     """
     device = device_of(student)
     mean, std = (tuple(v.flatten().tolist()) for v in (student.mean, student.std))
     augmentation = Augmentation(
         size=size, rand_augment=recipe.rand_augment, erase=recipe.erase, mean=mean, std=std
     )
-    # Cut to the set, in even parts: mixup makes pairs.
-    batch_size = min(recipe.batch_size, len(images) // (2 * accumulate) * 2 * accumulate)
-    if batch_size < 2:
-        raise UserError(
-            f"{len(images)} training images make no {accumulate} even parts.",
-            "Lower accumulate, or add images.",
-        )
+    batch_size = batch_size_of(len(images), recipe, accumulate)
     per_epoch = epoch_steps(len(images), batch_size)
     total, warmup = max(1, round(recipe.epochs * per_epoch)), round(recipe.warmup_epochs * per_epoch)
     loss_function = loss_of(recipe)
@@ -299,19 +309,20 @@ def train_full(
         mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
     batches = augmented_batches(
         images, augmentation, batch_size=batch_size, steps=total, seed=seed, repeats=recipe.repeats,
-        source=source, workers=workers,
+        source=source, workers=workers, first=saved.step if saved else 0,
     )  # fmt: skip
     with seeded(seed, device):
         model = TimmClassifier(student, classes, recipe.drop_path).to(device).train()
         betas = (0.9, 0.999)
-        optimizer = build_optimizer(recipe.optimizer, layer_groups(model.model, recipe), recipe.lr, betas)
+        groups = [{**group, "factor": group["lr_scale"]} for group in layer_groups(model.model, recipe)]
+        optimizer = build_optimizer(recipe.optimizer, groups, recipe.lr, betas)
         ema = Ema(model, recipe.ema) if recipe.ema else None
-        for step, (batch, index) in enumerate(tqdm(batches, "finetune-full", total, disable=None)):
-            rate = lr_at(step, total=total, warmup=warmup, peak=recipe.lr, final=min(_FINAL_LR, recipe.lr))
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["lr_scale"]
-            optimizer.zero_grad(set_to_none=True)
-            mean_loss = 0.0
+
+        def rate_at(step: int) -> float:
+            return lr_at(step, total=total, warmup=warmup, peak=recipe.lr, final=min(_FINAL_LR, recipe.lr))
+
+        def losses_at(step: int) -> Iterator[Tensor]:
+            batch, index = next(batches)
             parts = zip(batch.chunk(accumulate), labels[index].chunk(accumulate), strict=True)
             for number, (x, target) in enumerate(parts):
                 x, target = x.to(device, memory_format=torch.channels_last), target.to(device)
@@ -321,16 +332,12 @@ def train_full(
                         x, target = mixup(x, target)
                 with autocast(device, precision):
                     logits = model.model(x)  # normalised by the augmentation already
-                loss = loss_function(logits.float(), target) / accumulate
-                loss.backward()
-                mean_loss += float(loss.detach()) if seen is not None else 0.0
-            if recipe.clip:
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimizer.step()
-            if ema is not None:
-                ema.update(model)
-            if seen is not None:
-                seen(step, mean_loss)
+                yield loss_function(logits.float(), target) / accumulate
+
+        run_steps(
+            [model], optimizer, losses_at, rate_at, steps=total, saved=saved, clip=recipe.clip, ema=ema,
+            title="finetune-full", seen=seen,
+        )  # fmt: skip
     if ema is not None:
         model.load_state_dict(ema.tensors)
     return model.eval()
@@ -346,6 +353,7 @@ def finetune_full(
     precision: Precision = "auto",
     batch_size: int = 128,
     workers: int = 0,
+    saved: Saved | None = None,
 ) -> Iterator[Metric]:
     """Accuracy, top-5, balanced accuracy and AUROC after fine-tuning on all labels by a published recipe.
 
@@ -361,11 +369,12 @@ def finetune_full(
         precision: of the matrix products.
         batch_size: test images at once.
         workers: processes that decode and augment.
+        saved: where the training is kept; None: it is not.
     """
     model = train_full(
         student, data.train, data.train_labels, recipe_of(config), classes=len(data.classes), size=size,
         seed=seed, accumulate=config.accumulate, source=config.crop_from, precision=precision,
-        workers=workers,
+        workers=workers, saved=saved,
     )  # fmt: skip
     scores = predict(model, data.test, batch_size=batch_size, precision=precision)
     yield from class_metrics(scores, data.test_labels)

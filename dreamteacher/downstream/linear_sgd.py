@@ -11,16 +11,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamteacher.data import step_generator
 from dreamteacher.distributed import Precision, autocast
 from dreamteacher.downstream import ClassificationData, Images, Metric, class_metrics, device_of, frozen
 from dreamteacher.downstream.augmented import Augmentation, Source, augmented_pass
 from dreamteacher.downstream.linear import standardisation
+from dreamteacher.downstream.loop import Saved, run_steps
 from dreamteacher.errors import UserError
 from dreamteacher.images import Size
-from dreamteacher.optim import lr_at, set_lr
+from dreamteacher.optim import lr_at
 from dreamteacher.students import Student
 
 
@@ -63,7 +64,13 @@ class LinearSgdConfig:
 
 
 def fit_lars(
-    features: Callable[[int], Tensor], y: Tensor, config: LinearSgdConfig, *, classes: int, seed: int
+    features: Callable[[int], Tensor],
+    y: Tensor,
+    config: LinearSgdConfig,
+    *,
+    classes: int,
+    seed: int,
+    saved: Saved | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A linear layer trained by timm's LARS on the mean cross-entropy, from weights of 0.
 
@@ -76,6 +83,7 @@ def fit_lars(
         config: see `LinearSgdConfig`.
         classes: number of classes.
         seed: of the order of the batches.
+        saved: where the training is kept; None: it is not.
 
     Returns:
         Weight (classes x C) and bias (classes), float32.
@@ -84,32 +92,38 @@ def fit_lars(
     """
     from timm.optim import Lars
 
-    x = features(0)
+    batch = min(config.batch_size, len(y))
+    whole = -(-len(y) // batch)  # the last batch of an epoch holds what is left
+    total = max(1, round(config.epochs * whole))
+    warmup = round(config.warmup_epochs * whole)
+
+    def of_epoch(epoch: int) -> tuple[Tensor, Tensor]:
+        x = features(epoch)
+        return x, torch.randperm(len(x), generator=step_generator(seed, epoch, "linear-sgd")).to(x.device)
+
+    x, order = of_epoch(min(saved.step if saved else 0, total - 1) // whole)
     y = y.to(x.device)
-    weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
-    bias = torch.zeros(classes, device=x.device, requires_grad=True)
+    weight = nn.Parameter(torch.zeros(classes, x.shape[1], device=x.device))
+    bias = nn.Parameter(torch.zeros(classes, device=x.device))
     groups = [
         {"params": [weight], "weight_decay": config.weight_decay, "always_adapt": config.always_adapt},
         {"params": [bias], "weight_decay": 0.0},
     ]
     optimizer = Lars(groups, lr=config.lr, momentum=config.momentum, trust_coeff=config.trust)
-    batch = min(config.batch_size, len(x))
-    whole = -(-len(x) // batch)  # the last batch of an epoch holds what is left
-    total = max(1, round(config.epochs * whole))
-    warmup = round(config.warmup_epochs * whole)
-    order = torch.empty(0, dtype=torch.int64)
-    for step in range(total):
+
+    def losses_at(step: int) -> list[Tensor]:
+        nonlocal x, order
         epoch, part = divmod(step, whole)
-        if part == 0:
-            x = features(epoch)
-            order = torch.randperm(len(x), generator=step_generator(seed, epoch, "linear-sgd")).to(x.device)
+        if part == 0 and step:
+            x, order = of_epoch(epoch)
         index = order[part * batch : (part + 1) * batch]
-        set_lr(optimizer, lr_at(step, total=total, warmup=warmup, peak=config.lr))
         with torch.enable_grad():
-            loss = F.cross_entropy(F.linear(x[index], weight, bias), y[index])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+            return [F.cross_entropy(F.linear(x[index], weight, bias), y[index])]
+
+    run_steps(
+        [nn.ParameterList([weight, bias])], optimizer, losses_at,
+        lambda step: lr_at(step, total=total, warmup=warmup, peak=config.lr), steps=total, saved=saved,
+    )  # fmt: skip
     return weight.detach(), bias.detach()
 
 
@@ -162,6 +176,7 @@ def linear_sgd(
     batch_size: int = 128,
     precision: Precision = "auto",
     workers: int = 0,
+    saved: Saved | None = None,
 ) -> Iterator[Metric]:
     """Accuracy, top-5, balanced accuracy and AUROC of the published linear probe, on all labels.
 
@@ -178,6 +193,7 @@ def linear_sgd(
         batch_size: images at once.
         precision: of the forward pass.
         workers: processes that decode and augment.
+        saved: where the training of the layer is kept; None: it is not.
     """
     mean, deviation = standardisation(train_x) if config.standardise else (0.0, 1.0)
     device = train_x.device
@@ -197,6 +213,8 @@ def linear_sgd(
             kept[view] = ((x - mean) / deviation).float()
         return kept[view]
 
-    weight, bias = fit_lars(features, data.train_labels, config, classes=len(data.classes), seed=seed)
+    weight, bias = fit_lars(
+        features, data.train_labels, config, classes=len(data.classes), seed=seed, saved=saved
+    )
     scores = ((test_x - mean) / deviation).float() @ weight.T + bias
     yield from class_metrics(scores.softmax(1), data.test_labels)

@@ -26,6 +26,7 @@ from dreamteacher.downstream import Metric, device_of, frozen
 from dreamteacher.downstream.crops import loader, scaled_mask
 from dreamteacher.downstream.detection import (
     build_groups,
+    calibrate,
     freeze_norms,
     make_optimizer,
     rate_at,
@@ -35,10 +36,10 @@ from dreamteacher.downstream.detection_config import PRESETS as DETECT_PRESETS
 from dreamteacher.downstream.detection_config import DetectConfig
 from dreamteacher.downstream.detection_data import Draw, Example, instances_of_ids, scaled_image, scaled_size
 from dreamteacher.downstream.detection_model import build_detector
-from dreamteacher.downstream.finetune import recalibrate
+from dreamteacher.downstream.loop import Saved, run_steps
 from dreamteacher.downstream.panoptic_merge import merge
-from dreamteacher.downstream.segmentation import draw_masks
-from dreamteacher.downstream.semantic import classes_at, pixel_loss
+from dreamteacher.downstream.segmentation import draw_masks, pixel_loss
+from dreamteacher.downstream.semantic import classes_at
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
 from dreamteacher.images import BadImageError, Size
@@ -49,8 +50,6 @@ from dreamteacher.regressor import resize
 from dreamteacher.students import Student
 
 _IGNORED = 255
-# Batches that the running statistics of BatchNorm are set from after the training, at most.
-_CALIBRATION = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +312,13 @@ def _batches(data: PanopticSet, draws: Sequence[list[Draw]], config: DetectConfi
 
 
 def train_panoptic(
-    student: Student, data: PanopticSet, config: PanopticConfig, *, seed: int, precision: Precision = "auto"
+    student: Student,
+    data: PanopticSet,
+    config: PanopticConfig,
+    *,
+    seed: int,
+    precision: Precision = "auto",
+    saved: Saved | None = None,
 ) -> PanopticFPN:
     """A Panoptic FPN in evaluation mode, trained as `dreamteacher.downstream.detection` trains Mask R-CNN.
 
@@ -323,6 +328,7 @@ def train_panoptic(
         config: see `PanopticConfig`.
         seed: of the heads, the batches, scales, mirroring, and of what torchvision draws.
         precision: of the matrix products of the backbone and the FPN.
+        saved: where the training is kept; None: it is not.
     """
     device, detect = device_of(student), config.detect
     draws = training_draws(len(data), detect, step_generator(seed, 0, "panoptic"))
@@ -334,38 +340,25 @@ def train_panoptic(
         groups = build_groups(model.detector, detect)
         groups += [{**g, "factor": 1.0} for g in parameter_groups([model.branch], detect.weight_decay)]
         optimizer = make_optimizer(groups, detect)
-        progress = tqdm(total=detect.steps, desc="training", disable=not sys.stderr.isatty())
-        for step, batch in enumerate(_batches(data, draws, detect)):
-            for group in optimizer.param_groups:
-                group["lr"] = rate_at(step, detect) * group["factor"]
-            losses = model.losses(batch)
+        batches = _batches(data, draws[saved.step if saved else 0 :], detect)
+
+        def losses_at(step: int) -> list[Tensor]:
+            losses = model.losses(next(batches))
             stuff = losses.pop("loss_semantic")
             total = torch.stack(list(losses.values())).sum()
-            optimizer.zero_grad(set_to_none=True)
-            (config.instance_weight * total + config.semantic_weight * stuff).backward()
-            optimizer.step()
-            progress.update()
-        progress.close()
-        _calibrate(model, data, detect)
+            return [config.instance_weight * total + config.semantic_weight * stuff]
+
+        run_steps(
+            [model], optimizer, losses_at, lambda step: rate_at(step, detect),
+            steps=detect.steps, saved=saved, title="training",
+        )  # fmt: skip
+
+        def show(draws: Sequence[list[Draw]]) -> None:
+            for batch in _batches(data, draws, detect):
+                model.losses(batch)
+
+        calibrate(model.detector, detect, len(data), show)
     return model.eval()
-
-
-def _calibrate(model: PanopticFPN, data: PanopticSet, config: DetectConfig) -> None:
-    """BatchNorm's statistics from the training images at the test's scale, on sampled boxes as in training."""
-    size = min(config.batch_size, len(data))
-    draws = [Draw(i, config.test_side, False) for i in range(len(data) - len(data) % size)]
-    batches = [draws[i : i + size] for i in range(0, len(draws), size)][:_CALIBRATION]
-    detector = model.detector
-    trained = [detector.rpn, detector.roi_heads, detector.backbone.fpn]
-    trained += [] if config.backbone_norm == "frozen" else [detector.backbone.student]
-
-    def forward() -> None:
-        for part in (detector, detector.rpn, detector.roi_heads):  # it is what makes them sample boxes
-            part.training = True
-        for batch in _batches(data, batches, config):
-            model.losses(batch)
-
-    recalibrate(nn.ModuleList(trained), forward)
 
 
 # --- test -----------------------------------------------------------------------------------------------------
@@ -409,6 +402,7 @@ def panoptic(
     images: int | None = None,
     seed: int = 0,
     precision: Precision = "auto",
+    saved: Saved | None = None,
 ) -> Iterator[Metric]:
     """PQ, SQ and RQ of all classes, of things and of stuff, after fine-tuning a Panoptic FPN.
 
@@ -419,10 +413,13 @@ def panoptic(
         images: images to train on, drawn by the seed; none: all.
         seed: of the draw and of the training.
         precision: of the matrix products of the backbone and the FPN.
+        saved: where the training is kept; None: it is not.
     """
     shown = data.pool.subset(data.pool.shown())
     drawn = draw_masks(len(shown), images or len(shown), seed)
-    model = train_panoptic(student, shown.subset(drawn.tolist()), config, seed=seed, precision=precision)
+    model = train_panoptic(
+        student, shown.subset(drawn.tolist()), config, seed=seed, precision=precision, saved=saved
+    )
     counts = torch.zeros(len(data.test.names), 4, dtype=torch.float64)
     for i in tqdm(range(len(data.test)), desc="testing", disable=not sys.stderr.isatty()):
         try:

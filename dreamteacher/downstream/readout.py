@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from dreamteacher.distributed import Precision
 from dreamteacher.downstream import Metric
 from dreamteacher.downstream.crops import CropConfig, SemanticData, drawn_files
+from dreamteacher.downstream.loop import Saved
 from dreamteacher.downstream.semantic import FCNHead, SemanticConfig, score_files, train_dense
 from dreamteacher.errors import UserError
 from dreamteacher.students import Student
@@ -58,6 +59,21 @@ class ReadoutConfig:
         )
 
 
+def level_of(student: Student, config: ReadoutConfig) -> int:
+    """The number of the map that is read.
+
+    Raises:
+        UserError: the backbone has no map of that stride.
+    """
+    strides = [spec.stride for spec in student.specs]
+    if config.stride not in strides:
+        raise UserError(
+            f"'{student.name}' has no map of stride {config.stride}.",
+            f"Set --readout.stride to one of {', '.join(map(str, strides))}.",
+        )
+    return strides.index(config.stride)
+
+
 def readout(
     student: Student,
     data: SemanticData,
@@ -67,6 +83,7 @@ def readout(
     seed: int = 0,
     precision: Precision = "auto",
     workers: int = 0,
+    saved: Saved | None = None,
 ) -> Iterator[Metric]:
     """mIoU, accuracy and IoU per class of a head on the frozen backbone's map of one stride.
 
@@ -78,6 +95,7 @@ def readout(
         seed: of the draw and of the training.
         precision: of the matrix products.
         workers: processes that decode; changes no number.
+        saved: where the training is kept; None: it is not.
 
     Raises:
         UserError: the backbone has no map of that stride.
@@ -85,13 +103,7 @@ def readout(
     Source: section 8 of arXiv 2307.07487: frozen backbone, FCN, SGD 0.01, poly 0.9, 20k iterations. Neither the
     head's layers nor the map are stated: torchvision's FCN head on the coarsest map, not dilated.
     """
-    strides = [spec.stride for spec in student.specs]
-    if config.stride not in strides:
-        raise UserError(
-            f"'{student.name}' has no map of stride {config.stride}.",
-            f"Choose from {', '.join(map(str, strides))}.",
-        )
-    level, files, training = strides.index(config.stride), data.train, config.training()
+    level, files, training = level_of(student, config), data.train, config.training()
     model = train_dense(
         student,
         drawn_files(files, masks, seed),
@@ -101,5 +113,6 @@ def readout(
         seed=seed,
         precision=precision,
         workers=workers,
+        saved=saved,
     )
     yield from score_files(model, data.test, training, precision=precision, workers=workers)

@@ -188,6 +188,12 @@ def draw_masks(pool: int, count: int, seed: int) -> Tensor:
     return order[:count].sort().values
 
 
+def pixel_loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Cross-entropy averaged over the pixels that are not ignored; 0 when all are."""
+    total = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
+    return total / (target != ignore_index).sum().clamp_min(1)
+
+
 def train_segmenter(
     student: Student,
     images: Tensor,
@@ -239,7 +245,7 @@ def train_segmenter(
             # One draw for the whole batch: the frozen maps of mirrored images are stored beside the others.
             mirror = config.flip and bool(torch.rand((), generator=generator) < 0.5)
             target = masks[index].flip(2) if mirror else masks[index]
-            return F.cross_entropy(forward(index, mirror), target, ignore_index=config.ignore_index)
+            return pixel_loss(forward(index, mirror), target, config.ignore_index)
 
         parts: list[tuple[nn.Module, float]] = [(head, 1.0)]
         parts += [] if freeze else [(backbone, config.backbone_lr_factor)]

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamteacher.distributed import Precision, autocast, seeded
 from dreamteacher.downstream import Metric, device_of, frozen, to_input
 from dreamteacher.downstream.crops import FILL, CropConfig, SemanticData, crops, drawn_files, whole_images
 from dreamteacher.downstream.finetune import Optimizer, check_training, train
-from dreamteacher.downstream.segmentation import SegmentationHead
+from dreamteacher.downstream.loop import Saved
+from dreamteacher.downstream.segmentation import SegmentationHead, pixel_loss
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
 from dreamteacher.masks_files import SegmentationFiles
@@ -142,12 +142,6 @@ class DenseModel(nn.Module):
         return self.head(self.student(images), (images.shape[-2], images.shape[-1]))
 
 
-def pixel_loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Cross-entropy averaged over the pixels that are not ignored; 0 when all are."""
-    total = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
-    return total / (target != ignore_index).sum().clamp_min(1)
-
-
 def train_dense(
     student: Student,
     files: SegmentationFiles,
@@ -158,6 +152,7 @@ def train_dense(
     seed: int,
     precision: Precision = "auto",
     workers: int = 0,
+    saved: Saved | None = None,
 ) -> DenseModel:
     """A head trained on crops with a copy of the backbone, frozen or fine-tuned; in evaluation mode.
 
@@ -170,6 +165,7 @@ def train_dense(
         seed: of the heads, the crops, dropout.
         precision: of the matrix products.
         workers: processes that decode; changes no number.
+        saved: where the training is kept; None: it is not.
     """
     device = device_of(student)
     ignored = files.ignore_index
@@ -187,6 +183,7 @@ def train_dense(
             batch_size=config.batch_size,
             seed=seed,
             workers=workers,
+            first=saved.step if saved else 0,
         )
 
         def maps_of(images: Tensor) -> list[Tensor]:
@@ -216,6 +213,8 @@ def train_dense(
             warmup=config.warmup,
             optimizer=config.optimizer,
             power=config.power,
+            saved=saved,
+            title="training",
         )
         next(batches, None)  # lets it say what was damaged
     return model.eval()
@@ -320,6 +319,7 @@ def semantic(
     seed: int = 0,
     precision: Precision = "auto",
     workers: int = 0,
+    saved: Saved | None = None,
 ) -> Iterator[Metric]:
     """Metrics of `score_files` after fine-tuning a UPerNet on streamed crops.
 
@@ -331,6 +331,7 @@ def semantic(
         seed: of the draw and of the training.
         precision: of the matrix products.
         workers: processes that decode; changes no number.
+        saved: where the training is kept; None: it is not.
     """
     files = drawn_files(data.train, masks, seed)
     norm, width, dropout = config.norm, config.width, config.dropout
@@ -343,5 +344,6 @@ def semantic(
         seed=seed,
         precision=precision,
         workers=workers,
+        saved=saved,
     )
     yield from score_files(model, data.test, config, precision=precision, workers=workers)

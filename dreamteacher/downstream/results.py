@@ -1,0 +1,180 @@
+"""results.jsonl of `evaluate`: each row with a key of all that decides it, so that nothing is computed twice."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dreamteacher import __version__, checkpoint
+from dreamteacher.config import to_json
+from dreamteacher.distributed import resolve_precision
+from dreamteacher.downstream import (
+    DETECTION,
+    DISTILLED,
+    PANOPTIC,
+    PUBLISHED,
+    STREAMED,
+    Row,
+    device_of,
+)
+from dreamteacher.downstream.distilled import HEAD, REGRESSOR
+from dreamteacher.downstream.evaluate_config import EvaluateConfig, with_classes
+from dreamteacher.downstream.loop import Saved
+from dreamteacher.layouts import layout_of
+from dreamteacher.rundir import RunDir, read_rows
+from dreamteacher.students import Student
+
+# Tasks that train for long: they keep a checkpoint.
+LONG = (*PUBLISHED, *STREAMED, *DETECTION, *PANOPTIC)
+_MASKS = ("images", "masks", "test_images", "test_masks")
+# The settings that decide a task's numbers, beside those of every task.
+_SETTINGS: dict[str, tuple[str, ...]] = {
+    "knn": ("knn_k",), "finetune": ("finetune",), "segment-frozen": ("segment",), "segment-finetune": ("segment",),
+    "semantic": ("semantic",), "readout": ("readout",), "detect": ("detect",), "detect-cascade": ("detect",),
+    "panoptic": ("panoptic",), "linear-sgd": ("linear_sgd",), "finetune-full": ("finetune_full",),
+}  # fmt: skip
+# Of those settings: the budgets, each of which is a result of its own, and what changes speed only.
+_NO_MATTER = ("masks", "images", "workers")
+
+
+class Results:
+    """The rows of one folder, and the checkpoints of the trainings that they come from.
+
+    Args:
+        out: the folder, which exists.
+        config: the evaluation; its folders are looked at when a task asks for them.
+        method: what the rows are called.
+    """
+
+    def __init__(self, out: Path, config: EvaluateConfig, method: str) -> None:
+        self.out, self.config, self.method = out, config, method
+        self.reused: set[str] = set()
+        self._data: dict[Path, str] = {}
+        self._weights: tuple[Student, str] | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where the rows are."""
+        return self.out / "results.jsonl"
+
+    def facts(self, student: Student, task: str, budget: int | None, seed: int) -> dict[str, Any]:
+        """All that decides the numbers of one task: code, weights, data, settings, seed, precision."""
+        c, device = self.config, device_of(student)
+        everything = to_json(c)
+        settings = {name: everything[name] for name in _SETTINGS.get(task, ())}
+        facts = {
+            "version": __version__, "task": task, "labels": budget, "seed": seed, "student": student.name,
+            "weights": self._weights_of(student), "device": device.type,
+            "precision": str(resolve_precision(device, c.precision)), "size": list(c.size),
+            "settings": _decisive(settings), "data": {name: self._listed(name) for name in _places(task)},
+        }  # fmt: skip
+        if not with_classes((task,)):
+            facts["masks"] = {"binary": c.binary_masks, "ignore_index": c.segment.ignore_index}
+        if task in DISTILLED or (c.neck and task.startswith("segment-")):
+            run = Path(c.init).expanduser()
+            files = [run / name for name in (REGRESSOR, HEAD)]
+            facts["head"] = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()]
+        return facts
+
+    def found(self, facts: dict[str, Any]) -> list[Row]:
+        """The rows of these facts that are there already; none: they are to be computed."""
+        key = key_of(facts)
+        rows = [r for r in read_rows(self.path) if r.get("key") == key and r.get("method") == self.method]
+        if rows:
+            self.reused.add(key)
+            shutil.rmtree(self._folder(facts), ignore_errors=True)  # of a kill just after they were written
+        return rows
+
+    @contextlib.contextmanager
+    def training(self, facts: dict[str, Any]) -> Iterator[Saved | None]:
+        """Within: where the training of these facts is kept; None for a short one."""
+        if facts["task"] not in LONG:
+            yield None
+            return
+        saved = Saved(self._folder(facts), facts, every=60 * self.config.save_minutes)
+        try:
+            yield saved
+        finally:
+            saved.run.close()
+
+    def add(self, rows: Sequence[Row], facts: dict[str, Any]) -> list[Row]:
+        """Writes the rows of one task, all or none of them, and returns them with their key; its checkpoint goes.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        rows = [{**row, "key": key_of(facts)} for row in rows]
+        with open(self.out / ".results.lock", "w") as lock:  # several evaluations may share the folder
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            text = self.path.read_text("utf-8", "surrogateescape") if self.path.exists() else ""
+            text += "" if text.endswith("\n") or not text else "\n"
+            checkpoint.write_text(self.path, text + "".join(json.dumps(row) + "\n" for row in rows))
+        shutil.rmtree(self._folder(facts), ignore_errors=True)
+        return rows
+
+    def check(self, student: Student) -> None:
+        """Raises UserError where the disk has no room for checkpoints of a network of this size."""
+        weights = sum(p.numel() for p in student.parameters())
+        RunDir.check(self.out / "training", {}, needed_bytes=32 * weights)  # two of weights and moments
+
+    def _folder(self, facts: dict[str, Any]) -> Path:
+        amount = "all" if facts["labels"] is None else facts["labels"]
+        return self.out / f"training-{facts['task']}-{amount}-seed{facts['seed']}-{key_of(facts)}"
+
+    def _weights_of(self, student: Student) -> str:
+        if self._weights is None or self._weights[0] is not student:
+            tensors = {k: v.detach().cpu().contiguous() for k, v in student.state_dict().items()}
+            self._weights = student, checkpoint.digest(tensors, student.name)
+        return self._weights[1]
+
+    def _listed(self, name: str) -> str | None:
+        """A digest of all files below a place of data, by name, size and time of change; none where none is given."""
+        place: Path | None = getattr(self.config, name)
+        if place is None:
+            return None
+        if place not in self._data:
+            self._data[place] = _listing(place, self.out.resolve())
+        return self._data[place]
+
+
+def key_of(facts: dict[str, Any]) -> str:
+    """16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
+    return {k: _decisive(v) if isinstance(v, dict) else v for k, v in settings.items() if k not in _NO_MATTER}
+
+
+def _places(task: str) -> tuple[str, ...]:
+    if with_classes((task,)):
+        return ("train", "test")
+    if task in DETECTION:
+        return ("images", "instances", "test_images", "test_instances")
+    return (*_MASKS, "segments", "test_segments") if task in PANOPTIC else _MASKS
+
+
+def _listing(place: Path, out: Path) -> str:
+    found = layout_of(place)
+    root = found[1] if found else place
+    digest = hashlib.sha256(f"{found[0] if found else ''}|{'' if root.exists() else root}".encode())
+    files = [root] if root.is_file() else []
+    for folder, folders, names in os.walk(root):
+        here = Path(folder)
+        folders[:] = sorted(name for name in folders if (here / name).resolve() != out)
+        files += [here / name for name in sorted(names)]
+    for file in files:
+        try:
+            facts = file.stat()
+        except OSError:
+            continue  # a broken link is no data
+        name = os.fsencode(file.relative_to(root)) if file != root else os.fsencode(file.name)
+        digest.update(name + f"|{facts.st_size}|{facts.st_mtime_ns}|".encode())
+    return digest.hexdigest()[:16]
