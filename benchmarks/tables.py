@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import csv
 import re
+import runpy
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
+PLAN = runpy.run_path(str(HERE / "plan.py"))
 TASKS = {
     "knn": "kNN accuracy, frozen",
     "linear": "linear probe accuracy, frozen",
@@ -62,26 +65,31 @@ def results_table(*paths: Path) -> str:
 
 
 def step_table(path: Path) -> str:
-    lines = ["| student | batch | teacher, ms | student + regressor, ms | step, ms | step / parts | device |"]
-    lines.append("| --- " * 7 + "|")
+    lines = [
+        "| student | batch | teacher, ms | student + regressor, ms | step, ms | step / parts | device | status |"
+    ]
+    lines.append("| --- " * 8 + "|")
     for r in rows(path):
         lines.append(
             f"| {r['student']} | {r['batch']} | {r['teacher_ms']} | {r['student_ms']} | {r['step_ms']} | "
-            f"**{r['ratio_median']}** ({r['ratio_quartiles'].replace(' ', ' to ')}) | {r['device']}, {r['precision']} |"
+            f"**{r['ratio_median']}** ({r['ratio_quartiles'].replace(' ', ' to ')}) | {r['device']}, {r['precision']} "
+            f"| {status(r, float(r['ratio_median']) <= 1.03)} |"
         )
     return "\n".join(lines)
 
 
 def early_exit_table(path: Path) -> str:
     lines = [
-        "| network | full forward, s | four levels, s | speed-up | GMACs | largest difference | device |"
+        "| network | full forward, s | four levels, s | speed-up | GMACs | largest difference | device | status |"
     ]
-    lines.append("| --- " * 7 + "|")
+    lines.append("| --- " * 8 + "|")
     for r in rows(path):
+        reached = float(r["speedup_median"]) >= 2.2 and float(r["max_abs_difference"]) == 0
+        told = status(r, reached) if "load" in r else "stale: no hooks in the timed forward"
         lines.append(
             f"| {r['network']} at {r['size'].replace(' ', ' x ')}, batch {r['batch']} | {r['full_s']} | {r['early_s']} "
             f"| **{r['speedup_median']}** ({r['speedup_quartiles'].replace(' ', ' to ')}) | {r['full_gmacs']} -> "
-            f"{r['early_gmacs']} | {r['max_abs_difference']} | {r['device']}, {r['precision']} |"
+            f"{r['early_gmacs']} | {r['max_abs_difference']} | {r['device']}, {r['precision']} | {told} |"
         )
     return "\n".join(lines)
 
@@ -191,8 +199,11 @@ def label_efficient_table(path: Path) -> str:
 
 
 def _miou(group: list[dict[str, str]]) -> tuple[float, float]:
-    values = [float(r["miou"]) for r in group]
-    return statistics.mean(values), statistics.stdev(values)
+    return _mean([float(r["miou"]) for r in group])
+
+
+def _mean(values: list[float]) -> tuple[float, float]:
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def interpreter_table(path: Path) -> str:
@@ -208,6 +219,104 @@ def interpreter_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def status(row: dict[str, str], reached: bool | None = None) -> str:
+    """Reached or missed, where there is a target; and whether the machine was busy with other work (load at the start)."""
+    words = [] if reached is None else ["target reached" if reached else "target missed"]
+    if float(row.get("load") or 0) > 0.5:
+        words.append(f"to be repeated: other work on the machine (load {row['load']})")
+    return "; ".join(words) or "measured"
+
+
+def speed_table(path: Path) -> str:
+    lines = ["| maps of | student | batch | student alone, ms | with a store, ms | speed kept | a batch read alone, ms | "
+             "items/s, disk's cache dropped | device | status |"]  # fmt: skip
+    lines.append("| --- " * 10 + "|")
+    for r in rows(path):
+        lines.append(
+            f"| {r['teacher']}, {r['size'].replace(' ', ' x ')} | {r['student']} | {r['batch']} | {r['student_ms']} | "
+            f"{r['stored_ms']} | **{r['speed_median']}** ({r['speed_quartiles'].replace(' ', ' to ')}) | {r['read_ms']} | "
+            f"{r['cold_items_per_s']} | {r['device']}, {r['precision']} | {status(r, float(r['speed_median']) >= 0.95)} |"
+        )
+    return "\n".join(lines)
+
+
+def bytes_table(path: Path) -> str:
+    lines = [
+        "| format | bytes an image and draw | MB | ImageNet, one draw, GB | status |",
+        "| --- " * 5 + "|",
+    ]
+    for r in rows(path):
+        told = status(r | {"load": "0"}, float(r["mb_an_image"]) <= 0.35 if r["format"] == DEFAULT else None)
+        lines.append(
+            f"| {r['format']} | {int(r['bytes_an_image']):,} | {r['mb_an_image']} | {r['imagenet_gb']} | {told} |"
+        )
+    return "\n".join(lines)
+
+
+DEFAULT = "PCA 63 + energy, int8"  # what `make-features` does unless asked
+
+
+def accuracy_table(path: Path) -> str:
+    """Mean ± sample deviation over seeds of each format, and its difference to online (without flips: to online without
+    flips) in units of the larger of the two deviations."""
+    values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    facts: dict[str, dict[str, str]] = {}
+    for r in rows(path):
+        if r["metric"] == "accuracy":
+            values[r["method"], r["task"], r["labels"]].append(float(r["value"]))
+            facts[r["method"]] = r
+    tasks = list(dict.fromkeys((task, labels) for _, task, labels in values))
+    named = [f"{TASKS[task].split(',')[0]}{f', {n} per class' if n else ''}" for task, n in tasks]
+    lines = [
+        f"| targets | draws | bytes | {' | '.join(f'{n} | to online' for n in named)} | within a deviation |"
+    ]
+    lines.append("| --- " * (4 + 2 * len(tasks)) + "|")
+    for method, r in facts.items():
+        cells, worst = [], 0.0
+        base = "online, no flips" if "no flips" in method and "online, no flips" in facts else "online"
+        for task in tasks:
+            mean, spread = _mean(values[method, *task])
+            cells.append(f"{mean:.3f} ± {spread:.3f}")
+            if method.startswith("online"):
+                cells.append("")
+                continue
+            theirs, their_spread = _mean(values[base, *task])
+            apart = (mean - theirs) / max(spread, their_spread, 1e-9)
+            worst = min(worst, apart)
+            cells.append(f"{mean - theirs:+.3f} ({apart:+.1f} dev.)")
+        kept = "" if method.startswith("online") else "yes" if worst >= -1 else "no"
+        size = f"{int(r['bytes']):,}" if int(r["bytes"]) else ""
+        lines.append(f"| {method} | {r['draws']} | {size} | {' | '.join(cells)} | {kept} |")
+    return "\n".join(lines)
+
+
+def startup_table(path: Path) -> str:
+    lines = ["| | seconds | x `import torch` | CPU-s | peak memory, MB | status |", "| --- " * 6 + "|"]
+    for r in rows(path):
+        lines.append(
+            f"| {r['what']} | {r['seconds']} | **{r['ratio_median']}** ({r['ratio_range'].replace(' ', ' to ')}) | "
+            f"{r['cpu_s']} | {r['peak_mb']} | {status(r)} |"
+        )
+    return "\n".join(lines)
+
+
+def loading_table(path: Path) -> str:
+    lines = ["| images | way | images/s | x PIL alone | status |", "| --- " * 5 + "|"]
+    for r in rows(path):
+        lines.append(
+            f"| {r['set']} | {r['way']} | {r['images_per_s']} | **{r['ratio_median']}** "
+            f"({r['ratio_range'].replace(' ', ' to ')}) | {status(r)} |"
+        )
+    return "\n".join(lines)
+
+
+def unless_missing(make: Callable[[Path], str], path: Path) -> str:
+    """The table, or that its benchmark was not run."""
+    return (
+        make(path) if path.exists() else f"*not run* (benchmarks/{path.parent.name}/{path.name} is not there)"
+    )
+
+
 TABLES = {
     "demo": lambda: results_table(HERE / "demo" / "results.csv"),
     "step": lambda: step_table(HERE / "step" / "step.csv"),
@@ -221,6 +330,12 @@ TABLES = {
     "transfer_dsb2018": lambda: transfer_table(HERE / "transfer" / "dsb2018.csv"),
     "transfer_camvid": lambda: transfer_table(HERE / "transfer" / "camvid.csv"),
     "camvid": lambda: results_table(HERE / "camvid" / "results.csv"),
+    "features_speed": lambda: unless_missing(speed_table, HERE / "features" / "speed.csv"),
+    "features_bytes": lambda: unless_missing(bytes_table, HERE / "features" / "bytes.csv"),
+    "features_accuracy": lambda: unless_missing(accuracy_table, HERE / "features" / "accuracy.csv"),
+    "startup": lambda: unless_missing(startup_table, HERE / "startup" / "startup.csv"),
+    "loading": lambda: unless_missing(loading_table, HERE / "loading" / "loading.csv"),
+    **PLAN["TEXTS"],
 }
 
 

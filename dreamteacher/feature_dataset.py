@@ -160,24 +160,25 @@ def _read_ahead(
     """Items beside their images, mirrored as recorded; a thread reads one step ahead. And the time waited."""
     places = store.places(images)
 
-    def read(batch: data.Batch) -> _Read:
+    def read() -> _Read | None:
+        batch = next(batches, None)
+        if batch is None:
+            return None
         at = places[batch.index]
         rows, flips = store.rows(at, store.draws_of(at, batch.step // (len(images) // batch_size), seed))
-        mirrored = data.flip_images(batch.images, flips).contiguous(memory_format=torch.channels_last)
-        return _Read(mirrored, rows, batch.step)
+        for i in flips.nonzero().flatten().tolist():
+            batch.images[i] = batch.images[i].flip(-1)
+        return _Read(batch.images, rows, batch.step)
 
     with ThreadPoolExecutor(1) as ahead:
-        waiting: Future[_Read] | None = None
+        coming: Future[_Read | None] = ahead.submit(read)
         while True:
             begin = time.perf_counter()
-            batch = next(batches, None)
-            coming = None if batch is None else ahead.submit(read, batch)
-            if waiting is not None:
-                ready = waiting.result()
-                yield ready, time.perf_counter() - begin
-            if coming is None:
+            ready = coming.result()
+            if ready is None:
                 return
-            waiting = coming
+            coming = ahead.submit(read)
+            yield ready, time.perf_counter() - begin
 
 
 def stored(

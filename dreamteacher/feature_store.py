@@ -34,6 +34,7 @@ from dreamteacher.teachers.base import Teacher
 FORMAT, VERSION = "dreamteacher-features", 1
 MANIFEST, BASIS, IMAGES, CLAIMS = "features.json", "basis.safetensors", "images.jsonl", ".claims"
 ANEW = "Make them anew with `dreamteacher make-features`, in another folder."
+_READERS = 4  # threads that copy items: a disk, above all a distant one, serves several at once
 # What a recomputation may differ by, as a part of a map's norm: other batch sizes and kernels round differently.
 SLACK = {"float32": 2e-3, "bfloat16": 5e-2}
 
@@ -231,12 +232,18 @@ class FeatureStore:
         """
         rows = torch.empty(len(places), layout(self.plan)[1], dtype=torch.uint8)
         flips = torch.empty(len(places), dtype=torch.bool)
-        shards = places // self.plan.shard_images
-        for i in shards.unique().tolist():
-            at = (shards == i).nonzero().squeeze(1)
-            within, k, tensors = places[at] - i * self.plan.shard_images, draws[at], self.shard(i)
-            rows[at] = tensors["items"][within, k]
-            flips[at] = tensors["flip"][within, k].bool()
+        wanted = zip(places.tolist(), draws.tolist(), strict=True)
+        found = [(*divmod(place, self.plan.shard_images), k) for place, k in wanted]
+        for i in {i for i, _, _ in found}:
+            self.shard(i)  # opened here, by one thread
+
+        def copy(first: int) -> None:  # an item is one run of bytes: faster than indexing all of them at once
+            for j in range(first, len(found), _READERS):
+                i, within, k = found[j]
+                rows[j].copy_(self._open[i]["items"][within, k])
+                flips[j] = bool(self._open[i]["flip"][within, k])
+
+        in_threads(copy, range(min(_READERS, len(found))), _READERS)
         return rows, flips
 
     def draws_of(self, places: Tensor, epoch: int, seed: int) -> Tensor:

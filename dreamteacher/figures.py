@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import resize, to_pil_image
 
 from dreamteacher import __version__
 
@@ -226,6 +225,8 @@ def dot_plot(title: str, dots: Sequence[Dots], caption: str = "") -> str:
 
 def data_uri(image: Tensor, longest: int | None = None) -> str:
     """A PNG of an image (uint8 3 x H x W) as a data URI, shrunk so that no side is above `longest` pixels."""
+    from torchvision.transforms.v2.functional import resize, to_pil_image
+
     height, width = image.shape[-2:]
     if longest is not None and max(height, width) > longest:
         ratio = longest / max(height, width)

@@ -17,7 +17,6 @@ from typing import IO, NamedTuple, TypeAlias, TypeVar
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from dreamteacher.errors import UserError
@@ -146,7 +145,7 @@ def read_image(path: ImageFile, size: Size | None) -> Tensor:
     image = _eight_bits(path, image)
     if size is not None:
         image = _scale(image, extent, turn, size, Image.Resampling.BILINEAR)
-    return pil_to_tensor(_turned(image, turn).convert("RGB"))
+    return _pixels(_turned(image, turn).convert("RGB"))
 
 
 def read_mask(path: ImageFile, size: Size | None, *, binary: bool = False) -> Tensor:
@@ -170,7 +169,7 @@ def read_mask(path: ImageFile, size: Size | None, *, binary: bool = False) -> Te
     if binary and image.mode not in ("1", "L", "I"):
         ground = Image.new("RGBA", image.size, "black")
         image = Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
-    values = pil_to_tensor(_turned(image, turn)).long().amax(0)
+    values = _pixels(_turned(image, turn)).long().amax(0)
     return (values + 128) // 257 if binary and values.max() > 255 else values
 
 
@@ -181,9 +180,9 @@ def scale_mask(ids: Tensor, size: Size) -> Tensor:
         >>> scale_mask(torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]]), (2, 2)).tolist()
         [[1, 2], [5, 6]]
     """
-    image = to_pil_image(ids.to(torch.int32)[None])
+    image = Image.fromarray(ids.to(torch.int32).contiguous().numpy())
     height, width = ids.shape
-    return pil_to_tensor(_scale(image, (height, width), 1, size, Image.Resampling.NEAREST))[0].long()
+    return _pixels(_scale(image, (height, width), 1, size, Image.Resampling.NEAREST))[0].long()
 
 
 def read_channels(path: ImageFile) -> Tensor:
@@ -195,7 +194,18 @@ def read_channels(path: ImageFile) -> Tensor:
     image, turn, _ = _load(path, None)
     if image.mode not in ("RGB", "RGBA"):
         raise BadImageError(path, f"{image.mode} instead of RGB or RGBA")
-    return pil_to_tensor(_turned(image, turn))
+    return _pixels(_turned(image, turn))
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """The values of a picture, C x H x W: int32 of mode I, else uint8; mode 1 gives 0 and 1, P its indices."""
+    values = torch.frombuffer(
+        bytearray((image.convert("L") if image.mode == "1" else image).tobytes()),
+        dtype=torch.int32 if image.mode == "I" else torch.uint8,
+    )
+    if image.mode == "1":
+        values = values // 255
+    return values.view(image.height, image.width, -1).permute(2, 0, 1)
 
 
 def _cover_box(have: tuple[float, float], want: Size) -> tuple[float, float, float, float]:
@@ -340,10 +350,10 @@ def _reason(error: Exception) -> str:
 def _eight_bits(path: ImageFile, image: Image.Image) -> Image.Image:
     """Mode L or RGB, transparency laid over white."""
     if image.mode.startswith("I"):
-        values = pil_to_tensor(image.convert("I"))
+        values = _pixels(image.convert("I"))
         if values.min() < 0 or values.max() > 65535:
             raise BadImageError(path, "grey values outside 16 bits")
-        return to_pil_image(((values + 128) // 257).to(torch.uint8))
+        return Image.fromarray(((values[0] + 128) // 257).to(torch.uint8).numpy())
     if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")

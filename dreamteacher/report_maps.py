@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
-from torchvision.utils import make_grid
 
 from dreamteacher import checkpoint, metrics
 from dreamteacher.distributed import pick_device
@@ -25,7 +23,6 @@ from dreamteacher.regressor import FeatureRegressor
 from dreamteacher.students import create_student, read_weights
 from dreamteacher.teachers import fingerprint, is_python, load_teacher, teacher_folder
 from dreamteacher.teachers.base import Teacher
-from dreamteacher.teachers.diffusion import DiffusionTeacher
 
 _SAMPLES, _SAMPLING_STEPS, _PATIENCE = 16, 25, 120.0
 MAPS_LEAD = (
@@ -159,6 +156,9 @@ def teacher_samples(run: Path, facts: Mapping[str, Any], own_code: bool = False)
     Raises:
         UserError: when the teacher is not there or not that of the run, or too slow to sample.
     """
+    from torchvision.transforms.v2.functional import pil_to_tensor
+    from torchvision.utils import make_grid
+
     config, is_teacher = as_dict(facts.get("config")), facts.get("verb") == "train-teacher"
     if not is_teacher and not config.get("teacher"):
         return ""
@@ -180,6 +180,8 @@ def teacher_samples(run: Path, facts: Mapping[str, Any], own_code: bool = False)
 
 def _generate(teacher: Teacher) -> Tensor:
     """New images, float RGB in [0, 1]; a UserError where they would take more than `_PATIENCE` seconds."""
+    from dreamteacher.teachers.diffusion import DiffusionTeacher
+
     device = pick_device("auto")
     generator = torch.Generator(device).manual_seed(0)
     teacher = teacher.to(device)

@@ -6,11 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from dreamteacher import checkpoint
@@ -81,6 +78,8 @@ class Student(nn.Module):
     std: Tensor
 
     def __init__(self, name: str, model: nn.Module) -> None:
+        from timm.layers import DropPath
+
         super().__init__()
         self.name = name
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -131,6 +130,8 @@ class Student(nn.Module):
 
 def student_names() -> list[str]:
     """timm names of the families known to work as students, sorted (others with a pyramid work too)."""
+    import timm
+
     names = {name for module in _FAMILY_MODULES for name in timm.list_models(module=module)}
     return sorted(name for name in names if not name.startswith("test_"))
 
@@ -176,6 +177,8 @@ def level_indices(name: str, model: nn.Module) -> dict[int, int]:
 
 def normalisation(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per colour that timm gives for a model (ImageNet's where it gives none)."""
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     mean, std = cfg.get("mean") or IMAGENET_DEFAULT_MEAN, cfg.get("std") or IMAGENET_DEFAULT_STD
     return tuple(mean), tuple(std)
@@ -306,6 +309,8 @@ def _read_safetensors(path: Path) -> Weights:
 
 
 def _check_name(name: str) -> None:
+    import timm
+
     if timm.is_model(name):
         return
     hint = did_you_mean(_architecture(name), timm.list_models())
@@ -313,6 +318,8 @@ def _check_name(name: str) -> None:
 
 
 def _timm_model(name: str, *, pretrained: bool) -> nn.Module:
+    import timm
+
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except RuntimeError as error:
@@ -323,6 +330,8 @@ def _timm_model(name: str, *, pretrained: bool) -> nn.Module:
 
 
 def _imagenet_model(name: str) -> nn.Module:
+    import timm
+
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
         problem = f"timm has no pretrained weights for '{name}'."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import runpy
@@ -47,6 +48,7 @@ def test_features_benchmark_runs(tiny_teacher, tmp_path, monkeypatch):
     (row,) = csv.DictReader(out.read_text().splitlines())
     assert float(row["speed_median"]) > 0.1
     assert float(row["stored_ms"]) > float(row["read_ms"]) > 0
+    assert float(row["cold_items_per_s"]) > 0
 
 
 @pytest.mark.slow
@@ -58,7 +60,70 @@ def test_early_exit_benchmark_runs(tmp_path, monkeypatch):
     )  # fmt: skip
     (row,) = csv.DictReader(out.read_text().splitlines())
     assert float(row["max_abs_difference"]) == 0.0
+    assert float(row["load"]) >= 0
     assert float(row["gmacs_ratio"]) == pytest.approx(1.4165, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_accuracy_benchmark_runs(tiny_teacher, tmp_path, monkeypatch):
+    from test_docs import classes
+
+    classes(tmp_path / "train", ("NORMAL", "PNEUMONIA"), 16)
+    classes(tmp_path / "test", ("NORMAL", "PNEUMONIA"), 4, first=100)
+    out = tmp_path / "accuracy.csv"
+    script = BENCHMARKS / "features" / "accuracy.py"
+    same = ["--work", str(tmp_path / "work"), "--images", str(tmp_path), "--teacher", str(tiny_teacher), "--student",
+            "test_resnet", "--every", "2", "--epochs", "2", "--batch-size", "8", "--seeds", "0", "1", "--labels", "2",
+            "--out", str(out), "--formats"]  # fmt: skip
+    run(script, *same, "online", monkeypatch=monkeypatch)
+    run(script, *same, "PCA 63 + energy, int8, 1 draw", monkeypatch=monkeypatch)
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert {(r["method"], r["draws"], r["images"], r["steps"]) for r in rows} == {
+        ("online", "fresh", "16", "4"), ("PCA 63 + energy, int8, 1 draw", "1", "16", "4")
+    }  # fmt: skip
+    assert {(r["task"], r["labels"]) for r in rows} == {("knn", ""), ("linear", "2")}
+    assert len(list((tmp_path / "work" / "images").rglob("*.png"))) == 16
+    tables = runpy.run_path(str(BENCHMARKS / "tables.py"))
+    assert "PCA 63 + energy, int8, 1 draw | 1 |" in tables["accuracy_table"](out)
+
+
+@pytest.mark.slow
+def test_start_up_benchmark_runs(image_folder, tmp_path, monkeypatch):
+    from dreamteacher import cli
+    from dreamteacher.pretrain import PretrainConfig, steps_of
+
+    out = tmp_path / "startup.csv"
+    script = BENCHMARKS / "startup" / "run.py"
+    run(
+        script, "--out", str(out), "--images", str(image_folder), "--batch-size", "8", "--rounds", "1", "--only",
+        "import torch", "help", monkeypatch=monkeypatch,
+    )  # fmt: skip
+    torch_, help_ = csv.DictReader(out.read_text().splitlines())
+    assert (torch_["what"], float(torch_["ratio_median"])) == ("import torch", 1.0)
+    assert 0 < float(help_["seconds"]) < float(torch_["seconds"])
+    assert 0 < float(help_["peak_mb"]) < float(torch_["peak_mb"])
+    # Its longest command, whose start is too long for a test, is parsed.
+    asked = argparse.Namespace(steps=4, batch_size=8, teacher="chest-xray-64", student="resnet18")
+    command = runpy.run_path(str(script))["all_commands"](asked, image_folder, 16)["pretrain"]
+    config = cli.parse(PretrainConfig, "pretrain", [*command[4:], "--out", str(tmp_path / "run")])
+    assert steps_of(config, 16) == 4
+
+
+@pytest.mark.slow
+def test_loading_benchmark_runs(tmp_path, monkeypatch):
+    out = tmp_path / "loading.csv"
+    run(
+        BENCHMARKS / "loading" / "run.py", "--out", str(out), "--images", "8", "--batch-size", "4", "--rounds", "2",
+        "--png-size", "32", "--size", "64", monkeypatch=monkeypatch,
+    )  # fmt: skip
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    ways = ["PIL alone", "folder", "folder, 2 processes", "tar shards", "cached"]
+    assert [(r["set"], r["way"]) for r in rows] == [
+        (kind, way) for kind in ("JPEG 360 x 480 -> 64 x 64", "PNG 32 x 32 -> 32 x 32") for way in ways
+    ]
+    assert all(float(r["images_per_s"]) > 0 for r in rows)
+    assert float(rows[0]["ratio_median"]) == 1.0
+    assert float(rows[4]["ratio_median"]) > 1.0  # nothing is decoded
 
 
 @pytest.mark.slow
@@ -90,6 +155,26 @@ def test_label_efficient_table_against_a_hand_calculation(tmp_path):
     table = tables["label_efficient_table"](tmp_path / "results.csv").splitlines()
     assert table[2] == "| from scratch | 0.600 ± 0.100 | +0.300 (+3.0 dev.) | 21 | 10 | 900 | 3 |"
     assert table[3] == "| DreamTeacher, mixed | **0.900 ± 0.100** |  | 21 | 10 | 900 | 3 |"
+
+
+def test_accuracy_table_against_a_hand_calculation(tmp_path):
+    tables = runpy.run_path(str(BENCHMARKS / "tables.py"))
+    rows = ["method,draws,bytes,task,metric,labels,seed,value"]
+    for method, values in (("online", (0.8, 0.9, 1.0)), ("near", (0.7, 0.9, 1.0)), ("far", (0.4, 0.5, 0.6))):
+        rows += [f"{method},2,1000,knn,accuracy,,{i},{v}" for i, v in enumerate(values)]
+        rows += [f"{method},2,1000,knn,auroc,,{i},0" for i in range(3)]  # not the headline
+    (tmp_path / "accuracy.csv").write_text("\n".join(rows) + "\n")
+    table = tables["accuracy_table"](tmp_path / "accuracy.csv").splitlines()
+    assert table[3] == "| near | 2 | 1,000 | 0.867 ± 0.153 | -0.033 (-0.2 dev.) | yes |"
+    assert table[4] == "| far | 2 | 1,000 | 0.500 ± 0.100 | -0.400 (-4.0 dev.) | no |"
+
+
+def test_a_benchmark_that_was_not_run_says_so(tmp_path):
+    tables = runpy.run_path(str(BENCHMARKS / "tables.py"))
+    assert tables["unless_missing"](tables["speed_table"], tmp_path / "speed.csv").startswith("*not run*")
+    assert tables["status"]({"load": "0.1"}, True) == "target reached"
+    assert tables["status"]({"load": "3.0"}, False).startswith("target missed; to be repeated")
+    assert tables["status"]({}) == "measured"
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import dreamteacher
+from dreamteacher import cli
 
 PACKAGE = Path(dreamteacher.__file__).parent
 ROOT = PACKAGE.parent
@@ -105,6 +106,9 @@ def at_top(module: str) -> ast.Module:
         def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
             return None
 
+        def visit_If(self, node: ast.If) -> ast.If | None:
+            return None if ast.unparse(node.test) == "TYPE_CHECKING" else node
+
     tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
     return Cut().visit(tree)
 
@@ -165,6 +169,28 @@ def test_the_catalogue_and_the_command_line_import_lazily() -> None:
         for name, node in imports_of(at_top(module), module):
             top = name.split(".")[0]
             assert top in sys.stdlib_module_names | {"dreamteacher"}, f"{module}:{node.lineno} imports {name}"
+
+
+def reached_at_top(module: str) -> set[str]:
+    """Modules of ours that run when one is imported, the packages that hold them among them."""
+    seen: set[str] = set()
+    todo = [module]
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen.add(name)
+            todo += [*own_imports(name, at_top(name)), *([name.rpartition(".")[0]] if "." in name else [])]
+    return seen
+
+
+@pytest.mark.parametrize(
+    "verb", ["pretrain", "make-features", "train-interpreter", "get-teacher", "list", "doctor"]
+)
+def test_settings_are_known_before_slow_libraries_are_imported(verb: str) -> None:
+    """`dreamteacher VERB --help`, a wrong setting, a missing folder: torch is all that they wait for."""
+    for module in reached_at_top(cli.VERBS[verb].module):
+        slow = {name.split(".")[0] for name, _ in imports_of(at_top(module), module)}
+        assert not slow & {"timm", "diffusers", "torchvision"}, f"{verb}: {module}"
 
 
 def test_importing_the_package_imports_no_torch() -> None:

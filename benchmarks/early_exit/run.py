@@ -1,11 +1,12 @@
 """How much does a diffusion teacher save by stopping after its last wanted decoder level?
 
-Two things are timed in turn, again and again, in one process, on the same image and network (random weights of
-the size of ADM-256 cost what trained ones cost):
-  full  - the network's own forward, to its last layer
+Two things are timed in turn, again and again, in one process, on the same image, noise, network and precision (random
+weights of the size of ADM-256 cost what trained ones cost):
+  full  - how DDPM-seg takes features: the network's own forward, to its last layer, with hooks on four modules that
+          collect their outputs
   early - what `pretrain` runs: `encode`, which stops after the map at stride 4
-The claim is the median over rounds of full / early. Beside it: the ratio of multiply-accumulates that torch's
-counter finds, and the largest difference between the maps of both (hooks catch those of the full forward).
+Both return the same four maps. The claim is the median over rounds of full / early, target 2.2. Beside it: the ratio
+of multiply-accumulates that torch's counter finds, and the largest difference between the maps of both, target 0.0.
 
     python benchmarks/early_exit/run.py --out benchmarks/early_exit/early_exit.csv
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import platform
 import statistics
 import sys
@@ -30,6 +32,8 @@ from dreamteacher import __version__
 from dreamteacher.distributed import autocast, pick_device, resolve_precision
 from dreamteacher.teachers.diffusion import DiffusionSpec, DiffusionTeacher, build_unet, decoder_maps
 from dreamteacher.teachers.train_diffusion import PRESETS, network_spec
+
+BUSY = os.getloadavg()[0]  # of other processes: this one has just begun
 
 
 def main() -> None:
@@ -55,13 +59,11 @@ def main() -> None:
     def early() -> list[Tensor]:
         return teacher.encode(images, generator=torch.Generator(device).manual_seed(1))
 
-    @torch.no_grad()
-    def full() -> Tensor:
-        x, _ = teacher._noisy(images, torch.Generator(device).manual_seed(1))
-        return teacher.unet(x, t).sample
+    def full() -> list[Tensor]:
+        return hooked(teacher, images, t, torch.Generator(device).manual_seed(1))
 
     with autocast(device, args.precision):
-        difference = largest_difference(teacher, full, early)  # which also warms both up
+        difference = largest_difference(full(), early())  # which also warms both up
         times: dict[str, list[float]] = {"full": [], "early": []}
         for round_ in range(args.rounds):
             acts: list[tuple[str, Callable[[], object]]] = [("full", full), ("early", early)]
@@ -88,6 +90,7 @@ def main() -> None:
         "rounds": args.rounds, "device": f"{device} x {torch.get_num_threads()} threads",
         "precision": str(resolve_precision(device, args.precision)).removeprefix("torch."),
         "torch": torch.__version__, "version": __version__, "machine": platform.machine(),
+        "load": f"{BUSY:.2f}",
         "command": "python benchmarks/early_exit/run.py " + " ".join(sys.argv[1:]),
     }  # fmt: skip
     for key, value in row.items():
@@ -142,10 +145,9 @@ def random_teacher(spec: DiffusionSpec) -> DiffusionTeacher:
     return DiffusionTeacher(unet, spec, name="random", licence="-")
 
 
-def largest_difference(
-    teacher: DiffusionTeacher, full: Callable[[], object], early: Callable[[], list[Tensor]]
-) -> float:
-    """The largest absolute difference between `encode`'s maps and those that pass through the full forward."""
+@torch.no_grad()
+def hooked(teacher: DiffusionTeacher, images: Tensor, t: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """The teacher's levels, fine to coarse, collected by output hooks during the network's own whole forward."""
     caught: dict[int, Tensor] = {}
     hooks = []
     for (i,), _ in teacher._levels:
@@ -153,12 +155,18 @@ def largest_difference(
         attentions = getattr(block, "attentions", None)
         last = attentions[-1] if attentions else block.resnets[-1]
         hooks.append(last.register_forward_hook(lambda _m, _a, out, i=i: caught.__setitem__(i, out)))
-    full()
-    for hook in hooks:
-        hook.remove()
-    theirs = [caught[i] for (i,), _ in reversed(teacher._levels)]
+    try:
+        x, _ = teacher._noisy(images, generator)
+        teacher.unet(x, t)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [caught[i] for (i,), _ in reversed(teacher._levels)]
+
+
+def largest_difference(theirs: list[Tensor], ours: list[Tensor]) -> float:
     assert all(bool(m.isfinite().all()) for m in theirs)
-    return max(float((a - b).abs().max()) for a, b in zip(early(), theirs, strict=True))
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""Features on disk: do they keep up with the student, how large are they, and what does a format cost in accuracy?
+"""Features on disk: do they keep up with the student, and how large are they?
 
     python benchmarks/features/run.py speed --out benchmarks/features/speed.csv
+    python benchmarks/features/run.py speed --teacher adm --student resnet50 --batch-size 8 --images 32 --rounds 8 \\
+        --steps 1 --append --out benchmarks/features/speed.csv
     python benchmarks/features/run.py bytes --out benchmarks/features/bytes.csv
-    python benchmarks/features/run.py accuracy --out runs/features
-    python benchmarks/collect.py runs/features/results.jsonl benchmarks/features --command "..."
 
 speed     in turn, on the same networks: steps that read a store, and steps on one batch that stays in memory. The claim
-          is the median over rounds of (student-only time / time with the store), target 0.95. Beside it the time to read
-          and decode a batch alone.
+          is the median over rounds of (student-only time / time with the store), target 0.95. Beside it the time of
+          a batch when nothing else runs, and items a second after the disk's cache was dropped.
 bytes     a store of the shapes of ADM-256's four levels at 256 px (the maps are noise), as it lies on the disk: target
           at most 0.35 MB an image and draw with the defaults.
-accuracy  the demo's X-rays, seeds and evaluations, the student taught online and from stores of several formats.
+
+What a format costs in accuracy: accuracy.py.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import json
+import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +32,28 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dreamteacher import __version__, checkpoint, data, feature_dataset
-from dreamteacher.demo import DemoConfig, demo_recipe, xray_folders
+from dreamteacher import __version__, data, feature_dataset
 from dreamteacher.distributed import pick_device, resolve_precision
-from dreamteacher.downstream import labelled_data, summary_table
-from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
-from dreamteacher.downstream.segmentation import split_masks
 from dreamteacher.feature_dataset import FeatureBatch
 from dreamteacher.feature_store import FeatureStore
 from dreamteacher.features import FeatureSpec
 from dreamteacher.make_features import MakeFeaturesConfig, make_features
-from dreamteacher.masks import load_segmentation
-from dreamteacher.pretrain import PretrainConfig, Training, pretrain
+from dreamteacher.pretrain import PretrainConfig, Training
 from dreamteacher.regressor import FeatureRegressor
 from dreamteacher.rundir import Progress
 from dreamteacher.students import create_student
 from dreamteacher.teachers import load_teacher
 from dreamteacher.teachers.base import Teacher
 
+BUSY = os.getloadavg()[0]  # of other processes: this one has just begun
 ADM = f"{__file__}:adm_shapes"
 FORMATS: dict[str, dict[str, Any]] = {
-    "pca 64, int8": {},
-    "pca 64, int8, 1 draw": {"draws": 1},
-    "pca 64, int8, 4 draws": {"draws": 4},
-    "pca 64, float16": {"store": ("float16",)},
-    "pca 32, int8": {"channels": 32},
-    "random 64, int8": {"keep": "random"},
+    "raw, float16": {"keep": "all"},
     "whitened, int8": {"keep": "whitened"},
-    "all, float16": {"keep": "all"},
+    "PCA 63 + energy, float16": {"store": ("float16",)},
+    "PCA 63 + energy, int8": {},
+    "random 63 + energy, int8": {"keep": "random"},
+    "PCA 31 + energy, int8": {"channels": 32},
 }
 
 
@@ -105,20 +99,13 @@ def main() -> None:
     speed.add_argument("--images", type=int, default=512)
     speed.add_argument("--rounds", type=int, default=20)
     speed.add_argument("--steps", type=int, default=4, help="steps of each kind in a round")
+    speed.add_argument("--append", action="store_true", help="keep the rows that the CSV has")
     speed.add_argument("--folder", type=Path, help="where the store lies; none: a temporary folder")
     size = parts.add_parser("bytes")
     size.add_argument("--out", type=Path)
     size.add_argument("--images", type=int, default=16)
-    accuracy = parts.add_parser("accuracy")
-    accuracy.add_argument("--out", type=Path, default=Path("runs/features"))
-    accuracy.add_argument("--images", type=Path, help="as of the demo")
-    accuracy.add_argument("--teacher", default="chest-xray-64")
-    accuracy.add_argument("--formats", nargs="+", choices=["online", *FORMATS], default=["online", *FORMATS])
-    accuracy.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    accuracy.add_argument("--labels", type=int, nargs="+", default=[10, 50])
-    accuracy.add_argument("--masks", type=int, nargs="+", default=[10])
     args = parser.parse_args()
-    {"speed": measure_speed, "bytes": measure_bytes, "accuracy": measure_accuracy}[args.part](args)
+    {"speed": measure_speed, "bytes": measure_bytes}[args.part](args)
 
 
 def noise_folder(folder: Path, count: int, size: tuple[int, int]) -> Path:
@@ -141,10 +128,27 @@ def measure_speed(args: argparse.Namespace) -> None:
         begin = time.perf_counter()
         make_features(asked)
         making = time.perf_counter() - begin
+        cold = cold_items_per_s(asked.out, args.batch_size)
         store, images = FeatureStore(asked.out), data.load_images(folder, teacher.size)
         row = timed_steps(args, store, images, device)
-    row |= {"bytes_an_item": f"{row.pop('bytes')}", "made_images_per_s": f"{args.images / making:.1f}"}
-    write(args.out, row | environment(device, args.part))
+    row |= {"cold_items_per_s": f"{cold:.0f}", "bytes_an_item": f"{row.pop('bytes')}",
+            "made_images_per_s": f"{args.images / making:.1f}"}  # fmt: skip
+    write(args.out, row | environment(device), append=args.append)
+
+
+def cold_items_per_s(folder: Path, batch: int) -> float:
+    """Every item read once, in a random order, after the system has dropped the shards from its cache."""
+    for path in folder.glob("shard-*.safetensors"):
+        handle = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+    store = FeatureStore(folder, hash_gb=0)
+    order = torch.randperm(store.plan.images, generator=torch.Generator().manual_seed(0))
+    begin = time.perf_counter()
+    for part in order.split(batch):
+        for k in range(store.plan.draws):
+            store.rows(part, torch.full_like(part, k))
+    return store.plan.images * store.plan.draws / (time.perf_counter() - begin)
 
 
 def timed_steps(
@@ -202,8 +206,8 @@ def measure_bytes(args: argparse.Namespace) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as place:
         folder = noise_folder(Path(place, "images"), args.images, (256, 256))
-        for kind, asked in {k: v for k, v in FORMATS.items() if "draw" not in k}.items():
-            out = Path(place, kind.replace(" ", "").replace(",", "-"))
+        for i, (kind, asked) in enumerate(FORMATS.items()):
+            out = Path(place, str(i))
             make_features(MakeFeaturesConfig(
                 images=folder, out=out, teacher=ADM, batch_size=4, fit=512, device="cpu", **asked
             ))  # fmt: skip
@@ -212,57 +216,28 @@ def measure_bytes(args: argparse.Namespace) -> None:
             each = shards / (args.images * store.plan.draws)
             rows.append({"format": kind, "bytes_an_image": f"{each:.0f}", "mb_an_image": f"{each / 1e6:.4f}",
                          "imagenet_gb": f"{each * 1_281_167 / 1e9:.0f}"})  # fmt: skip
-    write(args.out, *[row | environment(torch.device("cpu"), args.part) for row in rows])
+    write(args.out, *[row | environment(torch.device("cpu")) for row in rows])
 
 
-def measure_accuracy(args: argparse.Namespace) -> None:
-    train, test, lungs, masks = xray_folders(args.images)
-    demo = DemoConfig(out=args.out, teacher=args.teacher, seeds=tuple(args.seeds), images=args.images)
-    evaluation = EvaluateConfig(
-        student=demo.student, train=train, test=test, images=lungs, masks=masks, binary_masks=True,
-        size=(64, 64), labels=tuple(args.labels), mask_counts=tuple(args.masks), seeds=demo.seeds,
-        tasks=("knn", "linear", "finetune", "segment-frozen", "segment-finetune"),
-    )  # fmt: skip
-    classification = labelled_data(data.load_images(train, (64, 64)), data.load_images(test, (64, 64)))
-    segmentation = split_masks(load_segmentation(lungs, masks, (64, 64), binary=True))
-    rows: list[dict[str, Any]] = []
-    for kind in args.formats:
-        short = kind.replace(" ", "").replace(",", "-")
-        folder = args.out / f"store-{short}"
-        if kind != "online":
-            make_features(
-                MakeFeaturesConfig(
-                    images=train, out=folder, teacher=args.teacher, size=(64, 64), **FORMATS[kind]
-                )
-            )
-        runs = {}
-        for seed in demo.seeds:
-            recipe = replace(demo_recipe(demo, train, seed), out=args.out / f"pretrain-{short}-{seed}")
-            runs[seed] = pretrain(recipe if kind == "online" else replace(recipe, features=folder))
-        rows += evaluate_student(
-            lambda seed, runs=runs: create_student(demo.student, init=str(runs[seed])), evaluation,
-            method=f"DreamTeacher, {kind}", classification=classification, segmentation=segmentation,
-        )  # fmt: skip
-        checkpoint.write_text(args.out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    print(summary_table(rows))
-
-
-def environment(device: torch.device, part: str) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
     return {
         "device": f"{device} x {torch.get_num_threads()} threads",
         "precision": str(resolve_precision(device, "auto")).removeprefix("torch."),
         "torch": torch.__version__, "version": __version__, "machine": platform.machine(),
+        "load": f"{BUSY:.2f}",
         "command": "python benchmarks/features/run.py " + " ".join(sys.argv[1:]),
     }  # fmt: skip
 
 
-def write(out: Path | None, *rows: dict[str, Any]) -> None:
+def write(out: Path | None, *rows: dict[str, Any], append: bool = False) -> None:
     for row in rows:
         print("\n".join(f"{key:20} {value}" for key, value in row.items()), "\n")
     if out:
-        with open(out, "w", newline="") as file:
+        more = append and out.exists()
+        with open(out, "a" if more else "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
+            if not more:
+                writer.writeheader()
             writer.writerows(rows)
 
 

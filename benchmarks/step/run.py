@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import os
 import platform
 import statistics
 import sys
@@ -31,6 +32,8 @@ from dreamteacher.regressor import FeatureRegressor
 from dreamteacher.rundir import Progress
 from dreamteacher.students import create_student
 from dreamteacher.teachers import load_teacher
+
+BUSY = os.getloadavg()[0]  # of other processes: this one has just begun
 
 
 def main() -> None:
@@ -94,6 +97,7 @@ def main() -> None:
         "rounds": args.rounds, "device": f"{device} x {torch.get_num_threads()} threads",
         "precision": str(resolve_precision(device, "auto")).removeprefix("torch."),
         "torch": torch.__version__, "version": __version__, "machine": platform.machine(),
+        "load": f"{BUSY:.2f}",
         "command": "python benchmarks/step/run.py " + " ".join(a for a in sys.argv[1:]),
     }  # fmt: skip
     for key, value in row.items():

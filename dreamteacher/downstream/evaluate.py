@@ -61,7 +61,6 @@ from dreamteacher.downstream.segmentation import (
 from dreamteacher.downstream.semantic import semantic
 from dreamteacher.downstream.sources import load_classes, load_masks
 from dreamteacher.errors import UserError
-from dreamteacher.rundir import RunDir
 from dreamteacher.students import Student, create_student, is_ours, recorded_student, weight_file
 
 __all__ = [
