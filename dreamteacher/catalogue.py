@@ -27,6 +27,8 @@ EXTRAS = {
     "onnxruntime": "export --format onnx",
     "datasets": "images from the hub's data sets",
     "scipy": "ImageNet's development kit",
+    "s3fs": "shards at s3://",
+    "gcsfs": "shards at gs://",
     "lightly": "benchmarks/baselines",
 }
 

@@ -33,7 +33,7 @@ TIMEOUT = 30.0  # seconds without an answer
 TRIES, PAUSE = 4, 2.0  # connections in a row that bring nothing, and the seconds between two
 _PIECE = 1 << 20
 _SPARE = 64_000_000  # bytes that must stay free beside what is written
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 HUB_HOST = "huggingface.co"
 
 
@@ -87,7 +87,7 @@ def download(url: str, target: Path, *, sha256: str | None = None, size: int | N
     if not url.startswith(("https://", "http://")):
         raise UserError(f"'{url}' is no address of a file.", "It must begin with https:// or http://.")
     part = target.with_name(target.name + ".part")
-    with _alone(part) as file:
+    with alone(part) as file:
         _fill(file, url, target, size)
         try:
             _check_whole(part, sha256, size, f"What came was deleted. Is it the right address? {url}")
@@ -100,7 +100,7 @@ def download(url: str, target: Path, *, sha256: str | None = None, size: int | N
 
 
 @contextlib.contextmanager
-def _alone(part: Path) -> Iterator[IO[bytes]]:
+def alone(part: Path) -> Iterator[IO[bytes]]:
     """The part's file, opened to append and locked: two processes must not write into one."""
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -123,10 +123,10 @@ def _alone(part: Path) -> Iterator[IO[bytes]]:
             file.flush()
             if not part.is_file() or not part.stat().st_size:  # renamed, or nothing came
                 part.unlink(missing_ok=True)
-                _notes(part).unlink(missing_ok=True)
+                notes_of(part).unlink(missing_ok=True)
 
 
-def _notes(part: Path) -> Path:
+def notes_of(part: Path) -> Path:
     """Where it is written which file a part is of."""
     return part.with_name(part.name + ".json")
 
@@ -135,16 +135,16 @@ def _fill(file: IO[bytes], url: str, target: Path, size: int | None) -> None:
     """Appends to the part until it is whole. A connection that breaks is opened anew, if it brought something."""
     barren = TRIES  # nothing has come yet: the first failure is the last
     while True:
-        before = _length(file)
+        before = bytes_in(file)
         try:
             request = urllib.request.Request(url, headers=_headers(file, url))
             with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
                 total = _begin(file, answer, url, target, size)
-                before = _length(file)
+                before = bytes_in(file)
                 _copy(file, answer, total, target.name)
-            if total is None or _length(file) >= total:
+            if total is None or bytes_in(file) >= total:
                 return
-            reason = f"the connection ended after {amount(_length(file))} of {amount(total)}"
+            reason = f"the connection ended after {amount(bytes_in(file))} of {amount(total)}"
         except urllib.error.HTTPError as error:
             if error.code == 416 and before:  # nothing follows what is here: it is whole, or of another file
                 if error.headers.get("Content-Range", "").endswith(f"*/{before}"):
@@ -153,16 +153,16 @@ def _fill(file: IO[bytes], url: str, target: Path, size: int | None) -> None:
                 continue
             reason = f"the server answers {error.code} {error.reason}"
         except (OSError, HTTPException) as error:
-            if isinstance(error, OSError) and error.errno in _FULL:
+            if isinstance(error, OSError) and error.errno in FULL:
                 raise
             reason = str(getattr(error, "reason", error)) or type(error).__name__
-        barren = 0 if _length(file) > before else barren + 1
+        barren = 0 if bytes_in(file) > before else barren + 1
         if barren > TRIES:
             raise _unreachable(url, target, reason)
         time.sleep(PAUSE if barren else 0)
 
 
-def _length(file: IO[bytes]) -> int:
+def bytes_in(file: IO[bytes]) -> int:
     file.flush()
     return os.fstat(file.fileno()).st_size
 
@@ -171,13 +171,13 @@ def _headers(file: IO[bytes], url: str) -> dict[str, str]:
     """Asks for what follows the part, provided that the server's file is still the one that the part is of."""
     headers = {"User-Agent": "dreamteacher", "Accept-Encoding": "identity"}
     try:
-        notes = parse_json(_notes(Path(file.name)).read_text("utf-8"))
+        notes = parse_json(notes_of(Path(file.name)).read_text("utf-8"))
         known = notes["url"] == url and notes["validator"]
     except (OSError, ValueError, KeyError, TypeError):
         known = False
     if not known:
         file.truncate(0)
-    if count := _length(file):
+    if count := bytes_in(file):
         headers |= {"Range": f"bytes={count}-", "If-Range": known}
     return headers
 
@@ -194,7 +194,7 @@ def _begin(file: IO[bytes], answer: HTTPResponse, url: str, target: Path, size: 
     if url.startswith("https:") and not final.startswith("https:"):
         raise _unreachable(url, target, "it leads on to an address without encryption")
     begins = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
-    if answer.status == 206 and begins and int(begins[1]) == _length(file):
+    if answer.status == 206 and begins and int(begins[1]) == bytes_in(file):
         total: int | None = int(begins[2])
     elif answer.status == 206:
         raise _unreachable(url, target, "the server sends another part than it was asked for")
@@ -204,17 +204,17 @@ def _begin(file: IO[bytes], answer: HTTPResponse, url: str, target: Path, size: 
         total = int(length) if length is not None and length.isdigit() else None
     if size is not None and total not in (None, size):
         raise _unreachable(url, target, f"the file there has {total} bytes, not {size}")
-    check_space(target.parent, (total or size or 0) - _length(file))
+    check_space(target.parent, (total or size or 0) - bytes_in(file))
     tag = answer.headers.get("ETag", "")  # a weak one (W/) does not promise the same bytes
     validator = tag if tag.startswith('"') else answer.headers.get("Last-Modified", "")
     notes = {"url": url, "validator": validator, "bytes": total}
-    _notes(Path(file.name)).write_text(json.dumps(notes) + "\n", "utf-8")
+    notes_of(Path(file.name)).write_text(json.dumps(notes) + "\n", "utf-8")
     return total
 
 
 def _copy(file: IO[bytes], answer: HTTPResponse, total: int | None, name: str) -> None:
     with tqdm(
-        total=total, initial=_length(file), desc=name, unit="B", unit_scale=True,
+        total=total, initial=bytes_in(file), desc=name, unit="B", unit_scale=True,
         disable=not sys.stderr.isatty(),
     ) as bar:  # fmt: skip
         while piece := answer.read(_PIECE):
@@ -287,7 +287,7 @@ def hub_folder(
         except LocalEntryNotFoundError:
             reason = "the connection to it fails"
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in FULL:
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip(".")
     if folder is None:

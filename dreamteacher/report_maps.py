@@ -15,6 +15,7 @@ from dreamteacher import checkpoint, metrics
 from dreamteacher.distributed import pick_device
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
+from dreamteacher.fetch_objects import address_of
 from dreamteacher.figures import data_uri, pca_basis, pca_colours
 from dreamteacher.images import BadImageError, read_image
 from dreamteacher.layouts import image_files, layout_of
@@ -99,7 +100,7 @@ def _pick_images(facts: Mapping[str, Any], count: int) -> Tensor:
     config = as_dict(facts.get("config"))
     height, width = as_dict(facts.get("data")).get("size") or config["size"]
     layout = layout_of(Path(config["images"]))
-    if layout is not None and layout[0] == "hf" and not layout[1].exists():
+    if layout is not None and (address_of(layout[1]) or (layout[0] == "hf" and not layout[1].exists())):
         raise UserError("A page about a run downloads nothing, such as the run's images.", "")
     paths = image_files(Path(config["images"])).paths
     found: list[Tensor] = []

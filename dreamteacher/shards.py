@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from dreamteacher.errors import UserError, shorten
+from dreamteacher.fetch_objects import address_of, bring_shards, expand
 from dreamteacher.images import IMAGE_SUFFIXES, ImageFile, Packed
 from dreamteacher.layouts_files import ImageFiles
 
@@ -73,56 +75,83 @@ class _Window(io.RawIOBase):
         super().close()
 
 
-def tar_images(source: Path) -> ImageFiles:
+def tar_images(source: Path, *, rank: int = 0, world: int = 1) -> ImageFiles:
     """The images of tar shards, in the order of the shards' names and of the members in each.
 
     One pass over the headers notes where each image begins, so that any of them can be read at any time:
     steps depend on nothing but seed and number, as with folders. Nothing is unpacked.
 
     Args:
-        source: a folder with shards (*.tar, not searched recursively), or one shard.
+        source: a folder with shards (*.tar, not searched recursively); or one shard, or several by braces as in
+            shard-{000..099}.tar, of this machine or at an address (https://, s3://, gs://, hf://), from where
+            they are brought first, each once (see `fetch_objects.bring_shards`).
+        rank: of `world` processes: shards rank, rank + world ... are its own, and only these are brought.
+        world: number of processes that share the shards; with several, labels stay unknown.
 
     As in WebDataset (format: webdataset.github.io, "WebDataset format"), a member's name up to its first dot
     is the sample and the rest is its part: parts .jpg, .png ... are images, .cls holds the class as a number,
     and others (.json, .txt, .seg.png) are passed over. Labels are known if every image has a .cls.
 
     Raises:
-        UserError: no shards, compressed or damaged ones, names that lead out of the archive, links, two
+        UserError: no shards, fewer than processes, compressed or damaged ones, names that lead out of the archive, links, two
             images in one sample, no images at all.
     """
-    if not source.exists():
-        raise UserError(f"'{source}' does not exist.", "Give a folder with .tar files, or one of them.")
-    shards = [source] if source.is_file() else sorted(source.glob("*.tar"))
-    if not shards:
+    shards, names = _shards(source, rank, world)
+    paths: list[ImageFile] = []
+    classes: list[str | None] = []
+    for shard, name in zip(shards, names, strict=True):
+        try:
+            images, known = _members(shard)
+        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError) as error:
+            if name != str(shard):
+                shard.unlink(missing_ok=True)  # so that it is brought again once it is mended
+            raise UserError(
+                f"'{name}' is no whole tar file: {' '.join(str(error).split()) or type(error).__name__}.",
+                "Copy it again; a compressed one must be uncompressed first.",
+            ) from None
+        paths += images.values()
+        classes += [known.get(key) for key in images]
+    folder = Path(os.path.commonpath([shard.parent for shard in shards]))
+    if not paths:
+        raise UserError(
+            f"No images in the {len(shards)} tar files of '{address_of(source) or source}'.",
+            f"Members must be named SAMPLE.SUFFIX, with a suffix of {' '.join(IMAGE_SUFFIXES)}",
+        )
+    numbers = sorted({c for c in classes if c is not None}, key=int)
+    if None in classes or len(numbers) < 2 or world > 1:  # another process may know other classes
+        return ImageFiles(folder=folder, paths=paths)
+    ids = {name: i for i, name in enumerate(numbers)}
+    labels = [ids[c] for c in classes if c is not None]
+    return ImageFiles(folder=folder, paths=paths, labels=labels, classes=tuple(numbers))
+
+
+def _shards(source: Path, rank: int, world: int) -> tuple[list[Path], list[str]]:
+    """A process's shards on this machine, and what they are called in messages."""
+    address = address_of(source)
+    if address is not None:
+        names = expand(address)
+    elif "{" in str(source) and not source.exists():
+        names = expand(str(source))
+        missing = [name for name in names if not Path(name).is_file()]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {len(names)} shards are missing: {shorten(missing)}.",
+                "Check the range, or copy them.",
+            )
+    else:
+        if not source.exists():
+            raise UserError(f"'{source}' does not exist.", "Give a folder with .tar files, or one of them.")
+        names = [str(source)] if source.is_file() else sorted(map(str, source.glob("*.tar")))
+    if not names:
         packed = sorted(p.name for p in source.iterdir() if ".tar." in p.name or p.suffix == ".tgz")
         raise UserError(
             f"No .tar files in '{source}'" + (f": {shorten(packed)} are compressed." if packed else "."),
             "Give shards as uncompressed tar: images are compressed already, and are read by their place.",
         )
-    paths: list[ImageFile] = []
-    classes: list[str | None] = []
-    for shard in shards:
-        try:
-            images, known = _members(shard)
-        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-            raise UserError(
-                f"'{shard}' is no whole tar file: {' '.join(str(error).split()) or type(error).__name__}.",
-                "Copy it again; a compressed one must be uncompressed first.",
-            ) from None
-        paths += images.values()
-        classes += [known.get(key) for key in images]
-    folder = source.parent if source.is_file() else source
-    if not paths:
-        raise UserError(
-            f"No images in the {len(shards)} tar files of '{source}'.",
-            f"Members must be named SAMPLE.SUFFIX, with a suffix of {' '.join(IMAGE_SUFFIXES)}",
-        )
-    numbers = sorted({c for c in classes if c is not None}, key=int)
-    if None in classes or len(numbers) < 2:
-        return ImageFiles(folder=folder, paths=paths)
-    ids = {name: i for i, name in enumerate(numbers)}
-    labels = [ids[c] for c in classes if c is not None]
-    return ImageFiles(folder=folder, paths=paths, labels=labels, classes=tuple(numbers))
+    if len(names) < world:
+        raise UserError(f"{len(names)} shards for {world} processes.", "Make more shards, or start fewer.")
+    names = names[rank::world]
+    return (list(map(Path, names)) if address is None else bring_shards(names)), names
 
 
 def _members(shard: Path) -> tuple[dict[str, TarImage], dict[str, str]]:

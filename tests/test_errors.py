@@ -152,6 +152,10 @@ def little_space(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 999 * 10**6, 10**6))
 
 
+def without_s3(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(sys.modules, "s3fs", None)
+
+
 def full_at_the_second_checkpoint(patch: pytest.MonkeyPatch) -> None:
     """What a file system says when it has no block left; `test_a_full_disk` has a real one."""
     write, count = checkpoint.save_file, [0]
@@ -551,7 +555,7 @@ SECTIONS: dict[str, list[Case]] = {
         ),
         case(
             "Stochastic depth that a network has not",
-            full("finetune-full", student="vgg11"),
+            full("finetune-full", student="ghostnet_050"),
             "no stochastic depth",
         ),
         case("A compared method without a whole batch", baseline(images_seen="4"), "make no batch of 8"),
@@ -578,7 +582,29 @@ SECTIONS: dict[str, list[Case]] = {
         case("A shard that leads out of itself", pretrain(images="shards:shards-hostile"), "leads out of it"),
         case("A shard of links", pretrain(images="shards:shards-links"), "is a link"),
         case("Shards without images", pretrain(images="shards:shards-empty"), "No images"),
-        case("A Hugging Face dataset without images", pretrain(images="hf:thesis"), "cannot be loaded"),
+        case(
+            "Shards of which some are missing",
+            pretrain(images="shards:shards-empty/{0..4}.tar"),
+            "4 of 5 shards",
+        ),
+        case("A brace that is not closed", pretrain(images="shards:s3://bucket/{0..9.tar"), "brace"),
+        case("A range that runs backwards", pretrain(images="shards:s3://bucket/{9..0}.tar"), "backwards"),
+        case(
+            "A folder at an address",
+            pretrain(images="shards:https://localhost/shards/"),
+            "no address of a .tar",
+        ),
+        case(
+            "A shard that is not there",
+            pretrain(images="shards:memory://bucket/{0..1}.tar"),
+            "There is no 'memory",
+        ),
+        case(
+            "A store whose library is missing",
+            pretrain(images="shards:s3://bucket/0.tar"),
+            "dreamteacher[remote]",
+            patch=without_s3,
+        ),
     ],
 }
 CASES = {(section, c.what): c for section, cases in SECTIONS.items() for c in cases}
@@ -726,10 +752,11 @@ def _label_files() -> None:
         Image.new("RGB", (64, 64), (1, 0, 0)).save(f"segments/{i}.png")
         info = {"id": 1, "category_id": 1}
         segments.append({"image_id": 1 + i, "file_name": f"{i}.png", "segments_info": [info]})
+    stuff = [{"id": 1, "name": "sky", "isthing": 0}, {"id": 2, "name": "ground", "isthing": 0}]
     content = {
         "images": images,
         "annotations": segments,
-        "categories": [{"id": 1, "name": "sky", "isthing": 0}],
+        "categories": stuff,
     }
     Path("labels/segments.json").write_text(json.dumps(content))
     _shards()

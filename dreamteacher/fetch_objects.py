@@ -1,0 +1,187 @@
+"""Tar shards at addresses: https:// by ourselves, object stores through fsspec, into a folder of this machine.
+
+Nothing is asked of a server but what the user's own address names, and a shard that is here is not asked for
+again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from dreamteacher import fetch
+from dreamteacher.errors import UserError
+from dreamteacher.images import in_threads
+
+# http and https are ours; the others are fsspec's, each with a library of its own. memory is for tests.
+SCHEMES = ("https", "http", "s3", "gs", "hf", "memory")
+_PARALLEL = 4
+_MOST = 1_000_000
+_PIECE = 1 << 20
+# What tells one version of an object from another, in the words of the several stores.
+_VERSION = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime", "created", "md5Hash", "blob_id")
+
+
+def address_of(source: Path | str) -> str | None:
+    """The address in what was given as a path (which has lost a slash); None for a path of this machine.
+
+    Example:
+        >>> address_of(Path("https://host/train-{000..099}.tar"))
+        'https://host/train-{000..099}.tar'
+        >>> address_of(Path("/data/shards")) is None
+        True
+    """
+    match = re.match(r"([a-z0-9]+):/+(.*)", str(source), re.DOTALL)
+    return f"{match[1]}://{match[2]}" if match and match[1] in SCHEMES else None
+
+
+def expand(pattern: str) -> list[str]:
+    """The addresses of a pattern with {000..099} and {a,b}, in order, as a shell expands them.
+
+    Raises:
+        UserError: a brace that is not closed, a range that runs backwards or is too long.
+
+    Example:
+        >>> expand("s3://b/{train,val}-{08..10}.tar")[:4]
+        ['s3://b/train-08.tar', 's3://b/train-09.tar', 's3://b/train-10.tar', 's3://b/val-08.tar']
+    """
+    parts: list[list[str]] = []
+    count = 1
+    for text, inner in re.findall(r"([^{}]*)(?:\{([^{}]*)\})?", pattern):
+        parts.append([text])
+        if inner:
+            parts.append(_choices(inner, pattern))
+            count *= len(parts[-1])
+    if count > _MOST:
+        raise UserError(f"'{pattern}' stands for {count} addresses.", f"Give at most {_MOST}.")
+    plain = re.sub(r"\{[^{}]+\}", "", pattern)
+    if "{" in plain or "}" in plain:
+        raise UserError(f"'{pattern}' has a brace without its other half, or one in another.", _FORM)
+    return ["".join(chosen) for chosen in itertools.product(*parts)]
+
+
+_FORM = "Give a range {000..099} or a list {a,b}."
+
+
+def _choices(inner: str, pattern: str) -> list[str]:
+    numbers = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", inner)
+    if numbers is None:
+        if "," not in inner:
+            raise UserError(f"'{{{inner}}}' in '{pattern}' is no range and no list.", _FORM)
+        return inner.split(",")
+    first, last = int(numbers[1]), int(numbers[2])
+    if not 0 <= last - first < _MOST:
+        raise UserError(f"'{{{inner}}}' in '{pattern}' runs backwards, or too far.", _FORM)
+    padded = any(len(n) > 1 and n.startswith("0") for n in numbers.groups())
+    width = max(map(len, numbers.groups())) if padded else 0
+    return [f"{number:0{width}}" for number in range(first, last + 1)]
+
+
+def bring_shards(addresses: list[str]) -> list[Path]:
+    """The shards on this machine, in the order of their addresses; what is missing is brought, a few at a time.
+
+    They lie in the folder shards of the cache (see `dreamteacher.fetch.cache_folder`), under a name that the
+    address decides. A connection that breaks goes on where it broke.
+
+    Raises:
+        UserError: no such shard, no connection, no library for the address, too little space.
+    """
+    folder = fetch.cache_folder() / "shards"
+    for address in addresses:
+        if not urlsplit(address).path.endswith(".tar"):
+            raise UserError(
+                f"'{address}' is no address of a .tar file.",
+                "Give one shard, or several as shard-{000..099}.tar: a folder at an address cannot be listed.",
+            )
+    targets = [folder / _name(address) for address in addresses]
+    wanted = [pair for pair in zip(addresses, targets, strict=True) if not pair[1].is_file()]
+    in_threads(lambda pair: _bring(*pair), wanted, _PARALLEL)
+    return targets
+
+
+def _name(address: str) -> str:
+    last = re.sub(r"[^A-Za-z0-9._-]", "_", urlsplit(address).path.rpartition("/")[2])
+    return f"{hashlib.sha256(address.encode()).hexdigest()[:16]}-{last[-80:]}"
+
+
+def _bring(address: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    slot = target.with_name(f".lock-{int(target.name[:2], 16)}")
+    with open(slot, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of a machine wait for the one that brings it
+        if target.is_file():
+            return
+        if address.startswith(("https://", "http://")):
+            fetch.download(address, target)
+            return
+        with fetch.alone(target.with_name(target.name + ".part")) as file:
+            _fill(file, address, target)
+            os.fsync(file.fileno())
+            os.replace(file.name, target)
+
+
+def _fill(file: IO[bytes], address: str, target: Path) -> None:
+    """Appends to the part until it is the whole object. Each of the libraries raises errors of its own kind."""
+    system, path = _store(address)
+    try:
+        info = system.info(path)
+        size = int(info["size"])
+    except FileNotFoundError:
+        raise UserError(
+            f"There is no '{address}'.", "Check the address, and how many shards there are."
+        ) from None
+    except Exception as error:
+        raise _unreachable(address, error) from None
+    known = json.dumps({"url": address, **{name: str(info.get(name)) for name in _VERSION}})
+    notes = fetch.notes_of(Path(file.name))
+    if not notes.is_file() or notes.read_text("utf-8") != known:  # begun from another object
+        file.truncate(0)
+        notes.write_text(known, "utf-8")
+    fetch.check_space(target.parent, size - fetch.bytes_in(file))
+    barren = 0
+    while (have := fetch.bytes_in(file)) < size:
+        try:
+            with system.open(path, "rb") as source:
+                source.seek(have)
+                while piece := source.read(_PIECE):
+                    file.write(piece)
+            reason: Any = f"it ends after {fetch.bytes_in(file)} of {size} bytes"
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in fetch.FULL:
+                raise
+            reason = error
+        barren = 0 if fetch.bytes_in(file) > have else barren + 1
+        if barren > fetch.TRIES:
+            raise _unreachable(address, reason)
+        time.sleep(fetch.PAUSE if barren else 0)
+    if fetch.bytes_in(file) > size:
+        file.truncate(0)
+        raise UserError(f"'{address}' has grown while it was brought.", "Run the same command again.")
+
+
+def _store(address: str) -> tuple[Any, str]:
+    """fsspec's file system of an address, and the object's place in it."""
+    try:
+        import fsspec
+
+        return fsspec.url_to_fs(address)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"'{address}' needs a library: {' '.join(str(error).split())[:120]}.",
+            "pip install 'dreamteacher[remote]'",
+        ) from None
+
+
+def _unreachable(address: str, reason: object) -> UserError:
+    words = " ".join(str(reason).split())[:160] or type(reason).__name__
+    return UserError(
+        f"'{address}' cannot be brought: {words}.", "Check the address, and your right to read it."
+    )
