@@ -118,7 +118,7 @@ def read_manifest(folder: Path) -> tuple[Plan, str | None, list[tuple[str, int]]
         plan, shards = from_json(Plan, facts["plan"]), [(str(d), int(size)) for d, size in facts["shards"]]
         _check_possible(plan, facts["basis"], shards)
         return plan, facts["basis"], shards
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"'{path}' cannot be read: {text}.", f"Restore it. {ANEW}") from None
 

@@ -66,7 +66,7 @@ def extract(archive: Path, folder: Path, wanted: Sequence[str], *, most: int) ->
         return sorted(folder / path.relative_to(temporary) for path in written)
     except (
         tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, LZMAError, EOFError, ValueError,
-        RuntimeError, OverflowError, OSError,
+        RuntimeError, OverflowError, MemoryError, OSError,
     ) as error:  # fmt: skip
         if isinstance(error, OSError) and error.errno not in (
             None,

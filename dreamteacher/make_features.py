@@ -164,6 +164,7 @@ def make_features(config: MakeFeaturesConfig) -> Path | None:
         return None
     if not pending and (config.out / MANIFEST).exists():
         FeatureStore(config.out, hash_gb=math.inf)
+        checkpoint.sweep(config.out)
         print(f"'{config.out}' is complete, and every checksum holds.", flush=True)
         return config.out
     with Signals() as signals:
@@ -431,7 +432,7 @@ class _Writer:
         checkpoint.write_text(self._sum_file(shard), f"{digest}  {path.name}\n")
 
     def _write_manifest(self) -> None:
-        checkpoint.sweep(self.out, MANIFEST)
+        checkpoint.sweep(self.out)  # every shard is there: nobody writes anything but this
         shards = []
         for i in range(self.plan.shards):
             digest = self._sum_file(i).read_text("utf-8").split()[0]

@@ -67,6 +67,18 @@ def test_damaged_files_are_read_or_refused(fuzz: dict[str, Any], kind: str, tmp_
     assert counts["refused"] > 4
 
 
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        ("teacher.json", 556), ("teacher.json", 650), ("features.json", 563), ("tar shard", 633), ("tar shard", 44),
+        ("archive", 114), ("run folder", 17),
+    ],
+)  # fmt: skip
+def test_what_was_once_a_defect(fuzz: dict[str, Any], kind: str, number: int, tmp_path: Path) -> None:
+    case = fuzz["file_case"](tmp_path, 0, kind)
+    outcomes(fuzz, lambda _: case(number), 1)
+
+
 def test_every_kind_is_tried(fuzz: dict[str, Any]) -> None:
     assert set(fuzz["damaged_files"].KINDS) == set(KINDS)
 
