@@ -35,9 +35,9 @@ EXTRAS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ListConfig:
-    """Print what can be named: teachers, students, presets or tasks."""
+    """Print what can be named: teachers, students, presets, tasks or recipes."""
 
-    what: Positional[Literal["teachers", "students", "presets", "tasks"]] = "teachers"
+    what: Positional[Literal["teachers", "students", "presets", "tasks", "recipes"]] = "teachers"
     """What to list."""
     filter: str = ""
     """Only names that contain this."""
@@ -58,16 +58,22 @@ def print_list(config: ListConfig) -> None:
 
             lines = student_names()
         case "presets":
+            from dreamteacher.downstream.presets import PRESETS as EVALUATE
             from dreamteacher.teachers.train import PRESETS
 
             lines = [
-                f"{name:18} {p.size[0]} x {p.size[1]}, {p.line()}, {p.steps} steps of {p.batch_size}"
+                f"train-teacher {name:18} {p.size[0]} x {p.size[1]}, {p.line()}, {p.steps} steps of {p.batch_size}"
                 for name, p in PRESETS.items()
             ]
+            lines += [f"evaluate      {name:24} {preset.what}" for name, preset in EVALUATE.items()]
         case "tasks":
             from dreamteacher.downstream.evaluate import TASKS
 
             lines = list(TASKS)
+        case "recipes":
+            from dreamteacher.recipes import recipe_lines
+
+            lines = recipe_lines()
     found = [line for line in lines if config.filter in line]
     if not found:
         raise UserError(

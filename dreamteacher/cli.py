@@ -61,7 +61,12 @@ VERBS = {
         "dreamteacher.inspection", "InspectConfig", "inspect_teacher",
         "which timestep and which level of a teacher: maps and a ranking",
     ),
-    "list": Verb("dreamteacher.catalogue", "ListConfig", "print_list", "teachers, students, presets, tasks"),
+    "recipe": Verb(
+        "dreamteacher.recipes", "RecipeConfig", "print_recipe", "the commands that reproduce a number of the paper"
+    ),
+    "list": Verb(
+        "dreamteacher.catalogue", "ListConfig", "print_list", "teachers, students, presets, tasks, recipes"
+    ),
     "doctor": Verb("dreamteacher.catalogue", "DoctorConfig", "doctor", "versions, devices, what is missing"),
 }  # fmt: skip
 
@@ -179,7 +184,7 @@ def run(name: str, arguments: Sequence[str]) -> Any:
         )
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
-    config = parse(getattr(module, verb.config), name, arguments)
+    config = parse(getattr(module, verb.config), name, arguments, default=_preset(name, arguments))
     function = getattr(module, verb.function)
     if name == "export":  # also used from Python, with plain arguments
         print(f"Export: {function(**vars(config))}")
@@ -195,8 +200,21 @@ def run(name: str, arguments: Sequence[str]) -> Any:
     return result
 
 
-def parse(config: type, verb: str, arguments: Sequence[str]) -> Any:
+def _preset(verb: str, arguments: Sequence[str]) -> Any:
+    """What `evaluate --preset NAME` begins with; None where no preset is named."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    if verb != "evaluate" or "--preset" not in words[:-1]:
+        return None
+    from dreamteacher.downstream.presets import preset_config
+
+    return preset_config(words[words.index("--preset") + 1])
+
+
+def parse(config: type, verb: str, arguments: Sequence[str], *, default: Any = None) -> Any:
     """Flags -> a config dataclass, by tyro; its long error boxes become our three lines.
+
+    Args:
+        default: the config that the flags change; None: the class's own defaults.
 
     Raises:
         UserError: naming the flag; SystemExit(0) after --help.
@@ -216,7 +234,7 @@ def parse(config: type, verb: str, arguments: Sequence[str]) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(config, prog=f"dreamteacher {verb}", args=list(arguments))
+            return tyro.cli(config, prog=f"dreamteacher {verb}", args=list(arguments), default=default)
     except SystemExit as stop:
         if not stop.code:
             raise

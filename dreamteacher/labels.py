@@ -13,7 +13,8 @@ from dreamteacher import data
 from dreamteacher.config import parse_json
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.labelled import load_labelled
-from dreamteacher.masks import SegmentationSet
+from dreamteacher.layouts import MASKS, layout_of
+from dreamteacher.masks import SegmentationSet, load_segmentation
 
 SAMPLES = "samples.json"  # beside images that a teacher drew: whose they are, and the seed of each
 
@@ -69,7 +70,7 @@ def read_labelled(
     """Labelled images from disk.
 
     Args:
-        images: a folder; without masks one subfolder per class.
+        images: a folder; without masks one subfolder per class. Or LAYOUT:ROOT, with the masks of a layout that has any.
         masks: see `labelled.load_labelled`; None: classes.
         size: (height, width) that images and masks are brought to.
         binary, ignore_index, classes, absent_ok: of masks.
@@ -90,6 +91,9 @@ def read_labelled(
         )
         seeds = read_seeds(images, found.paths) if seeded else None
         return replace(from_masks(found), seeds=seeds)
+    layout = layout_of(images)
+    if layout is not None and layout[0] in MASKS:
+        return from_masks(load_segmentation(images, None, size, ignore_index=ignore_index, binary=binary))
     folder = data.load_images(images, size)
     if folder.labels is None:
         raise UserError(

@@ -54,7 +54,7 @@ LAYERS = [
     {"feature_items", "feature_store", "feature_dataset", "estimate"},
     {"train_interpreter", "training", "pretrain", "make_features", "downstream"},
     {"export", "figures", "report", "inspection", "make_labels"},
-    {"demo", "catalogue", "testing"},
+    {"demo", "catalogue", "testing", "recipes"},
     {"cli"},
     {"__main__"},
 ]

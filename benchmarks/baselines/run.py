@@ -98,7 +98,7 @@ class BaselineConfig:
     queue: int = 4096
     """Negatives that mocov2 and densecl keep."""
     noise: float = 0.22
-    """Deviation of ddep's noise, for pixels in [-1, 1]."""
+    """Deviation of ddep's noise, for pixels in [-1, 1] (0.22, scaled: as in bwconrad/decoder-denoising, src/model.py)."""
     width: int = 256
     """Channels of ddep's decoder."""
     seed: int = 0

@@ -67,6 +67,8 @@ class DetectConfig:
 
 # Mask R-CNN of a ResNet-50 on COCO for 12 epochs. Expected there (box / mask AP): supervised 38.9 / 35.4,
 # SparK 41.6 / 37.7, DreamTeacher 44.1 / 40.1. Not run by us.
+# Source: keyu-tian/SparK (MIT), downstream_d2/configs/coco_R_50_FPN_CONV_1x_moco_adam.yaml: optimizer, rates, layer
+# decay, steps, cuts, sides, SyncBN and the 4conv1fc head are its; batch, width, anchors and rois Detectron2's defaults.
 _COCO = DetectConfig(
     steps=90_000, batch_size=16, optimizer="adamw", lr=2.5e-4, layer_decay=0.6, weight_decay=1e-4,
     warmup=1000 / 90_000, milestones=(2 / 3, 8 / 9), cut=0.25, short_side=(480, 896), test_side=800,
@@ -78,8 +80,13 @@ PRESETS: dict[str, DetectConfig] = {
     # 24 epochs: DreamTeacher 45.1 / 40.8.
     "coco-2x": replace(_COCO, steps=180_000, warmup=1000 / 180_000),
     # ConvNeXt-B, for detect-cascade: supervised 51.2 / 44.3, SparK 51.9 / 44.6, DreamTeacher 52.5 / 45.2. The paper
-    # gives the 12 epochs only: the rest is as for the ResNet-50.
-    "coco-cascade-1x": _COCO,
+    # gives the 12 epochs only; rates, layer decay and sides are those of ConvNeXt's own 36 epochs. Source:
+    # facebookresearch/ConvNeXt (MIT), object_detection/configs/convnext/cascade_mask_rcnn_convnext_base_..._3x_coco_in1k.py
+    # (there also a GIoU loss, crops and a drop path of 0.7, which are not here).
+    "coco-cascade-1x": replace(
+        _COCO, lr=2e-4, layer_decay=0.8, weight_decay=0.05, warmup=500 / 90_000, milestones=(2 / 3, 11 / 12),
+        cut=0.1, short_side=(480, 800),
+    ),
     # 36 epochs of BDD100K's 7,000 images with instances: supervised 26.1 / 20.2, DreamTeacher 28.3 / 24.8.
     "bdd100k-36": replace(
         _COCO, steps=15_750, optimizer="sgd", lr=0.02, layer_decay=1.0, warmup=500 / 15_750,

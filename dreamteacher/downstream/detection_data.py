@@ -21,6 +21,7 @@ from dreamteacher.coco import CocoImage, Rle, instance_mask, read_coco
 from dreamteacher.data import step_generator
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.images import BadImageError, Size, below, in_threads, read_header, read_image, read_mask
+from dreamteacher.layouts import InstanceFiles, instance_files, layout_of
 from dreamteacher.masks import find_pairs
 
 # Batches that are decoded ahead of the one that is trained on.
@@ -177,23 +178,50 @@ def load_instances(images: Path, instances: Path) -> InstanceSet:
 
 
 def load_detection(
-    images: Path, instances: Path, test_images: Path | None, test_instances: Path | None
+    images: Path, instances: Path | None, test_images: Path | None, test_instances: Path | None
 ) -> DetectionData:
     """Training and test images with instances; see `load_instances`.
 
     Args:
-        images: folder of the training images.
-        instances: of them.
-        test_images: none: they are in `images` too.
+        images: folder of the training images, or LAYOUT:ROOT (see `layouts.instance_files`), instances included.
+        instances: of them; none for a layout.
+        test_images: none: they are in `images` too, which of a layout is its validation part.
         test_instances: of the test images; none: half of the training images is set aside for the test.
 
     Raises:
         UserError: as `load_instances`, and for classes that differ or parts without objects.
     """
+    if layout_of(images) is not None or instances is None:
+        test = instance_files(test_images or images, "val")
+        return DetectionData(pool=_of_layout(instance_files(images)), test=_of_layout(test))
     pool = load_instances(images, instances)
     if test_instances is None:
         return split_instances(pool)
     return DetectionData(pool=pool, test=load_instances(test_images or images, test_instances))
+
+
+def _of_layout(files: InstanceFiles) -> InstanceSet:
+    """The images of one part of a layout; each label file is decoded once, to count what it shows."""
+
+    def image(i: int) -> CocoImage:
+        try:
+            size = read_header(files.images[i]).size
+        except BadImageError as error:
+            raise UserError(f"'{error.path}' cannot be read: {error.reason}.", "Replace it.") from None
+        return CocoImage(id=i, path=files.images[i], size=size, annotations=files.read(i))
+
+    def count(i: int) -> tuple[Size, int]:
+        found = image(i)
+        return found.size, sum(not a.crowd for a in found.annotations)
+
+    found = in_threads(count, range(len(files.images)), 2, "reading instances")
+    return InstanceSet(
+        images=files.images,
+        sizes=[size for size, _ in found],
+        counts=[count for _, count in found],
+        truth=lambda index: instances_of_coco(image(index)),
+        classes=files.names,
+    )
 
 
 def _load_coco(images: Path, path: Path) -> InstanceSet:

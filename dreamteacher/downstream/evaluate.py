@@ -50,6 +50,7 @@ from dreamteacher.downstream.linear import linear
 from dreamteacher.downstream.linear_sgd import linear_sgd
 from dreamteacher.downstream.loop import Saved
 from dreamteacher.downstream.panoptic import PanopticData, load_panoptic, panoptic
+from dreamteacher.downstream.presets import check_preset
 from dreamteacher.downstream.readout import level_of, readout
 from dreamteacher.downstream.results import LONG, Results
 from dreamteacher.downstream.segmentation import (
@@ -332,6 +333,7 @@ def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> l
         UserError: for anything wrong with the config, the folders or the weights.
     """
     tasks = check_config(config)
+    check_preset(config)
     # Made before the images are read, so that a wrong name or file fails at once.
     name = config.student or recorded_student(config.init)
     first = create_student(name, init=config.init, seed=config.seeds[0])
@@ -357,6 +359,11 @@ def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> l
     streamed = _load_streamed(config, tasks) if set(tasks) & set(STREAMED) else None
     segments = _load_panoptic(config) if set(tasks) & set(PANOPTIC) else None
     detection = _load_detection(config) if set(tasks) & set(DETECTION) else None
+    if config.dry_run:
+        log(
+            f"dry run: nothing was trained or written; {name} ({config.init}) on {', '.join(tasks)}, all is there"
+        )
+        return []
     method, results = config.method or method_name(config.init), None
     if config.out is not None:
         results = Results(config.out, config, method)
@@ -416,7 +423,6 @@ def _load_segmentation(config: EvaluateConfig) -> SegmentationData:
 
 def _load_detection(config: EvaluateConfig) -> DetectionData:
     assert config.images is not None
-    assert config.instances is not None
     data = load_detection(config.images, config.instances, config.test_images, config.test_instances)
     shown = len(data.pool.shown())
     draw_masks(shown, max(config.detect.images, default=shown), seed=0)  # fails where there are too few

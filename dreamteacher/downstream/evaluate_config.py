@@ -45,6 +45,8 @@ TASK_NAMES: tuple[str, ...] = get_args(Task)
 class EvaluateConfig:
     """Evaluate any backbone: kNN, linear probe, fine-tuning, segmentation, detection, with a few labels."""
 
+    preset: str | None = None
+    """Begin with the published settings of a benchmark (`list presets`); settings that are given win."""
     student: str | None = None
     """timm name of the backbone; none: the one that a run or export in `init` was made with."""
     init: str = "random"
@@ -66,7 +68,7 @@ class EvaluateConfig:
     binary_masks: bool = False
     """Masks are black and white: class 0 and class 1."""
     instances: Path | None = None
-    """COCO JSON file, or folder of PNGs (0 = background, k = k-th object) under the images' names."""
+    """COCO JSON file, or folder of PNGs (0 = background, k = k-th object) under the images' names; none for a layout."""
     test_instances: Path | None = None
     """As `instances`, for the detection scores; none: half of the images is set aside."""
     segments: Path | None = None
@@ -119,6 +121,8 @@ class EvaluateConfig:
     """Folder whose results.jsonl the rows are added to; rows that are there already are not computed again."""
     save_minutes: float = 10.0
     """Minutes between checkpoints of a long training in `out`; the same command resumes it."""
+    dry_run: bool = False
+    """Only check settings, data and weights, and print what would be done."""
 
 
 # Tasks that depend on no draw of labels.
@@ -173,9 +177,13 @@ def check_config(config: EvaluateConfig) -> tuple[str, ...]:
     if set(tasks) & set(DETECTION):
         check_detect(config.detect)
         check_scores()
-        if config.images is None or config.instances is None:
+        if config.images is not None and layout_of(config.images) is not None:
+            if config.instances is not None:
+                raise UserError(f"'{config.images}' comes with its instances.", "Leave out --instances.")
+            check(config.images, "instances")
+        elif config.images is None or config.instances is None:
             raise UserError("The detection tasks need instances.", "Give both --images and --instances.")
-        if config.test_images is not None and config.test_instances is None and config.test_masks is None:
+        elif config.test_images is not None and config.test_instances is None and config.test_masks is None:
             raise UserError("The test images have no instances.", "Give --test-instances too.")
     if set(tasks) & set(PANOPTIC):
         check_detect(config.panoptic.detect)

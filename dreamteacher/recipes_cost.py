@@ -1,0 +1,129 @@
+"""What a recipe costs: operations of its networks, times images, over an assumed speed. Estimates, not measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dreamteacher.downstream.detection_config import DetectConfig
+from dreamteacher.downstream.evaluate_config import EvaluateConfig
+from dreamteacher.downstream.finetune_full import recipe_of
+from dreamteacher.recipes_row import DATA, Places, Recipe
+from dreamteacher.teachers.known import KNOWN, Shape
+from dreamteacher.teachers.train import PRESETS, TrainTeacherConfig
+from dreamteacher.teachers.train_stylegan2 import StyleGan2Preset
+from dreamteacher.train_interpreter import TrainInterpreterConfig
+from dreamteacher.training import PretrainConfig
+
+# Assumed, not measured: what one H100 sustains in bfloat16, in operations a second (its dense peak is 989e12).
+# Large denoisers do better than backbones whose BatchNorms wait for memory. An A100 has about a third of the peak.
+DENOISER_SPEED = 250e12
+BACKBONE_SPEED = 75e12
+# Training is three forward passes. A StyleGAN2's step trains a discriminator that costs as much as the generator:
+# four passes of the generator and nine of the discriminator.
+TRAINING, STYLEGAN2_STEP = 3, 13
+
+# Teachers that `train-teacher` makes; tests compute them anew, as those of `teachers.known`.
+TRAINED: dict[str, Shape] = {
+    "adm-bdd100k": Shape((128, 256), {4: 256, 8: 256, 16: 384, 32: 512}, 135.51, 56.34),
+    "stylegan2-bdd100k": Shape((512, 1024), {4: 256, 8: 512, 16: 512, 32: 512}, 120.37, 120.37),
+}
+# GMACs of one forward pass of 256 x 256 pixels, by network and backbone; tests compute them anew. They grow with
+# the pixels. "regressor": to ADM's levels; "upernet": width 512, 150 classes, auxiliary head; "pyramid": FPN and
+# region proposals, width 256.
+GMACS: dict[str, dict[str, float]] = {
+    "backbone": {"resnet50": 5.34, "resnet101": 10.19, "convnext_base": 20.05},
+    "regressor": {"resnet50": 4.87, "resnet101": 4.87, "convnext_base": 4.48},
+    "upernet": {"resnet50": 54.46, "convnext_base": 53.21},
+    "pyramid": {"resnet50": 6.95, "convnext_base": 6.7},
+}
+# Of one picture, whatever its size: 512 rois through a box head, 128 through a mask head.
+BOX_HEAD, MASK_HEAD = 65.98, 67.85
+_NOWHERE = Places(data=Path("data"), out=Path("runs"))
+
+
+def shape_of(teacher: str) -> Shape:
+    """A published teacher, or one that a preset of `train-teacher` makes."""
+    return TRAINED[teacher] if teacher in TRAINED else KNOWN[teacher].shape
+
+
+def gpu_hours(recipe: Recipe) -> float:
+    """H100-hours of a recipe's own step, without those before it; 0 where there is no such thing.
+
+    What is left out: reading images, scores on test images, heads of a few layers.
+    """
+    return 0.0 if recipe.make is None else seconds(recipe) / 3600
+
+
+def seconds(recipe: Recipe) -> float:
+    """As `gpu_hours`."""
+    config = recipe.config(_NOWHERE)
+    match config:
+        case PretrainConfig():
+            return _pretraining(recipe, config)
+        case TrainTeacherConfig():
+            return _teacher(config)
+        case TrainInterpreterConfig():
+            images = config.epochs * DATA[recipe.data[0]].labels
+            return images * _operations(shape_of(recipe.teacher).gmacs_levels) / DENOISER_SPEED
+        case EvaluateConfig():
+            return _operations(_evaluation(recipe, config)) / BACKBONE_SPEED
+    raise AssertionError(f"a config of no verb: {config}")
+
+
+def _operations(gmacs: float) -> float:
+    return 2e9 * gmacs
+
+
+def _pretraining(recipe: Recipe, config: PretrainConfig) -> float:
+    shape = shape_of(recipe.teacher)
+    images = config.epochs * (
+        config.samples if config.dataset == "synthesized" else DATA[recipe.data[0]].images
+    )
+    trained = _backbone(config.student, config.size or shape.size, "backbone", "regressor")
+    ddim = 10 if config.noise == "inversion" else 0  # steps of the whole network before the levels are read
+    taught = shape.gmacs_levels + ddim * shape.gmacs_full
+    return images * (_operations(taught) / DENOISER_SPEED + _operations(TRAINING * trained) / BACKBONE_SPEED)
+
+
+def _teacher(config: TrainTeacherConfig) -> float:
+    preset, shape = PRESETS[config.preset], TRAINED[config.preset]
+    passes = STYLEGAN2_STEP if isinstance(preset, StyleGan2Preset) else TRAINING
+    return preset.steps * preset.batch_size * _operations(passes * shape.gmacs_full) / DENOISER_SPEED
+
+
+def _backbone(student: str, size: tuple[int, int], *parts: str) -> float:
+    """GMACs of a forward pass of these parts at a size."""
+    return sum(GMACS[part][student] for part in parts) * size[0] * size[1] / 256**2
+
+
+def _evaluation(recipe: Recipe, config: EvaluateConfig) -> float:
+    """GMACs of a whole training."""
+    (task,), student, count = config.tasks, str(config.student), DATA[recipe.data[0]].images
+    match task:
+        case "linear-sgd":  # features are computed once
+            return count * _backbone(student, config.size, "backbone")
+        case "finetune-full":
+            epochs = recipe_of(config.finetune_full).epochs
+            return epochs * count * TRAINING * _backbone(student, config.size, "backbone")
+        case "readout":  # frozen
+            c = config.readout
+            return c.steps * c.batch_size * _backbone(student, c.crops.size, "backbone")
+        case "semantic":
+            s = config.semantic
+            images = s.steps * s.batch_size * max(1, len(s.masks))
+            return images * TRAINING * _backbone(student, s.crops.size, "backbone", "upernet")
+        case "segment-finetune":
+            images = config.segment.steps * config.segment.batch_size * len(config.mask_counts)
+            return images * TRAINING * _backbone(student, config.size, "backbone", "regressor")
+        case "detect" | "detect-cascade" | "panoptic":
+            detect = config.panoptic.detect if task == "panoptic" else config.detect
+            return detect.steps * detect.batch_size * TRAINING * _detection(detect, student, task)
+    raise AssertionError(f"no cost of {task}")
+
+
+def _detection(detect: DetectConfig, student: str, task: str) -> float:
+    """Of one training image of the mean shorter side, its longer side 4/3 of that."""
+    short = sum(detect.short_side) / 2
+    size = round(short), round(min(short * 4 / 3, detect.longest_side))
+    heads = BOX_HEAD * (3 if task == "detect-cascade" else 1) + MASK_HEAD
+    return _backbone(student, size, "backbone", "pyramid") + heads * detect.rois / 512
