@@ -12,11 +12,9 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from dreamteacher.recipes_cost import BACKBONE_SPEED, DENOISER_SPEED
+
 HERE = Path(__file__).parent
-GPU = "A100"
-PEAK_TFLOPS = 312.0  # its dense bf16 rate, as the vendor states it
-# Shares of that rate, assumed until benchmarks/gpu has run: a U-Net's forward; a ResNet's step, which waits for memory.
-TEACHER_SHARE, STUDENT_SHARE = 0.40, 0.20
 GPUS_A_NODE = 8
 SHARD_BYTES = 256e6  # `make-features --shard-mb`
 DAY = 24.0
@@ -72,14 +70,9 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def gmacs_per_s(share: float) -> float:
-    """10^9 multiply-accumulates that a GPU is assumed to do in a second: two operations each."""
-    return PEAK_TFLOPS * share * 1000 / 2
-
-
 def seconds(teacher: float, student: float) -> float:
     """GPU-seconds of so many GMACs of a teacher and of a student's steps."""
-    return teacher / gmacs_per_s(TEACHER_SHARE) + student / gmacs_per_s(STUDENT_SHARE)
+    return 2e9 * (teacher / DENOISER_SPEED + student / BACKBONE_SPEED)
 
 
 def sources() -> dict[str, Source]:
@@ -172,10 +165,9 @@ def _size(size: tuple[int, int]) -> str:
 
 def rate_text() -> str:
     return (
-        f"**Assumed, not measured:** a GPU ({GPU}, {PEAK_TFLOPS:.0f} TFLOP/s of dense bf16 by its data sheet) reaches "
-        f"{TEACHER_SHARE:.0%} of that in a teacher and {STUDENT_SHARE:.0%} in a student's step: "
-        f"{gmacs_per_s(TEACHER_SHARE):,.0f} and {gmacs_per_s(STUDENT_SHARE):,.0f} GMACs a second. Every GPU-hour below is an "
-        "estimate that rests on these two shares, and is to be scaled by yours."
+        f"**Assumed, not measured:** a GPU (H100) sustains {DENOISER_SPEED / 1e12:.0f} TFLOP/s in bf16 in a teacher and "
+        f"{BACKBONE_SPEED / 1e12:.0f} in a student's step, as [the recipes](reproducing.md) take it. Every GPU-hour below "
+        "is an estimate that rests on these two numbers, and is to be scaled by yours."
     )
 
 

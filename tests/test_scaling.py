@@ -44,7 +44,8 @@ def test_an_item_of_256_pixels_is_what_was_asked_for() -> None:
 def test_a_plan_against_a_hand_calculation(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = runpy.run_path(str(ROOT / "benchmarks" / "plan.py"))
     names = plan["plan"].__globals__
-    monkeypatch.setitem(names, "gmacs_per_s", lambda share: 1000.0)
+    for name in ("DENOISER_SPEED", "BACKBONE_SPEED"):
+        monkeypatch.setitem(names, name, 2e12)  # two operations each: 1000 GMACs a second
     monkeypatch.setitem(names, "step_gmacs", lambda student, size: 10.0)
     teacher = plan["Source"]("t", 90.0, True, None)
     e = plan["Example"]("d", 3_600_000, (256, 256), teacher, "s", 20)
@@ -61,10 +62,10 @@ def test_a_plan_against_a_hand_calculation(monkeypatch: pytest.MonkeyPatch) -> N
     assert drawn.online == found.online
 
 
-def test_seconds_are_operations_over_a_share_of_the_peak() -> None:
-    # 312 TFLOP/s x 0.4 / 2 = 62.4 TMAC/s; half of that for a step.
-    assert PLAN.seconds(62_400, 0) == pytest.approx(1)
-    assert PLAN.seconds(62_400, 31_200) == pytest.approx(2)
+def test_seconds_are_operations_over_the_assumed_speeds() -> None:
+    # 250 and 75 TFLOP/s: 125 and 37.5 TMAC/s.
+    assert PLAN.seconds(125_000, 0) == pytest.approx(1)
+    assert PLAN.seconds(125_000, 37_500) == pytest.approx(2)
 
 
 def test_a_shard_is_about_as_large_as_asked_for() -> None:
