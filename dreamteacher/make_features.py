@@ -164,7 +164,8 @@ def make_features(config: MakeFeaturesConfig) -> Path | None:
         return None
     if not pending and (config.out / MANIFEST).exists():
         FeatureStore(config.out, hash_gb=math.inf)
-        checkpoint.sweep(config.out)
+        checkpoint.sweep(config.out)  # of a writer that was killed after its last file
+        shutil.rmtree(config.out / CLAIMS, ignore_errors=True)
         print(f"'{config.out}' is complete, and every checksum holds.", flush=True)
         return config.out
     with Signals() as signals:

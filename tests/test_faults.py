@@ -9,7 +9,6 @@ import errno
 import itertools
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -281,8 +280,8 @@ def test_a_process_that_decodes_is_killed(
     def killing(self: training.Training, index: int, *rest: Any) -> Any:
         if index == 6:
             (worker,) = multiprocessing.active_children()
-            assert worker.pid
-            os.kill(worker.pid, signal.SIGKILL)
+            worker.kill()
+            worker.join()
         return step(self, index, *rest)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -121,7 +121,7 @@ def main() -> None:
             most = min(KILLS_A_RUN, args.kills - len(rows), -(-args.kills // 4))
             found = hit(verb, verbs[verb], out, board, draw, whole[verb][1], most)
             result = verbs[verb].result(out)
-            left = sorted(p.name for p in out.rglob(".*tmp*"))
+            left = [p for pattern in (".*tmp*", ".claims") for p in out.rglob(pattern)]
             for row in found:
                 row |= {
                     "number": len(rows) + 1,
@@ -172,7 +172,7 @@ def prepare(folder: Path, images: int, steps: int) -> dict[str, Verb]:
         ))  # fmt: skip
 
     def files(out: Path) -> dict[str, Any]:
-        return {p.name: p.read_bytes() for p in out.iterdir() if p.name != "config.json"}
+        return {p.name: p.read_bytes() for p in out.iterdir() if p.is_file() and p.name != "config.json"}
 
     return {
         "pretrain": Verb(pretraining, lambda out: trained(out, ("backbone", "regressor"))),
