@@ -64,6 +64,40 @@ def results_table(*paths: Path) -> str:
     return "\n".join(lines)
 
 
+def vit_table(demo: Path, vit: Path) -> str:
+    """A ResNet-18 beside a ViT on the same seeds: mean ± sample deviation of each without and with pretraining, and
+    what pretraining adds, in units of the larger of the two deviations."""
+    values: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
+    own = rows(vit)
+    seeds = {row["seed"] for row in own}
+    for network, found in (("ResNet-18", rows(demo)), ("ViT", own)):
+        for row in found:
+            if row["seed"] in seeds and row["metric"] == HEADLINE.get(row["task"], "miou"):
+                method, _, token = row["method"].partition(", ")
+                values[network + token, row["task"], row["labels"], method].append(float(row["value"]))
+    parts = [f"{n}, {m} | pretraining adds" if m == "DreamTeacher" else f"{n}, {m}" for n in ("ResNet-18", "ViT")
+             for m in ("random init", "DreamTeacher")]  # fmt: skip
+    lines = [f"| | labels | {' | '.join(parts)} |", "| --- " * 8 + "|"]
+    for token, task, labels in dict.fromkeys(
+        (n.removeprefix("ViT"), t, x) for n, t, x, _ in values if n[:1] == "V"
+    ):
+        cells = []
+        for network in ("ResNet-18", "ViT"):
+            pair = [values[network + token, task, labels, m] for m in ("random init", "DreamTeacher")]
+            if not all(pair):
+                cells += ["", "", ""]
+                continue
+            (a, b), spreads = [statistics.mean(p) for p in pair], [statistics.stdev(p) for p in pair]
+            shown = [f"{m:.3f} ± {s:.3f}" for m, s in zip((a, b), spreads, strict=True)]
+            cells += [*shown, f"{b - a:+.3f} ({(b - a) / max(spreads):+.1f} dev.)"]
+        amount = (
+            "all" if labels in ("", "None") else f"{labels} {'masks' if 'segment' in task else 'per class'}"
+        )
+        name = TASKS[task] + (f", {token}" if token else "")
+        lines.append(f"| {name} | {amount} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def step_table(path: Path) -> str:
     lines = [
         "| student | batch | teacher, ms | student + regressor, ms | step, ms | step / parts | device | status |"
@@ -319,6 +353,7 @@ def unless_missing(make: Callable[[Path], str], path: Path) -> str:
 
 TABLES = {
     "demo": lambda: results_table(HERE / "demo" / "results.csv"),
+    "vit": lambda: vit_table(HERE / "demo" / "results.csv", HERE / "vit" / "results.csv"),
     "step": lambda: step_table(HERE / "step" / "step.csv"),
     "early_exit": lambda: early_exit_table(HERE / "early_exit" / "early_exit.csv"),
     "teachers": lambda: teachers_table(HERE / "teachers" / "teachers.csv"),

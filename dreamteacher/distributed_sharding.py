@@ -79,6 +79,9 @@ def shard(
         left += sum(cut(child) for child in module.children())
         if left and left >= least and id(module) in ran and module is not network:
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
+            for method in also:
+                if hasattr(module, method):
+                    register_fsdp_forward_method(module, method)
             return 0
         return left
 

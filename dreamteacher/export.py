@@ -25,6 +25,7 @@ from dreamteacher.errors import UserError, shorten
 from dreamteacher.export_formats import Format, Layout, check_format, layout
 from dreamteacher.export_hub import LICENCE_FILE, OTHER, check_hub, front_matter, licence_text
 from dreamteacher.export_onnx import check_onnx, write_onnx
+from dreamteacher.plain_vits import fitting, grid_of, rebuilt_with, size_settings
 from dreamteacher.rundir import read_rows
 from dreamteacher.students import (
     Student,
@@ -139,28 +140,35 @@ def load_snippet(folder: Path | str, name: str, file: str = "model.safetensors")
         name: timm name of the student.
         file: "backbone.safetensors" for a run folder.
     """
+    settings = "".join(f", {key}={value}" for key, value in size_settings(name).items())
     with torch.device("meta"):
-        model = timm.create_model(name, num_classes=0)
-    indices = level_indices(name, model)
+        model = timm.create_model(name, num_classes=0, **size_settings(name))
+    indices, grid = level_indices(name, model), grid_of(model)
     mean, std = normalisation(model)
-    strides = ", ".join(map(str, indices))
+    strides = f"strides {', '.join(map(str, indices))}"
+    norm, (side, _) = "", fitting((224, 224), grid)
+    vectors = "maps[-1].mean(dim=(2, 3))"
+    if grid is not None:
+        strides, norm = f"one map, a position for {grid.patch} x {grid.patch} pixels", ", norm=True"
+        if model.global_pool:
+            vectors = "model.forward_head(model.forward_features((images - mean) / std), pre_logits=True)"
     return f"""import timm
 import torch
 from safetensors.torch import load_file
 
 folder = {json.dumps(str(folder), ensure_ascii=False)}  # where {file} lies
-model = timm.create_model("{name}", num_classes=0)
+model = timm.create_model("{name}", num_classes=0{settings})
 model.load_state_dict(load_file(folder + "/{file}"), strict=True)
 model.eval()
 
-images = torch.rand(1, 3, 224, 224)  # yours: RGB in [0, 1]
+images = torch.rand(1, 3, {side}, {side})  # yours: RGB in [0, 1]
 mean = torch.tensor({list(mean)}).view(3, 1, 1)
 std = torch.tensor({list(std)}).view(3, 1, 1)
 with torch.no_grad():
     maps = model.forward_intermediates(
-        (images - mean) / std, indices={list(indices.values())}, intermediates_only=True
-    )  # strides {strides}
-    vectors = maps[-1].mean(dim=(2, 3))
+        (images - mean) / std, indices={list(indices.values())}, intermediates_only=True{norm}
+    )  # {strides}
+    vectors = {vectors}
 print([tuple(m.shape) for m in maps], tuple(vectors.shape))
 """
 
@@ -331,10 +339,13 @@ def _timm_config(student: Student, facts: Mapping[str, Any]) -> dict[str, Any]:
     mean, std = normalisation(model)
     size = (facts.get("data") or {}).get("size") or (facts.get("config") or {}).get("size")
     height, width = (size, size) if isinstance(size, int) else size or cfg["input_size"][1:]
+    height, width = fitting((height, width), student.grid)
+    settings = rebuilt_with(student.name, model)
     return {
         "architecture": cfg["architecture"],
         "num_classes": 0,
         "num_features": model.num_features,
+        **({"model_args": settings} if settings else {}),
         "pretrained_cfg": {
             "input_size": [3, height, width],
             "fixed_input_size": False,

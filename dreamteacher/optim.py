@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Set
+from itertools import compress
 from typing import Any, Literal
 
 import torch
@@ -13,12 +14,34 @@ OptimizerName = Literal["adamw", "lamb"]
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: matrices and kernels decay; biases, norms and other vectors do not."""
+    """Two groups: matrices and kernels decay; biases, norms and other vectors do not.
+
+    Nor does what a timm model names in `no_weight_decay` (position embeddings, class tokens).
+    """
+    modules = list(modules)
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+    return _two_groups(parameters, _spared(modules), weight_decay)
+
+
+def _two_groups(
+    parameters: Sequence[nn.Parameter], spared: Set[int], weight_decay: float
+) -> list[dict[str, object]]:
+    decayed = [p.ndim > 1 and id(p) not in spared for p in parameters]
     return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": list(compress(parameters, decayed)), "weight_decay": weight_decay},
+        {"params": [p for p, d in zip(parameters, decayed, strict=True) if not d], "weight_decay": 0.0},
     ]
+
+
+def _spared(modules: Iterable[nn.Module]) -> Set[int]:
+    """The ids of the parameters that timm models inside these modules want no weight decay for."""
+    found: set[int] = set()
+    for part in (part for module in modules for part in module.modules()):
+        names: Any = getattr(part, "no_weight_decay", None)
+        if callable(names):
+            wanted = set(names())
+            found |= {id(p) for name, p in part.named_parameters() if name in wanted}
+    return found
 
 
 def build_optimizer(
@@ -140,7 +163,7 @@ def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float
         weight_decay: of matrices and kernels.
         layer_decay: above 0, up to 1.
     """
-    depths = layer_depths(model)
+    depths, spared = layer_depths(model), _spared([model])
     deepest = max(depths.values())
     parts: dict[int, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -149,6 +172,6 @@ def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float
     return [
         {**group, "factor": layer_decay ** (deepest + 1 - depth)}
         for depth, parameters in sorted(parts.items())
-        for group in parameter_groups([nn.ParameterList(parameters)], weight_decay)
+        for group in _two_groups(parameters, spared, weight_decay)
         if group["params"]
     ]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamteacher.features import FeatureSpec
+from dreamteacher.pyramid import SimplePyramid
 
 
 def conv_bn_relu(channels_in: int, channels_out: int, kernel: int) -> nn.Sequential:
@@ -65,7 +66,8 @@ class Neck(nn.Module):
     """UPerNet's neck: PPM on the coarsest level, 1x1 laterals, top-down addition, 3x3 output convolutions.
 
     As in UPerNet the coarsest level has no lateral and no output convolution of its own: the PPM, which ends
-    in a 3x3 convolution, is both.
+    in a 3x3 convolution, is both. A student with one map (a plain ViT) is given four levels first, by the simple
+    pyramid, which is part of the neck; its `specs` are then those four.
 
     Args:
         specs: the student's levels, fine to coarse.
@@ -77,19 +79,19 @@ class Neck(nn.Module):
         self, specs: Sequence[FeatureSpec], width: int = 256, ppm_scales: Sequence[int] = (1, 2, 3, 6)
     ) -> None:
         super().__init__()
-        self.specs = tuple(specs)
-        self.laterals = nn.ModuleList(conv_bn_relu(spec.channels, width, 1) for spec in specs[:-1])
-        self.ppm = PyramidPooling(specs[-1].channels, width, ppm_scales)
-        self.outputs = nn.ModuleList(conv_bn_relu(width, width, 3) for _ in specs[:-1])
+        self.pyramid = SimplePyramid(specs)
+        self.specs = self.pyramid.specs
+        self.laterals = nn.ModuleList(conv_bn_relu(spec.channels, width, 1) for spec in self.specs[:-1])
+        self.ppm = PyramidPooling(self.specs[-1].channels, width, ppm_scales)
+        self.outputs = nn.ModuleList(conv_bn_relu(width, width, 3) for _ in self.specs[:-1])
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Maps of `specs`, fine to coarse -> as many maps of `width` channels, sizes unchanged.
+        """The student's maps, fine to coarse -> one map of `width` channels per level of `specs`, sizes unchanged.
 
         Raises:
-            ValueError: when there are not as many maps as `specs`.
+            ValueError: when there are not as many maps as the student has levels.
         """
-        if len(features) != len(self.specs):
-            raise ValueError(f"the neck takes {len(self.specs)} levels, got {len(features)} maps")
+        features = self.pyramid(features)
         above = self.ppm(features[-1])
         maps = [above]
         for i in range(len(self.specs) - 2, -1, -1):
@@ -102,7 +104,7 @@ class Neck(nn.Module):
 class FeatureRegressor(nn.Module):
     """Student maps in, maps shaped as the teacher's out: the neck, then one 1x1 convolution per level.
 
-    Each teacher level is read from the student level of its stride, or from the nearest one (the finer of two
+    Each teacher level is read from the neck's level of its stride, or from the nearest one (the finer of two
     equally near) resampled bilinearly.
 
     Args:
@@ -130,18 +132,17 @@ class FeatureRegressor(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.student_specs = tuple(student_specs)
         self.teacher_specs = tuple(teacher_specs)
-        self.sources = [_nearest_level(self.student_specs, spec.stride) for spec in self.teacher_specs]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self.neck = Neck(self.student_specs, width, ppm_scales)
+            self.neck = Neck(student_specs, width, ppm_scales)
             self.projections = nn.ModuleList(
                 nn.Conv2d(width, spec.channels, 1) for spec in self.teacher_specs
             )
+        self.sources = [_nearest_level(self.neck.specs, spec.stride) for spec in self.teacher_specs]
 
     def fused(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The neck's maps, one of `width` channels per student level, fine to coarse."""
+        """The neck's maps, one of `width` channels per level of it, fine to coarse."""
         return self.neck(features)
 
     def forward(
@@ -170,7 +171,7 @@ class FeatureRegressor(nn.Module):
 
     def _own_size(self, maps: Sequence[Tensor], level: int) -> tuple[int, int]:
         source = self.sources[level]
-        ratio = self.student_specs[source].stride / self.teacher_specs[level].stride
+        ratio = self.neck.specs[source].stride / self.teacher_specs[level].stride
         height, width = maps[source].shape[-2:]
         return max(1, round(height * ratio)), max(1, round(width * ratio))
 

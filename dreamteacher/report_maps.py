@@ -66,7 +66,7 @@ def feature_maps(run: Path, facts: Mapping[str, Any], count: int, own_code: bool
     cells = _strip("image", images, "image", kind="photo")
     for i, spec in enumerate(teacher.specs):
         target = whiten(targets[i], config.get("whiten", "chw"))
-        cells += _level(spec, target, outputs[i], backbone[regressor.sources[i]])
+        cells += _level(spec, target, outputs[i], backbone[min(regressor.sources[i], len(backbone) - 1)])
     return f'<div class="card scroll"><div class="maps" style="--n:{len(images)}">{cells}</div></div>'
 
 

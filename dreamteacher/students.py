@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from dreamteacher import checkpoint
 from dreamteacher.errors import UserError, did_you_mean, shorten
 from dreamteacher.features import FeatureSpec
+from dreamteacher.plain_vits import PLAIN_MODULES, SWIN_MODULES, fit, grid_of, pooled_tokens, size_settings
+from dreamteacher.pyramid import STRIDES
 
-STRIDES = (4, 8, 16, 32)
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
-WORKING_FAMILIES = "resnet*, resnext*, regnet*, convnext*, efficientnet*, mobilenetv3*, densenet*"
+WORKING_FAMILIES = "resnet*, resnext*, regnet*, convnext*, efficientnet*, mobilenetv3*, swin*, vit_*"
 
 _PROBE_SIZE = (64, 128)
-# timm modules all of whose models give a pyramid at any image size.
+# timm modules all of whose models are students at any image size.
 _FAMILY_MODULES = (
     "convnext",
     "densenet",
@@ -41,6 +42,8 @@ _FAMILY_MODULES = (
     "resnetv2",
     "rexnet",
     "sknet",
+    *PLAIN_MODULES,
+    *SWIN_MODULES,
 )
 
 
@@ -54,6 +57,9 @@ class Weights(NamedTuple):
 class Student(nn.Module):
     """A timm model without its classifier, read level by level.
 
+    A plain ViT has one level: the last block's tokens behind the final norm, without class and register tokens,
+    as a map. Necks make four of it (`pyramid.SimplePyramid`).
+
     The full model is kept (and exported), because timm's `features_only` wrapper renames parameters. Layers
     that come after the last map (a final norm, EfficientNet's `conv_head`) are part of it and stay untrained.
     Dropout and stochastic depth, which a few timm models have by default, are switched off: they would draw
@@ -64,7 +70,7 @@ class Student(nn.Module):
         model: the timm model, made with `num_classes=0`.
 
     Raises:
-        UserError: when the model gives no maps at strides 8, 16 and 32.
+        UserError: when the model gives no maps at strides 8, 16 and 32, and is no plain ViT.
 
     Example:
         >>> student = create_student("resnet18")
@@ -91,23 +97,35 @@ class Student(nn.Module):
                 module.p = 0.0
             elif isinstance(module, DropPath):
                 module.drop_prob = 0.0
+        self.grid = grid_of(model)
         self.indices = level_indices(name, model)
         self.specs = self._measured_specs()
 
     @property
     def features_channels(self) -> int:
-        """Channels of the last map, and so of `pooled`."""
+        """Channels of the last map, and of `pooled`."""
         return self.specs[-1].channels
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images N x 3 x H x W in [0, 1] -> one map per spec, fine to coarse."""
-        x = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         model: Any = self.model
-        return model.forward_intermediates(x, indices=list(self.indices.values()), intermediates_only=True)
+        settings: dict[str, Any] = {"indices": list(self.indices.values()), "intermediates_only": True}
+        if self.grid is not None:
+            settings["norm"] = True  # what timm calls the features of a ViT
+        return model.forward_intermediates(self._normalised(images), **settings)
 
     def pooled(self, images: Tensor) -> Tensor:
-        """Images N x 3 x H x W in [0, 1] -> the last map averaged over positions, N x C."""
+        """Images N x 3 x H x W in [0, 1] -> the last map averaged over positions, N x C.
+
+        A plain ViT's is pooled as timm does it for this network: its class token, or the mean of the patches.
+        """
+        if self.grid is not None:
+            return pooled_tokens(self.model, self._normalised(images))
         return self.forward(images)[-1].mean(dim=(2, 3))
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        x = fit((images - self.mean) / self.std, self.grid)
+        return x.contiguous(memory_format=torch.channels_last)
 
     def _measured_specs(self) -> tuple[FeatureSpec, ...]:
         """The levels as one small image shows them: what a model says of itself is not always so."""
@@ -162,9 +180,14 @@ def create_student(name: str, *, init: str = "random", seed: int = 0) -> Student
 def level_indices(name: str, model: nn.Module) -> dict[int, int]:
     """Stride -> index of timm's last feature of that stride, for strides 4 to 32, fine to coarse.
 
+    A plain ViT has one of them, the last block.
+
     Raises:
         UserError: when there is none at stride 8, 16 or 32.
     """
+    grid = grid_of(model)
+    if grid is not None and grid.stride in STRIDES:
+        return {grid.stride: len(model.blocks) - 1}  # type: ignore[arg-type]
     info: Iterable[Mapping[str, Any]] = getattr(model, "feature_info", None) or []
     last = {level["reduction"]: i for i, level in enumerate(info)}
     indices = {stride: last[stride] for stride in STRIDES if stride in last}
@@ -321,7 +344,7 @@ def _timm_model(name: str, *, pretrained: bool) -> nn.Module:
     import timm
 
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0)
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **size_settings(name))
     except RuntimeError as error:
         if pretrained:
             raise
@@ -354,7 +377,7 @@ def _classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 def _no_pyramid(name: str, reason: str) -> UserError:
     return UserError(
-        f"'{name}' cannot be a student: {reason}. A student gives maps at strides 4, 8, 16, 32.",
+        f"'{name}' cannot be a student: {reason}. A student gives maps at strides 4, 8, 16, 32, or is a plain ViT.",
         f"Families that work: {WORKING_FAMILIES}.",
     )
 

@@ -52,7 +52,7 @@ class PretrainConfig:
     teacher: str = "chest-xray-64"
     """A name of `list teachers`, a folder made by `train-teacher` or `get-teacher`, or FILE.py:FUNCTION."""
     student: str = "resnet50"
-    """timm name of the backbone: any convolutional family with a pyramid."""
+    """timm name of the backbone: any family with a pyramid of maps, or a plain ViT (vit_*, deit_*, eva*)."""
     mode: Mode = "feature"
     """feature: the teacher's maps alone, no labels; label: an interpreter's soft labels alone; mixed: both (eq. 6)."""
     interpreter: Path | None = None
@@ -156,11 +156,12 @@ def steps_of(config: PretrainConfig, images: int) -> int:
     return max(1, round(config.epochs * (images // config.batch_size)))
 
 
-def label_head(config: PretrainConfig, student: Student, interpreter: Interpreter) -> LabelHead:
+def label_head(config: PretrainConfig, regressor: FeatureRegressor, interpreter: Interpreter) -> LabelHead:
     """The student's head for the interpreter's classes, on the regressor's fused maps."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(data.step_generator(config.seed, 0, "head").initial_seed())
-        return LabelHead(len(student.specs), config.width, interpreter.classes, pooled=interpreter.pooled)
+        levels = len(regressor.neck.specs)
+        return LabelHead(levels, config.width, interpreter.classes, pooled=interpreter.pooled)
 
 
 class Trained(nn.Module):
@@ -182,8 +183,8 @@ class Trained(nn.Module):
         return maps, None if self.head is None else self.head(fused).float()
 
     def pooled(self, images: Tensor) -> Tensor:
-        """The student's last map averaged over positions, N x C."""
-        return self.student(images)[-1].mean(dim=(2, 3))
+        """The student's features of whole images, N x C."""
+        return self.student.pooled(images)
 
 
 def _look(network: nn.Module) -> Tensor:
@@ -214,7 +215,7 @@ class Training:
         self.device = next(student.parameters()).device
         self.interpreter, self.head, self.classes = interpreter, None, list(classes)
         if interpreter is not None:
-            self.head = label_head(config, student, interpreter).to(self.device)
+            self.head = label_head(config, regressor, interpreter).to(self.device)
         if config.mode == "label":
             regressor.projections.requires_grad_(False)  # nothing is asked of them
         self.trained = Trained(student, regressor, self.head, project=config.mode != "label")

@@ -285,6 +285,28 @@ def test_transfer_table_against_a_hand_calculation(tmp_path):
     assert why == "BYOL: not run: no lightly"
 
 
+def test_vit_table_against_a_hand_calculation(tmp_path):
+    tables = runpy.run_path(str(BENCHMARKS / "tables.py"))
+    head = ["method,student,task,metric,value,labels,seed"]
+    paths = []
+    for name, methods in (
+        ("demo", {"random init": (0.5, 0.6, 9), "DreamTeacher": (0.8, 0.9, 9)}),  # seed 2 is in one file only
+        ("vit", {"random init": (0.5, 0.7), "DreamTeacher": (0.5, 0.6), "random init, class token": (0.1, 0.2),
+                 "DreamTeacher, class token": (0.3, 0.4)}),
+    ):  # fmt: skip
+        paths.append(tmp_path / f"{name}.csv")
+        lines = [
+            f'"{m}",r,knn,accuracy,{v},,{i}' for m, values in methods.items() for i, v in enumerate(values)
+        ]
+        paths[-1].write_text("\n".join(head + lines) + "\n")
+    table = tables["vit_table"](*paths).splitlines()
+    assert table[2:] == [
+        "| kNN accuracy, frozen | all | 0.550 ± 0.071 | 0.850 ± 0.071 | +0.300 (+4.2 dev.) "
+        "| 0.600 ± 0.141 | 0.550 ± 0.071 | -0.050 (-0.4 dev.) |",
+        "| kNN accuracy, frozen, class token | all |  |  |  | 0.150 ± 0.071 | 0.350 ± 0.071 | +0.200 (+2.8 dev.) |",
+    ]
+
+
 def test_committed_results_have_their_seeds_and_baselines():
     for name in ("demo", "camvid"):
         rows = list(csv.DictReader((BENCHMARKS / name / "results.csv").read_text().splitlines()))

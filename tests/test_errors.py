@@ -246,7 +246,7 @@ SECTIONS: dict[str, list[Case]] = {
         case("An unknown student", pretrain(student="resnet81"), "Did you mean 'resnet"),
         case(
             "A student without a pyramid of maps",
-            pretrain(student="vit_tiny_patch16_224"),
+            pretrain(student="xcit_nano_12_p8_224"),
             "cannot be a student",
         ),
         case("An unknown teacher", pretrain(teacher="chest-xray-46"), "Did you mean 'chest-xray-64'?"),

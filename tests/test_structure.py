@@ -36,6 +36,7 @@ LAYERS = [
     {"config", "features", "distributed", "metrics", "images"},
     {
         "losses",
+        "pyramid",
         "regressor",
         "interpreter",
         "optim",
@@ -50,7 +51,7 @@ LAYERS = [
         "labels",
         "fetch",
     },
-    {"students", "teachers"},
+    {"students", "plain_vits", "teachers"},
     {"feature_items", "feature_store", "feature_dataset", "estimate"},
     {"train_interpreter", "training", "pretrain", "make_features", "downstream"},
     {"export", "figures", "report", "inspection", "make_labels"},

@@ -42,7 +42,7 @@ _CALIBRATION = 200
 def build_groups(model: GeneralizedRCNN, config: DetectConfig) -> list[dict[str, Any]]:
     """Parameter groups with `factor`: the backbone's by depth, then everything else."""
     student = model.backbone.student
-    head = nn.ModuleList([model.backbone.fpn, model.rpn, model.roi_heads])
+    head = nn.ModuleList([model.backbone.simple, model.backbone.fpn, model.rpn, model.roi_heads])
     groups: list[dict[str, Any]] = layer_decay_groups(student.model, config.weight_decay, config.layer_decay)
     groups += [{**group, "factor": 1.0} for group in parameter_groups([head], config.weight_decay)]
     return [group for group in groups if group["params"]]

@@ -24,11 +24,14 @@ from dreamteacher.distributed import Precision, autocast
 from dreamteacher.downstream.detection_cascade import BoxPredictor, CascadeHeads
 from dreamteacher.downstream.detection_config import DetectConfig
 from dreamteacher.features import FeatureSpec
+from dreamteacher.pyramid import SimplePyramid
 from dreamteacher.students import Student
 
 
 class Pyramid(nn.Module):
     """A backbone and its FPN, with one more level that halves the coarsest one.
+
+    A plain ViT's map goes through a simple pyramid first; `specs` are the levels that the FPN takes.
 
     Args:
         student: taken in, not copied; it normalises images itself.
@@ -44,14 +47,16 @@ class Pyramid(nn.Module):
     ) -> None:
         super().__init__()
         self.student, self.out_channels, self.precision = student, width, precision
-        channels = [s.channels for s in student.specs]
+        self.simple = SimplePyramid(student.specs)
+        self.specs = self.simple.specs
+        channels = [s.channels for s in self.specs]
         self.fpn = FeaturePyramidNetwork(channels, width, LastLevelMaxPool(), norm_layer=norm)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images N x 3 x H x W in [0, 1] -> maps by the names of the student's levels, and "pool"."""
         with autocast(images.device, self.precision):
-            maps = self.student(images)
-            named = OrderedDict((s.name, m) for s, m in zip(self.student.specs, maps, strict=True))
+            maps = self.simple(self.student(images))
+            named = OrderedDict((s.name, m) for s, m in zip(self.specs, maps, strict=True))
             return {name: m.float().contiguous() for name, m in self.fpn(named).items()}
 
 
@@ -105,7 +110,7 @@ def build_detector(
     """A detector, randomly initialised from torch's global generator but for the student, which is taken in.
 
     Args:
-        student: its levels are those of the FPN.
+        student: its levels are those of the FPN, but for a plain ViT.
         config: see `DetectConfig`.
         classes: number of classes, the background not counted.
         cascade: Cascade Mask R-CNN instead of Mask R-CNN.
@@ -116,8 +121,9 @@ def build_detector(
     if config.backbone_norm == "sync":
         student.model = convert_sync_batchnorm(student.model)
     norm = {"batch": nn.BatchNorm2d, "sync": nn.SyncBatchNorm, "none": None}[config.head_norm]
-    width, specs = config.width, student.specs
+    width = config.width
     pyramid = Pyramid(student, width, norm, precision)
+    specs = pyramid.specs
     strides = [*(s.stride for s in specs), 2 * specs[-1].stride]
     anchors = AnchorGenerator(
         tuple((config.anchor * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides)

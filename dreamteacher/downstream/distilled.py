@@ -97,10 +97,8 @@ def load_distilled(run: Path) -> Distilled:
     neck, head = neck_weights(run), _tensors(run / HEAD)
     width = int(neck["laterals.0.0.weight"].shape[0])
     classes, pooled = _classes(run / HEAD)
-    model = Distilled(
-        student, Neck(student.specs, width),
-        LabelHead(len(student.specs), width, len(classes), pooled=pooled), classes,
-    )  # fmt: skip
+    made = Neck(student.specs, width)
+    model = Distilled(student, made, LabelHead(len(made.specs), width, len(classes), pooled=pooled), classes)
     checkpoint.load_exactly(model.neck, neck, run / REGRESSOR)
     checkpoint.load_exactly(model.head, head, run / HEAD)
     return model.eval()

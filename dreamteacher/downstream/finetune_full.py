@@ -32,6 +32,7 @@ from dreamteacher.downstream.loop import Saved, run_steps
 from dreamteacher.errors import UserError
 from dreamteacher.images import Size
 from dreamteacher.optim import Ema, OptimizerName, build_optimizer, lr_at
+from dreamteacher.plain_vits import fit, rebuilt_with
 from dreamteacher.students import Student
 
 Loss = Literal["bce", "ce"]
@@ -206,7 +207,8 @@ class TimmClassifier(nn.Module):
 
     def __init__(self, student: Student, classes: int, drop_path: float = 0.0) -> None:
         super().__init__()
-        extra: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+        extra = rebuilt_with(student.name, student.model)
+        extra |= {"drop_path_rate": drop_path} if drop_path else {}
         try:
             model = timm.create_model(student.name.split(".")[0], num_classes=classes, **extra)
         except TypeError as error:
@@ -217,13 +219,17 @@ class TimmClassifier(nn.Module):
         head = {f"{name}.{kind}" for name in _heads(model) for kind in ("weight", "bias")}
         assert not found.unexpected_keys
         assert set(found.missing_keys) <= head
-        self.model = model.to(memory_format=torch.channels_last)
+        self.model, self.grid = model.to(memory_format=torch.channels_last), student.grid
         self.register_buffer("mean", student.mean.detach().clone(), persistent=False)
         self.register_buffer("std", student.std.detach().clone(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images in [0, 1], N x 3 x H x W -> logits N x classes."""
-        x: Any = (images - self.mean) / self.std
+        return self.logits((images - self.mean) / self.std)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Images that are normalised already, N x 3 x H x W -> logits N x classes."""
+        x = fit(x, self.grid)
         return self.model(x.contiguous(memory_format=torch.channels_last))
 
 
@@ -234,9 +240,11 @@ def _heads(model: Any) -> tuple[str, ...]:
 
 def layer_groups(model: nn.Module, recipe: FinetunePreset) -> list[dict[str, Any]]:
     """timm's parameter groups by layer and decay, each with its "lr_scale"."""
+    names: Any = getattr(model, "no_weight_decay", set)
     return param_groups_layer_decay(
-        model, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay, min_scale=0.0
-    )
+        model, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay, min_scale=0.0,
+        no_weight_decay_list=names(),
+    )  # fmt: skip
 
 
 def loss_of(recipe: FinetunePreset) -> Callable[[Tensor, Tensor], Tensor]:
@@ -334,7 +342,7 @@ def train_full(
                     with drawn_from(drawn):
                         x, target = mixup(x, target)
                 with autocast(device, precision):
-                    logits = model.model(x)  # normalised by the augmentation already
+                    logits = model.logits(x)  # normalised by the augmentation already
                 yield loss_function(logits.float(), target) / accumulate
 
         run_steps(

@@ -214,7 +214,7 @@ class PanopticFPN(nn.Module):
         self.detector: GeneralizedRCNN = build_detector(
             student, config.detect, classes=len(self.things), cascade=False, precision=precision
         )
-        self.specs: tuple[FeatureSpec, ...] = student.specs
+        self.specs: tuple[FeatureSpec, ...] = self.detector.backbone.specs
         strides = [spec.stride for spec in self.specs]
         self.branch = SemanticBranch(strides, config.detect.width, 1 + len(self.stuff), config.width)
 

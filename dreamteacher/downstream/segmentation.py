@@ -109,7 +109,7 @@ class SegmentationHead(nn.Module):
         self.align_corners = align_corners
         self.norms = nn.ModuleList(LayerNorm2d(spec.channels) for spec in specs) if norm else None
         self.neck = Neck(specs, width)
-        self.head = LabelHead(len(specs), width, classes, dropout=dropout)
+        self.head = LabelHead(len(self.neck.specs), width, classes, dropout=dropout)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """One map per level -> float32 logits N x classes x H x W of `size` = (H, W)."""

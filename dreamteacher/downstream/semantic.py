@@ -60,7 +60,8 @@ class SemanticConfig:
     dropout: float = 0.1
     """Probability of dropping a channel before the last layers, [0, 1)."""
     auxiliary: float = 0.4
-    """Weight of the loss of a second, fully convolutional head on the second coarsest map; 0: none."""
+    """Weight of the loss of a second, fully convolutional head on the second coarsest map (a plain ViT's only one);
+    0: none."""
     crops: CropConfig = field(default_factory=CropConfig)
     """Scaling, and crops to train on."""
     test: Literal["whole", "slide"] = "whole"
@@ -174,7 +175,7 @@ def train_dense(
         head = make_head()
         second = None
         if config.auxiliary and not freeze:
-            second = FCNHead(student.specs, files.classes, -2, config.dropout)
+            second = FCNHead(student.specs, files.classes, -min(2, len(student.specs)), config.dropout)
         model = DenseModel(copy.deepcopy(student), head, second).to(device)
         model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         batches = crops(
