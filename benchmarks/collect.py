@@ -30,11 +30,16 @@ def main() -> None:
     parser.add_argument("--command", required=True, help="what produced the results")
     parser.add_argument("--note", default="", help="budget, teacher, anything a reader must know")
     args = parser.parse_args()
-    with open(args.folder / "results.csv", "w", newline="") as file:
+    collect(args.results, args.folder, command=args.command, note=args.note)
+
+
+def collect(results: Path, folder: Path, *, command: str, note: str) -> None:
+    """Writes both files into `folder`."""
+    with open(folder / "results.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(read_rows(args.results))
-    write_environment(args.folder / "environment.json", args.command, args.note)
+        writer.writerows(read_rows(results))
+    write_environment(folder / "environment.json", command, note)
 
 
 def write_environment(path: Path, command: str, note: str) -> None:
@@ -49,7 +54,7 @@ def write_environment(path: Path, command: str, note: str) -> None:
         "timm": timm.__version__,
         "diffusers": diffusers.__version__,
         "python": platform.python_version(),
-        "device": str(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "precision": str(resolve_precision(device, "auto")).removeprefix("torch."),

@@ -351,6 +351,33 @@ def unless_missing(make: Callable[[Path], str], path: Path) -> str:
     )
 
 
+def gpu_speed_table(folder: Path) -> str:
+    """What `speed.py` wrote; its configurations that no CSV has are *not run*."""
+    lines = [
+        "| teacher | images a step | torch.compile | images/s | peak memory, GB | 10^12 FLOP/s | of the matrix rate | status |"
+    ]
+    lines.append("| --- " * 8 + "|")
+    path = folder / "speed.csv"
+    found = {(r["teacher"], r["batch"], r["compile"]): r for r in (rows(path) if path.exists() else [])}
+    wanted = runpy.run_path(str(folder / "configurations.py"))["CONFIGURATIONS"]
+    for teacher, batch, compile in wanted:
+        r = found.get((teacher, str(batch), compile), {"status": "*not run*"})
+        if r["status"] == "measured":
+            status = f"{r['device']}, {r['precision']}"
+            cells = [r["images_per_s"], r["peak_gb"], r["tflops"], f"**{float(r['share']):.0%}**"]
+        else:
+            status, cells = r["status"], [""] * 4
+        lines.append(f"| {teacher} | {batch} | {compile} | {' | '.join(cells)} | {status} |")
+    return "\n".join(lines)
+
+
+def gpu_train_table(path: Path) -> str:
+    if path.exists():
+        return results_table(path)
+    lines = ["| | labels | random init | DreamTeacher | difference |", "| --- " * 5 + "|"]
+    return "\n".join([*lines, *(f"| {TASKS[task]} | | | | *not run* |" for task in ("knn", "linear"))])
+
+
 TABLES = {
     "demo": lambda: results_table(HERE / "demo" / "results.csv"),
     "vit": lambda: vit_table(HERE / "demo" / "results.csv", HERE / "vit" / "results.csv"),
@@ -371,6 +398,8 @@ TABLES = {
     "startup": lambda: unless_missing(startup_table, HERE / "startup" / "startup.csv"),
     "loading": lambda: unless_missing(loading_table, HERE / "loading" / "loading.csv"),
     **PLAN["TEXTS"],
+    "gpu_speed": lambda: gpu_speed_table(HERE / "gpu"),
+    "gpu_train": lambda: gpu_train_table(HERE / "gpu" / "results.csv"),
 }
 
 

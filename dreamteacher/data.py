@@ -33,7 +33,7 @@ _MOST_TRIED = 1000
 
 
 class Batch(NamedTuple):
-    """float32 N x 3 x H x W in [0, 1], channels last; int64 N, the images' places in their set; the step."""
+    """float32 N x 3 x H x W in [0, 1], channels last (raw: uint8); int64 N, the images' places in their set; the step."""
 
     images: Tensor
     index: Tensor  # type: ignore[assignment]  # a tuple's own `index` is not needed here
@@ -251,6 +251,13 @@ def flip_images(images: Tensor, flips: Tensor) -> Tensor:
     return torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 N x 3 x H x W as float32 in [0, 1], channels last; floats stay as they are."""
+    if pixels.is_floating_point():
+        return pixels
+    return pixels.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
 def batches(
     images: ImageSet,
     *,
@@ -261,6 +268,7 @@ def batches(
     flip: bool,
     workers: int = 0,
     share: Share = ALONE,
+    raw: bool = False,
 ) -> Iterator[Batch]:
     """Batches of steps `first_step` to `last_step` - 1, over as many epochs as that takes.
 
@@ -272,6 +280,7 @@ def batches(
         flip: mirror each image with probability 1/2.
         workers: processes that decode when the set has no cache; 0: this one.
         share: whose rows of each batch are read and given.
+        raw: leave `to_float` to whoever has the images on a device: a quarter of the bytes to copy.
 
     Raises:
         UserError: at once, when the batch is larger than the set.
@@ -282,7 +291,7 @@ def batches(
             f"Use a batch size of 1 to {len(images)}.",
         )
     steps = range(first_step, last_step)
-    return _batches(images, batch_size, seed, steps, flip, workers, share)
+    return _batches(images, batch_size, seed, steps, flip, workers, share, raw)
 
 
 def worker_died(error: RuntimeError) -> UserError | None:
@@ -299,7 +308,14 @@ def worker_died(error: RuntimeError) -> UserError | None:
 
 
 def _batches(
-    images: ImageSet, batch_size: int, seed: int, steps: range, flip: bool, workers: int, share: Share
+    images: ImageSet,
+    batch_size: int,
+    seed: int,
+    steps: range,
+    flip: bool,
+    workers: int,
+    share: Share,
+    raw: bool,
 ) -> Iterator[Batch]:
     stream: Iterable[_Decoded] = ()
     if images.cache is None:
@@ -321,7 +337,7 @@ def _batches(
         if flip:
             flips = torch.rand(batch_size, generator=step_generator(seed, step, "flip")) < 0.5
             pixels = flip_images(pixels, flips[share.rows])
-        yield Batch(pixels.to(torch.float32, memory_format=torch.channels_last).div_(255), index, step)
+        yield Batch(pixels if raw else to_float(pixels), index, step)
 
 
 class _Steps(Dataset[_Decoded]):

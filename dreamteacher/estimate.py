@@ -71,7 +71,7 @@ def dry_run(
     weights = {p.untyped_storage().data_ptr() for p in trained}
     activations = sum(size for pointer, size in kept.items() if pointer not in weights) / n
     memory = sum(p.numel() for p in trained) * 16
-    memory += 0 if stored else sum(p.numel() for p in teacher.parameters()) * 4
+    memory += 0 if stored else sum(p.numel() * p.element_size() for p in teacher.parameters())
     now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
     return describe("dry run: nothing was written; one small step was measured", {
         "parameters": f"student {millions(student)}, regressor {millions(regressor)}, teacher {millions(teacher)}",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,7 +14,9 @@ from dreamteacher.errors import UserError
 from dreamteacher.feature_items import Kept, unpack
 from dreamteacher.feature_store import FeatureStore
 from dreamteacher.losses import AtReduction, FeatureLoss, WhitenAxes, feature_loss, projected_loss, whiten
+from dreamteacher.prefetch import Copies, Sent, ahead
 from dreamteacher.teachers.base import Teacher
+from dreamteacher.teachers.in_parts import InParts
 
 DatasetKind = Literal["encoded", "synthesized", "mixture"]
 MODES = {"encoded": {"encode"}, "synthesized": {"sample"}, "mixture": {"encode", "sample"}}
@@ -39,6 +39,24 @@ class FeatureBatch(NamedTuple):
     def target(self, level: int, axes: WhitenAxes) -> Tensor:
         """What the student's map of a level is compared with in eq. 1."""
         return whiten(self.maps[level], axes) if self.kept is None else self.maps[level]
+
+    def split(self, count: int) -> list[FeatureBatch]:
+        """`count` parts, images `i`, `i + count`, `i + 2 count` ...: so that each has a share of a mixture's kinds."""
+        if count == 1:
+            return [self]
+        return [self._rows(slice(i, None, count)) for i in range(count)]
+
+    def _rows(self, at: slice) -> FeatureBatch:
+        kept = self.kept
+        if kept is not None:
+            residuals = None if kept.residuals is None else kept.residuals[at]
+            kept = kept._replace(
+                maps=[m[at] for m in kept.maps], energies=[e[at] for e in kept.energies], residuals=residuals
+            )
+        return self._replace(images=self.images[at], maps=[m[at] for m in self.maps], kept=kept)
+
+
+Stream = Generator[FeatureBatch, None, None]
 
 
 def batch_loss(
@@ -97,30 +115,33 @@ def synthesized_part(batch_size: int, share: float) -> int:
 
 
 def encoded(
-    teacher: Teacher, batches: Iterator[data.Batch], *, seed: int, device: torch.device, precision: Precision,
-    share: Share = ALONE,
-) -> Iterator[FeatureBatch]:  # fmt: skip
+    teacher: Teacher | InParts, batches: Iterator[data.Batch], *, seed: int, device: torch.device,
+    precision: Precision, share: Share = ALONE,
+) -> Stream:  # fmt: skip
     """Real images, already flipped, and the teacher's maps of what the student will see.
+
+    On a GPU a thread fetches the next batch and starts its copy while this one is worked on. Raw batches
+    (`data.batches(raw=True)`) travel as bytes.
 
     Source: the paper's encoded feature dataset (sec. 3.1): q(x_t | x_0), one denoising pass, fresh noise.
     """
-    while True:
-        begin = time.perf_counter()
-        batch = next(batches, None)
-        if batch is None:
-            return
-        images = batch.images.to(device, non_blocking=True)
-        waited = time.perf_counter() - begin
-        generator = device_generator(seed, batch.step, "teacher", device, share)
+    copies = Copies(device)
+
+    def send(batch: data.Batch) -> tuple[Sent, int]:
+        return copies.send([batch.images]), batch.step
+
+    for (sent, step), waited in ahead(batches, send, threaded=device.type == "cuda"):
+        images = data.to_float(copies.receive(sent)[0])
+        generator = device_generator(seed, step, "teacher", device, share)
         with autocast(device, precision):
             maps = teacher.encode(images, generator=generator)
-        yield FeatureBatch(images, maps, waited, batch.step)
+        yield FeatureBatch(images, maps, waited, step)
 
 
 def synthesized(
-    teacher: Teacher, *, batch_size: int, first_step: int, last_step: int, seed: int,
+    teacher: Teacher | InParts, *, batch_size: int, first_step: int, last_step: int, seed: int,
     device: torch.device, precision: Precision, share: Share = ALONE,
-) -> Iterator[FeatureBatch]:  # fmt: skip
+) -> Stream:  # fmt: skip
     """New images from the teacher and their maps, made on the fly and never filtered.
 
     Source: the paper's synthesized feature dataset (sec. 3.1).
@@ -133,9 +154,9 @@ def synthesized(
 
 
 def mixture(
-    teacher: Teacher, batches: Iterator[data.Batch], *, made: int, seed: int, device: torch.device,
+    teacher: Teacher | InParts, batches: Iterator[data.Batch], *, made: int, seed: int, device: torch.device,
     precision: Precision, share: Share = ALONE,
-) -> Iterator[FeatureBatch]:  # fmt: skip
+) -> Stream:  # fmt: skip
     """Batches of real images and, behind them, `made` of the teacher's own, with the maps of all.
 
     Source: ours; the paper reports either kind alone. A teacher that can both encode and sample serves it.
@@ -148,44 +169,11 @@ def mixture(
         yield FeatureBatch(torch.cat([real.images, images.float()]), both, real.waited, real.step)
 
 
-class _Read(NamedTuple):
-    images: Tensor
-    rows: Tensor
-    step: int
-
-
-def _read_ahead(
-    store: FeatureStore, images: data.ImageSet, batches: Iterator[data.Batch], *, batch_size: int, seed: int
-) -> Iterator[tuple[_Read, float]]:
-    """Items beside their images, mirrored as recorded; a thread reads one step ahead. And the time waited."""
-    places = store.places(images)
-
-    def read() -> _Read | None:
-        batch = next(batches, None)
-        if batch is None:
-            return None
-        at = places[batch.index]
-        rows, flips = store.rows(at, store.draws_of(at, batch.step // (len(images) // batch_size), seed))
-        for i in flips.nonzero().flatten().tolist():
-            batch.images[i] = batch.images[i].flip(-1)
-        return _Read(batch.images, rows, batch.step)
-
-    with ThreadPoolExecutor(1) as ahead:
-        coming: Future[_Read | None] = ahead.submit(read)
-        while True:
-            begin = time.perf_counter()
-            ready = coming.result()
-            if ready is None:
-                return
-            coming = ahead.submit(read)
-            yield ready, time.perf_counter() - begin
-
-
 def stored(
     store: FeatureStore, images: data.ImageSet, *, batch_size: int, first_step: int, last_step: int, seed: int,
-    device: torch.device, workers: int = 0, teacher: Teacher | None = None, precision: Precision = "auto",
+    device: torch.device, workers: int = 0, teacher: Teacher | InParts | None = None, precision: Precision = "auto",
     share: Share = ALONE,
-) -> Iterator[FeatureBatch]:  # fmt: skip
+) -> Stream:  # fmt: skip
     """Images and what a store holds of them; step k is the same batch wherever the iteration began.
 
     The order is that of `data.batches`; which draw an image is seen with follows from seed and epoch; the image is
@@ -199,16 +187,24 @@ def stored(
     """
     batches = data.batches(
         images, batch_size=batch_size, seed=seed, first_step=first_step, last_step=last_step, flip=False,
-        workers=workers, share=share,
+        workers=workers, share=share, raw=True,
     )  # fmt: skip
-    for ready, waited in _read_ahead(store, images, batches, batch_size=batch_size, seed=seed):
-        kept = unpack(store.plan, ready.rows.to(device, non_blocking=True))
-        seen = ready.images.to(device, non_blocking=True)
+    places, copies = store.places(images), Copies(device)
+
+    def read(batch: data.Batch) -> tuple[Sent, int]:
+        """The items beside their images, mirrored as recorded."""
+        at = places[batch.index]
+        rows, flips = store.rows(at, store.draws_of(at, batch.step // (len(images) // batch_size), seed))
+        return copies.send([data.flip_images(batch.images, flips), rows]), batch.step
+
+    for (sent, step), waited in ahead(batches, read, threaded=True):
+        pixels, rows = copies.receive(sent)
+        seen, kept = data.to_float(pixels), unpack(store.plan, rows)
         if store.plan.what == "latents":
             assert teacher is not None
-            generator = device_generator(seed, ready.step, "teacher", device, share)
+            generator = device_generator(seed, step, "teacher", device, share)
             with autocast(device, precision):
                 maps = teacher.encode_latents(kept.maps[0], generator=generator)
-            yield FeatureBatch(seen, maps, waited, ready.step)
+            yield FeatureBatch(seen, maps, waited, step)
         else:
-            yield FeatureBatch(seen, kept.maps, waited, ready.step, None if store.plan.raw else kept)
+            yield FeatureBatch(seen, kept.maps, waited, step, None if store.plan.raw else kept)

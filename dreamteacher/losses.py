@@ -165,6 +165,7 @@ def feature_loss(
         >>> tuple(loss.mse.shape), loss.at.tolist()
         ((2,), [1.0, 1.0])
     """
+    teacher_maps = [_exact(t) for t in teacher_maps]  # once for both terms
     mse_levels = whitened_mse(student_maps, teacher_maps, axes)
     at_levels = attention_transfer(student_maps, teacher_maps, reduction=at_reduction)
     levels = mse_levels + at_weight * at_levels
@@ -210,7 +211,8 @@ def projected_loss(
     """
     squares = mse(student_maps, targets)
     means = _exact(residuals).mean(0)
-    mse_levels = squares * squares.new_tensor(list(factors)) + means.to(squares.dtype)
+    scaled = torch.stack([s * f for s, f in zip(squares, factors, strict=True)])
+    mse_levels = scaled + means.to(squares.dtype)
     at_levels = energy_transfer([energy(s) for s in student_maps], energies, reduction=at_reduction)
     levels = mse_levels + at_weight * at_levels
     return FeatureLoss(levels.mean(), mse_levels, at_levels)

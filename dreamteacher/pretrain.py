@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dreamteacher import __version__, checkpoint, data, feature_dataset
+from dreamteacher.compiled import compiled, wants_compile
 from dreamteacher.config import describe, to_json
 from dreamteacher.distributed import Share, check_batch, launched, pick_device, resolve_precision
 from dreamteacher.distributed_group import Told, agree, from_first, gathered, join, together
 from dreamteacher.distributed_sharding import shard
 from dreamteacher.errors import UserError
 from dreamteacher.estimate import disk_bytes, dry_run, millions
-from dreamteacher.feature_dataset import FeatureBatch
 from dreamteacher.feature_store import FeatureStore
 from dreamteacher.interpreter import Interpreter, InterpreterSpec, load_interpreter, read_interpreter_spec
 from dreamteacher.regressor import FeatureRegressor
@@ -25,6 +25,7 @@ from dreamteacher.rundir import Progress, RunDir, Signals
 from dreamteacher.students import create_student
 from dreamteacher.teachers import fingerprint, load_teacher
 from dreamteacher.teachers.base import Teacher
+from dreamteacher.teachers.in_parts import InParts
 from dreamteacher.train_interpreter import InterpreterJob, TrainInterpreterConfig, prepare
 from dreamteacher.training import PretrainConfig, Training, steps_of
 
@@ -116,20 +117,29 @@ def pretrain(config: PretrainConfig) -> Path | None:
         interpreter = _interpreter(config, job, run.path)
         classes = resolved.get("labels", {}).get("classes", ())
         training = Training(config, student, regressor, steps, interpreter, classes, share)
+        if (dtype := resolve_precision(device, config.precision)) != torch.float32:
+            teacher.keep_in(dtype)
+        if config.sharding == "none" and wants_compile(config.compile, device, steps):
+            teacher.wrap_hot(functools.partial(compiled, strict=config.compile == "on"))
+            training.compile()
         first = training.restore(resume, run) if resume else 0
         _list_skipped(run.path, images)
+        begin = functools.partial(
+            _stream, config, InParts(teacher, config.teacher_batch), images, store, steps=steps, device=device,
+            share=share,
+        )  # fmt: skip
         if share.ranks > 1 and config.sharding in ("teacher", "both") and not kept:
-            look = _stream(config, teacher, images, store, 0, config.accumulate, device, share)
-            shard(teacher, device, lambda: next(look), whole=False)
+            with contextlib.closing(begin(0)) as look:
+                shard(teacher, device, lambda: next(look), whole=False)
         progress = Progress(training.steps, first, config.batch_size, "pretrain")
-        stream = _stream(
-            config, teacher, images, store, first * config.accumulate, training.steps, device, share
-        )
+        stream = begin(first * config.accumulate)
         told = Told()
 
         # --- the loop ------------------------------------------------------------------------------------
         for step in range(first + 1, training.steps + 1):
-            batch = training.step(step - 1, stream, progress)
+            while (batch := training.step(step - 1, stream, progress)) is None:  # memory ran out
+                stream.close()
+                stream = begin((step - 1) * config.accumulate)
             last, stop = step == training.steps, told(signals.number)
             if step % config.log_every == 0 or last:
                 row = training.log(step, batch)
@@ -280,14 +290,15 @@ def _list_skipped(folder: Path, images: data.ImageSet | None) -> None:
 
 def _stream(
     config: PretrainConfig,
-    teacher: Teacher,
+    teacher: InParts,
     images: data.ImageSet | None,
     store: FeatureStore | None,
     first: int,
+    *,
     steps: int,
     device: torch.device,
     share: Share,
-) -> Iterator[FeatureBatch]:
+) -> feature_dataset.Stream:
     part, last = config.batch_size // config.accumulate, steps * config.accumulate
     if config.dataset == "synthesized":
         return feature_dataset.synthesized(
@@ -303,7 +314,7 @@ def _stream(
     made = feature_dataset.synthesized_part(part, config.share) if config.dataset == "mixture" else 0
     batches = data.batches(
         images, batch_size=part - made, seed=config.seed, first_step=first, last_step=last, flip=config.flip,
-        workers=config.workers, share=share,
+        workers=config.workers, share=share, raw=True,
     )  # fmt: skip
     if config.dataset == "mixture":
         return feature_dataset.mixture(
@@ -336,6 +347,12 @@ def _check_numbers(config: PretrainConfig, share: Share) -> None:
             f"--optimizer lamb needs whole weights, and --sharding {config.sharding} cuts them.",
             "Use --optimizer adamw, or --sharding teacher or none.",
         )
+    if config.compile == "on" and config.sharding != "none":
+        raise UserError(
+            f"--compile on and --sharding {config.sharding} do not work together.", "Leave out one of them."
+        )
+    if config.teacher_batch < 0:
+        raise UserError("--teacher-batch is below 0.", "Give a number of images; 0: a whole part.")
     for name in ("lr", "epochs", "log_every", "save_every", "keep", "tau"):
         if getattr(config, name) <= 0:
             raise UserError(

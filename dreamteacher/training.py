@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dreamteacher import checkpoint, data, metrics, optim
+from dreamteacher.compiled import Compile, compiled
 from dreamteacher.distributed import ALONE, Precision, Share, autocast
 from dreamteacher.distributed_group import averaged, earliest
 from dreamteacher.distributed_norm import BatchNorm, make_global
@@ -34,6 +35,7 @@ from dreamteacher.rundir import Progress, RunDir
 from dreamteacher.students import Student
 from dreamteacher.teachers.base import Noise, Teacher
 from dreamteacher.train_interpreter import InterpreterTraining
+from dreamteacher.trained import Trained, Undo, look
 
 Mode = Literal["feature", "label", "mixed"]
 _NEVER = 2**62  # a step that is never reached
@@ -110,7 +112,9 @@ class PretrainConfig:
     batch_size: int = 256
     """Images per optimizer step."""
     accumulate: int = 1
-    """Parts that a batch is split into to save memory; BatchNorm sees one part at a time."""
+    """Parts that a batch is split into to save memory; BatchNorm sees one part at a time. Doubled when memory runs out."""
+    teacher_batch: int = 0
+    """Images that the teacher sees at once, to save memory; 0: a whole part. Halved when memory runs out."""
     batch_norm: BatchNorm = "global"
     """Of several processes (torchrun): global: over the images of all, as in one process; local: each over its own."""
     sharding: Sharding = "none"
@@ -131,6 +135,8 @@ class PretrainConfig:
     """auto, cpu, cuda, cuda:1 ..."""
     precision: Precision = "auto"
     """Autocast dtype; auto: bfloat16 where the hardware has it."""
+    compile: Compile = "auto"
+    """torch.compile of teacher, student and losses; auto: on a GPU with Triton, for 1000 steps and more. Moves last bits."""
     log_every: int = 20
     """Steps between lines in metrics.jsonl."""
     probe_every: int = 500
@@ -164,35 +170,6 @@ def label_head(config: PretrainConfig, regressor: FeatureRegressor, interpreter:
         return LabelHead(levels, config.width, interpreter.classes, pooled=interpreter.pooled)
 
 
-class Trained(nn.Module):
-    """Student, regressor and label head as one network, so that it can be spread over processes."""
-
-    def __init__(
-        self, student: Student, regressor: FeatureRegressor, head: LabelHead | None, *, project: bool
-    ) -> None:
-        super().__init__()
-        self.student, self.regressor, self.project = student, regressor, project
-        self.head = head
-
-    def forward(
-        self, images: Tensor, sizes: Sequence[tuple[int, int]] | None = None
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Images -> the regressor's maps (of these sizes; none without `project`) and the head's logits."""
-        fused = self.regressor.fused(self.student(images))
-        maps = self.regressor.project(fused, sizes) if self.project else []
-        return maps, None if self.head is None else self.head(fused).float()
-
-    def pooled(self, images: Tensor) -> Tensor:
-        """The student's features of whole images, N x C."""
-        return self.student.pooled(images)
-
-
-def _look(network: nn.Module) -> Tensor:
-    """A scalar that depends on all that is trained, from one small image."""
-    maps, logits = network(torch.zeros(1, 3, 64, 128, device=next(network.parameters()).device))
-    return sum((m.sum() for m in maps), torch.zeros(())) + (0 if logits is None else logits.sum())
-
-
 class Training:
     """The student, its regressor, optimizer and average: one optimizer step, one log line, one checkpoint.
 
@@ -224,14 +201,17 @@ class Training:
         self.trained.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         sharded = share.ranks > 1 and config.sharding in ("student", "both")
         if sharded:
-            shard(self.trained, self.device, lambda: _look(self.trained), whole=True, also=("pooled",))
+            shard(self.trained, self.device, lambda: look(self.trained), whole=True, also=("pooled",))
         groups = optim.parameter_groups([self.trained], config.weight_decay)
         self.optimizer = optim.build_optimizer(config.optimizer, groups, config.lr, config.betas)
         self.ema = optim.Ema(self.trained, config.ema) if config.ema else None
         self.network: nn.Module = self.trained
         if share.ranks > 1 and not sharded:
-            self.network = replicate(self.trained, self.device, _look)
+            self.network = replicate(self.trained, self.device, look)
         self.warmup = round(steps * config.warmup_epochs / config.epochs)
+        self.forward: Callable[..., Any] = self.network
+        self.batch_loss = batch_loss
+        self.split = 1  # of each of the `accumulate` parts: more once memory has run out
         self.levels = [spec.name for spec in regressor.teacher_specs]
         # Sums since the last log line, on the device: total, gradient norm, count, label loss, its entropy,
         # MSE and AT of each level.
@@ -239,28 +219,83 @@ class Training:
         # The first step at which each of these was not finite, on the device: the teacher's maps, loss, gradient.
         self.watched = [*(f"teacher's map {name}" for name in self.levels), "loss", "gradient"]
         self.first_bad = torch.full((len(self.watched),), _NEVER, device=self.device)
+        self.undo = Undo([*self.trained.buffers(), self.sums])
+
+    def compile(self) -> None:
+        """Has what follows compiled, as `compiled` says: the networks, and their losses."""
+        strict = self.config.compile == "on"
+        self.forward = compiled(self.network, strict=strict)
+        self.batch_loss = compiled(batch_loss, strict=strict)
 
     def step(
         self, index: int, stream: Iterator[FeatureBatch], progress: Progress
-    ) -> tuple[FeatureBatch, list[Tensor]]:
-        """One optimizer step (number `index`, from 0); returns the last part's batch and the student's maps."""
+    ) -> tuple[FeatureBatch, list[Tensor]] | None:
+        """One optimizer step (number `index`, from 0); returns the last part's batch and the student's maps.
+
+        None when memory ran out: nothing has changed but `split`; repeat it with a stream that begins at this step.
+
+        Raises:
+            UserError: when memory runs out and parts cannot be smaller.
+        """
+        self.undo.note()
+        try:
+            batch, maps, seen = self._gradients(stream, progress)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0][:80]
+        else:
+            self._update(index, seen)
+            return batch, maps
+        self.undo.undo()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._split_more(index, reason)
+        return None
+
+    def _split_more(self, index: int, reason: str) -> None:
+        c = self.config
+        part = c.batch_size // c.accumulate
+        most = part // 2  # BatchNorm needs two images in each
+        many = self.share.ranks > 1
+        if self.split >= most or many:
+            raise UserError(
+                f"Step {index + 1} runs out of memory in parts of {part // self.split} images: {reason}",
+                f"Use --accumulate {2 * c.accumulate}." if many else
+                "Use --precision bfloat16, or a smaller --size, --student or --width.",
+            )  # fmt: skip
+        self.split = min(2 * self.split, most)
+        print(
+            f"Out of memory at step {index + 1}: repeated, and from now on, as --accumulate {c.accumulate * self.split}. "
+            f"BatchNorm sees parts of {part // self.split} images; nothing else changes.",
+            flush=True,
+        )
+
+    def _gradients(
+        self, stream: Iterator[FeatureBatch], progress: Progress
+    ) -> tuple[FeatureBatch, list[Tensor], Tensor]:
+        """Adds up the gradients of a batch, part by part; the last part, its maps, and numbers that are finite if
+        the teacher's maps and the loss are."""
         c = self.config
         self.trained.train()
         self.optimizer.zero_grad(set_to_none=True)
         seen = []
-        for part in range(c.accumulate):
-            batch = next(stream)
-            progress.wait(batch.waited)
-            with gradients_stay(self.network, part + 1 < c.accumulate):
-                loss, parts, maps = self._loss(batch)
-                (loss / c.accumulate).backward()
-            seen.append(
-                torch.stack([*(m.detach().sum(dtype=torch.float32) for m in batch.maps), loss.detach()])
-            )
-            self.sums[0] += loss.detach() / c.accumulate
-            self.sums[3:] += parts / c.accumulate
+        for k in range(c.accumulate):
+            part = next(stream)
+            progress.wait(part.waited)
+            for i, batch in enumerate(part.split(self.split)):
+                share = c.accumulate * len(part.images) / len(batch.images)
+                with gradients_stay(self.network, (k + 1, i + 1) != (c.accumulate, self.split)):
+                    loss, parts, maps = self._loss(batch)
+                    (loss / share).backward()
+                seen.append(
+                    torch.stack([*(m.detach().sum(dtype=torch.float32) for m in batch.maps), loss.detach()])
+                )
+                self.sums[0] += loss.detach() / share
+                self.sums[3:] += parts / share
+        return batch, maps, torch.stack(seen).sum(0)
+
+    def _update(self, index: int, seen: Tensor) -> None:
+        c = self.config
         norm = whole(nn.utils.clip_grad_norm_(self.trained.parameters(), c.clip or float("inf")))
-        good = torch.cat([torch.stack(seen).sum(0), norm[None]]).isfinite()
+        good = torch.cat([seen, norm[None]]).isfinite()
         self.first_bad = self.first_bad.where(good, self.first_bad.clamp(max=index + 1))
         self.sums[1] += norm
         self.sums[2] += 1
@@ -269,7 +304,6 @@ class Training:
         self.optimizer.step()
         if self.ema:
             self.ema.update(self.trained)
-        return batch, maps
 
     def _loss(self, batch: FeatureBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The loss of a batch, its parts (label loss, entropy of the soft labels, MSE and AT of each level), and
@@ -281,12 +315,16 @@ class Training:
         parts = torch.zeros_like(self.sums[3:])
         total = parts.new_zeros(())
         with autocast(self.device, c.precision):
-            maps, logits = self.network(batch.images, [(m.shape[-2], m.shape[-1]) for m in batch.maps])
+            sizes = [(m.shape[-2], m.shape[-1]) for m in batch.maps]
+            maps, logits = self.forward(batch.images, sizes)
             if self.interpreter is not None:
                 with torch.no_grad():
                     soft = self.interpreter(batch.maps).float()
         if maps:
-            found = batch_loss(maps, batch, axes=c.whiten, at_weight=c.at_weight, at_reduction=c.at_reduction)
+            same = batch._replace(waited=0.0, step=0)  # or every step would be compiled anew
+            found = self.batch_loss(
+                maps, same, axes=c.whiten, at_weight=c.at_weight, at_reduction=c.at_reduction
+            )
             total = found.total
             parts[2:] = torch.cat([found.mse, found.at]).detach()
         if logits is not None:
@@ -317,6 +355,8 @@ class Training:
         self.sums.zero_()
         row = {"step": step, "images_seen": step * self.config.batch_size, "loss": total / count}
         row |= {"grad_norm": norm / count, "lr": self.lr}
+        if self.split > 1:
+            row["accumulate"] = self.config.accumulate * self.split
         if self.head is not None:  # the loss cannot fall below the entropy of the soft labels
             row |= {"label": label / count, "label_kl": (label - entropy) / count}
         n = len(self.levels)
@@ -365,6 +405,7 @@ class Training:
             return
         meta = {"kind": "pretrain", "step": step, "optimizer": scalars}
         meta["ema_updates"] = self.ema.updates if self.ema else 0
+        meta["split"] = self.split
         checkpoint.save(checkpoint.checkpoint_path(folder, step), tensors, meta)
         checkpoint.prune(folder, self.config.keep)
 
@@ -384,6 +425,7 @@ class Training:
                     part_of(value, self.ema.tensors[key])
                 )  # in place: the memory layout stays
             self.ema.updates = meta["ema_updates"]
+        self.split = meta.get("split", 1)
         checkpoint.unpack_optimizer(self.optimizer, tensors, meta["optimizer"])
         for name in ("metrics.jsonl", "timing.jsonl"):
             run.rewind(name, meta["step"])

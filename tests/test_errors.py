@@ -39,6 +39,7 @@ from dreamteacher.images import read_image
 from dreamteacher.rundir import RunDir, read_rows
 from dreamteacher.teachers import train as train_module
 from dreamteacher.teachers import train_diffusion
+from dreamteacher.training import Training
 
 PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
 BASELINES = Path(__file__).parent.parent / "benchmarks" / "baselines" / "run.py"
@@ -156,6 +157,13 @@ def without_s3(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(sys.modules, "s3fs", None)
 
 
+def out_of_memory(patch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    patch.setattr(Training, "_gradients", fail)
+
+
 def full_at_the_second_checkpoint(patch: pytest.MonkeyPatch) -> None:
     """What a file system says when it has no block left; `test_a_full_disk` has a real one."""
     write, count = checkpoint.save_file, [0]
@@ -257,6 +265,15 @@ SECTIONS: dict[str, list[Case]] = {
         ),
         case("A batch that cannot be split so", pretrain(accumulate="3"), "does not divide"),
         case("LAMB on parts of weights", pretrain(optimizer="lamb", sharding="both"), "needs whole weights"),
+        case("A teacher that sees fewer than no images", pretrain(teacher_batch="-1"), "below 0"),
+        case(
+            "A GPU that has no memory for two images at a time",
+            pretrain(),
+            "Step 1 runs out of memory in parts of 2 images",
+            "--width",
+            patch=out_of_memory,
+            kept=False,
+        ),
         case("Pretraining without images", pretrain(images=""), "--images FOLDER"),
         case("Evaluation without data", classify(train="", test=""), "nothing to evaluate on"),
     ],

@@ -33,7 +33,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 LAYERS = [
     {"dreamteacher"},
     {"errors"},
-    {"config", "features", "distributed", "metrics", "images"},
+    {"config", "features", "distributed", "metrics", "images", "compiled", "prefetch"},
     {
         "losses",
         "pyramid",
@@ -53,7 +53,7 @@ LAYERS = [
     },
     {"students", "plain_vits", "teachers"},
     {"feature_items", "feature_store", "feature_dataset", "estimate"},
-    {"train_interpreter", "training", "pretrain", "make_features", "downstream"},
+    {"train_interpreter", "trained", "training", "pretrain", "make_features", "downstream"},
     {"export", "figures", "report", "inspection", "make_labels"},
     {"demo", "catalogue", "testing", "recipes"},
     {"cli"},

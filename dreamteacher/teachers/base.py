@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -26,6 +27,8 @@ class Teacher(nn.Module, ABC):
         size: (height, width) that it was trained at.
         multiple: heights and widths must be multiples of this.
         timesteps: t of a diffusion model's maps; empty for others.
+        hot: methods ("walk", "network.forward") that take tensors, draw nothing, and are nearly all of a pass: what is
+            worth compiling.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Teacher(nn.Module, ABC):
     size: tuple[int, int]
     multiple: int
     timesteps: tuple[int, ...] = ()
+    hot: tuple[str, ...] = ()
 
     def freeze(self) -> None:
         """Call at the end of a constructor: no gradients, evaluation mode for good, channels_last."""
@@ -82,6 +86,22 @@ class Teacher(nn.Module, ABC):
     def keep_only(self, mode: str) -> None:
         """Frees the weights that `mode` ("encode" or "sample") never runs; nothing else is possible then."""
         self.modes = frozenset({mode})
+
+    def wrap_hot(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Puts what `wrap` makes of each `hot` method in its place (see `compiled.compiled`)."""
+        for place in self.hot:
+            owner, _, name = place.rpartition(".")
+            module = self.get_submodule(owner)
+            setattr(module, name, wrap(getattr(module, name)))
+
+    def keep_in(self, dtype: torch.dtype) -> None:
+        """Keeps kernels and matrices in the dtype that autocast gives them at every pass: the same maps, half the memory.
+
+        From then on it runs within that autocast alone. Test: maps equal (0.0) for every family.
+        """
+        for module in self.modules():
+            if type(module) in (nn.Conv2d, nn.Linear):
+                module.to(dtype)
 
     def _cannot(self, mode: str) -> UserError:
         able = " and ".join(sorted(self.modes))

@@ -246,6 +246,7 @@ class BigGanTeacher(Teacher):
     """
 
     family = "biggan"
+    hot = ("network.forward",)
     modes = frozenset({"sample"})
     bank: Tensor | None
     bank_labels: Tensor | None

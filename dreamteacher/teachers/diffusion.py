@@ -5,6 +5,7 @@ The network is diffusers' `UNet2DModel` (ADM, DDPM and what `train-teacher` trai
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,9 +97,13 @@ def q_sample(x0: Tensor, alpha_bar: Tensor, noise: Tensor) -> Tensor:
 def draw_noise(x0: Tensor, kind: Noise, generator: torch.Generator) -> Tensor:
     """Standard normal noise like x0; "fixed": the same image for every call, every image and every device."""
     if kind == "fixed":
-        fixed = torch.randn((1, *x0.shape[1:]), generator=torch.Generator().manual_seed(0))
-        return fixed.to(x0).expand_as(x0)
+        return _fixed_noise(x0.shape[1:], x0.device, x0.dtype).expand_as(x0)
     return randn(x0.shape, generator, device=x0.device, dtype=x0.dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def _fixed_noise(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.randn((1, *shape), generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
 def noised(x0: Tensor, alpha_bar: Tensor, noise: Tensor) -> Tensor:
@@ -127,6 +132,8 @@ class DiffusionTeacher(Teacher):
     family = "diffusion"
     modes = frozenset({"encode", "sample"})
     alpha_bar: Tensor
+    t: Tensor
+    hot = ("walk",)
 
     def __init__(
         self,
@@ -147,6 +154,7 @@ class DiffusionTeacher(Teacher):
         self.timesteps = timesteps or (spec.timestep,)
         self.inversion_steps, self.sampling_steps = inversion_steps, sampling_steps
         self.register_buffer("alpha_bar", alphas_cumprod(spec.schedule, spec.steps), persistent=False)
+        self.register_buffer("t", torch.tensor(self.timesteps), persistent=False)
         for t in self.timesteps:
             if not 0 <= t < spec.steps:
                 raise UserError(f"Timestep {t} is out of range.", f"Use 0 to {spec.steps - 1}.")
@@ -215,16 +223,17 @@ class DiffusionTeacher(Teacher):
 
     def _maps(self, images: Tensor, generator: torch.Generator) -> list[Tensor]:
         x, t = self._noisy(images, generator)
-        null, steps = self.spec.null_class, len(self.timesteps)
-        found: list[list[Tensor]] = []
-        for now, at in zip(x.chunk(steps), t.chunk(steps), strict=True):  # one by one: memory for one step
-            if self.blocks:
-                found.append(decoder_outputs(self.unet, now, at, self.blocks, null_class=null))
-            else:
-                count = self._levels[-1][0][-1] + 1
-                found.append(decoder_maps(self.unet, now, at, count, null_class=null))
+        steps = len(self.timesteps)  # one by one: memory for one step
+        found = [self.walk(now, at) for now, at in zip(x.chunk(steps), t.chunk(steps), strict=True)]
         wanted = [[maps[i] for maps in found for i in places] for places, _ in reversed(self._levels)]
         return [torch.cat(level, dim=1) if len(level) > 1 else level[0] for level in wanted]
+
+    def walk(self, x: Tensor, t: Tensor) -> list[Tensor]:
+        """The maps of network inputs x at timesteps t (N,), in the order of the walk."""
+        null = self.spec.null_class
+        if self.blocks:
+            return decoder_outputs(self.unet, x, t, self.blocks, null_class=null)
+        return decoder_maps(self.unet, x, t, self._levels[-1][0][-1] + 1, null_class=null)
 
     @torch.no_grad()
     def pixel_features(
@@ -248,14 +257,13 @@ class DiffusionTeacher(Teacher):
         """The network's input for images at every timestep, (T N) x C x H x W, and its t."""
         self.check_size(*images.shape[-2:])
         x0 = self.to_network(images)
-        steps = torch.tensor(self.timesteps, device=images.device)
         if self.noise == "inversion":
             x = torch.cat([self.invert(x0, t) for t in self.timesteps])
         elif self.noise == "none":
             x = torch.cat([x0] * len(self.timesteps))
         else:
-            x = noised(x0, self.alpha_bar[steps], draw_noise(x0, self.noise, generator))
-        return x, steps.repeat_interleave(len(x0))
+            x = noised(x0, self.alpha_bar[self.t], draw_noise(x0, self.noise, generator))
+        return x, self.t.repeat_interleave(len(x0))
 
     @torch.no_grad()
     def invert(self, x0: Tensor, t: int) -> Tensor:
@@ -270,14 +278,7 @@ class DiffusionTeacher(Teacher):
         return x
 
     def _ddim(
-        self,
-        x: Tensor,
-        t: int,
-        a_now: Tensor,
-        a_then: Tensor,
-        *,
-        clip: bool,
-        labels: Tensor | None = None,
+        self, x: Tensor, t: int, a_now: Tensor, a_then: Tensor, *, clip: bool, labels: Tensor | None = None
     ) -> Tensor:
         """One deterministic step between noise levels (Song et al. 2021, eq. 12 with sigma 0)."""
         eps = self.epsilon(x, torch.full((len(x),), t, device=x.device), labels).float()

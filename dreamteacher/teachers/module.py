@@ -119,6 +119,9 @@ class ModuleTeacher(Teacher):
         images = output if self._to_images is None else self._to_images(output)
         return images, self._checked(maps, n, self.size)
 
+    def keep_in(self, dtype: torch.dtype) -> None:
+        """Does nothing: a module of one's own may use its weights outside of autocast."""
+
     def keep_only(self, mode: str) -> None:
         super().keep_only(mode)
         if mode == "encode":

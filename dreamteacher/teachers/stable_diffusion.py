@@ -148,6 +148,8 @@ class StableDiffusionTeacher(Teacher):
 
     family = "stable-diffusion"
     alpha_bar: Tensor
+    t: Tensor
+    hot = ("latents", "walk")
 
     def __init__(
         self,
@@ -167,6 +169,7 @@ class StableDiffusionTeacher(Teacher):
         self.noise: Noise = "none" if spec.clean and noise == "stochastic" else noise
         self._check_noise()
         self.register_buffer("alpha_bar", alphas_cumprod(spec.schedule, spec.steps), persistent=False)
+        self.register_buffer("t", torch.tensor(self.timesteps), persistent=False)
         self._levels, self.multiple = levels_of(network, spec.enlarge)
         self.specs = tuple(
             replace(level, channels=level.channels * len(self.timesteps))
@@ -218,11 +221,10 @@ class StableDiffusionTeacher(Teacher):
             latents: what `latents` gave.
         """
         x0 = latents.float()
-        steps = torch.tensor(self.timesteps, device=x0.device)
         if self.noise == "none":
             x = torch.cat([x0] * len(self.timesteps))
         else:
-            x = noised(x0, self.alpha_bar[steps], draw_noise(x0, self.noise, generator))
+            x = noised(x0, self.alpha_bar[self.t], draw_noise(x0, self.noise, generator))
         # In one layout, so that kept latents give the same last bits as fresh ones.
         x = x.contiguous(memory_format=torch.channels_last)
         added = None
@@ -231,12 +233,17 @@ class StableDiffusionTeacher(Teacher):
             sizes = time_ids(height, width, x0)
             added = self.network.pooled.expand(len(x), -1), sizes.expand(len(x), -1)
         context = self.network.prompt.expand(len(x), -1, -1)
-        t = steps.repeat_interleave(len(x0))
-        maps = decoder_maps(self.network.unet, x, t, context, self._levels[-1][0] + 1, added)
+        maps = self.walk(x, self.t.repeat_interleave(len(x0)), context, added)
         wanted = [maps[i] for i, _ in reversed(self._levels)]
         if len(self.timesteps) == 1:
             return wanted
         return [torch.cat(m.chunk(len(self.timesteps)), dim=1) for m in wanted]
+
+    def walk(
+        self, x: Tensor, t: Tensor, context: Tensor, added: tuple[Tensor, Tensor] | None
+    ) -> list[Tensor]:
+        """The U-Net's maps of noisy latents x at timesteps t (N,), coarse to fine; see `decoder_maps`."""
+        return decoder_maps(self.network.unet, x, t, context, self._levels[-1][0] + 1, added)
 
     def encode(self, images: Tensor, *, generator: torch.Generator) -> list[Tensor]:
         return self.encode_latents(self.latents(images), generator=generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, cast
 
 import torch
@@ -92,7 +93,12 @@ def decoder_maps(
 
 def time_ids(height: int, width: int, like: Tensor) -> Tensor:
     """What SDXL is told of an image that is neither resized nor cropped: (1, 6), sizes in pixels."""
-    return like.new_tensor([[height, width, 0, 0, height, width]])
+    return _time_ids(height, width, like.device, like.dtype)
+
+
+@functools.lru_cache(maxsize=4)  # made once: a copy to a GPU in every pass would wait for it
+def _time_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor([[height, width, 0, 0, height, width]], dtype=dtype, device=device)
 
 
 class Network(nn.Module):

@@ -1,0 +1,97 @@
+"""A teacher trained on one GPU, a student pretrained from it, and what the student is worth: one command, 10 minutes.
+
+A diffusion model (preset gpu-64) learns the images, unlabelled, for a few minutes; a ResNet-18 is pretrained from its
+maps; kNN and linear probes compare it with the same network untrained. CIFAR-10 (32 px, enlarged to 64) comes from
+`benchmarks/cifar10/prepare.py`; any two folders of one folder per class will do.
+
+    python benchmarks/gpu/train.py --train cifar10/train --test cifar10/test --out runs/gpu --csv benchmarks/gpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import sys
+import time
+from pathlib import Path
+
+from dreamteacher import checkpoint, data
+from dreamteacher.downstream import labelled_data, summary_table
+from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
+from dreamteacher.pretrain import PretrainConfig, pretrain
+from dreamteacher.students import create_student
+from dreamteacher.teachers.train import TrainTeacherConfig, train_teacher
+
+COLLECT = Path(__file__).parent.parent / "collect.py"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--csv", type=Path, help="folder for results.csv and environment.json")
+    parser.add_argument(
+        "--tiny", action="store_true", help="two steps of small networks: the same code on any machine"
+    )
+    parser.add_argument("--preset", default="gpu-64")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--teacher-steps", type=int, default=2000)
+    parser.add_argument("--student", default="resnet18")
+    parser.add_argument("--width", type=int, default=256, help="channels of the regressor")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--epochs", type=float, default=10.0)
+    parser.add_argument("--labels", type=int, nargs="+", default=[10, 100])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the evaluation")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    if args.tiny:
+        args.preset, args.teacher_steps, args.student, args.width, args.batch_size = (
+            "cpu-64",
+            2,
+            "test_resnet",
+            8,
+            8,
+        )
+        args.epochs, args.labels, args.seeds, args.device = 1.0, [2], [0, 1], "cpu"
+    begin = time.monotonic()
+    size = (args.size, args.size)
+    teacher = train_teacher(TrainTeacherConfig(
+        images=args.train, out=args.out / "teacher", preset=args.preset, size=size, steps=args.teacher_steps,
+        batch_size=args.batch_size, device=args.device, sample_every=args.teacher_steps,
+    ))  # fmt: skip
+    trained = time.monotonic()
+    run = pretrain(PretrainConfig(
+        images=args.train, out=args.out / "pretrain", teacher=str(teacher), student=args.student, width=args.width,
+        batch_size=args.batch_size, epochs=args.epochs, warmup_epochs=args.epochs / 10, size=size,
+        device=args.device, probe_every=0,
+    ))  # fmt: skip
+    pretrained = time.monotonic()
+    evaluation = EvaluateConfig(
+        student=args.student, train=args.train, test=args.test, size=size, labels=tuple(args.labels),
+        seeds=tuple(args.seeds), tasks=("knn", "linear"), device=args.device,
+    )  # fmt: skip
+    images = labelled_data(data.load_images(args.train, size), data.load_images(args.test, size))
+    rows = []
+    for method, init in (("random init", "random"), ("DreamTeacher", str(run))):
+        rows += evaluate_student(
+            lambda seed, init=init: create_student(args.student, init=init, seed=seed), evaluation, method=method,
+            classification=images,
+        )  # fmt: skip
+    results = args.out / "results.jsonl"
+    checkpoint.write_text(results, "".join(json.dumps(row) + "\n" for row in rows))
+    print(summary_table(rows))
+    note = (
+        f"{args.train.parent.name}: teacher {args.preset}, {args.teacher_steps} steps of {args.batch_size} in "
+        f"{trained - begin:.0f} s; student {args.epochs:g} epochs in {pretrained - trained:.0f} s; evaluation in "
+        f"{time.monotonic() - pretrained:.0f} s"
+    )
+    print(note)
+    if args.csv:
+        command = "python benchmarks/gpu/train.py " + " ".join(sys.argv[1:])
+        runpy.run_path(str(COLLECT))["collect"](results, args.csv, command=command, note=note)
+
+
+if __name__ == "__main__":
+    main()
