@@ -73,7 +73,7 @@ class Draws(torch.Generator):
     share: Share
 
     def __new__(cls, device: torch.device | str, seed: int, share: Share = ALONE) -> Draws:
-        self = super().__new__(cls, torch.device(device))
+        self = super().__new__(cls, torch.device(device))  # type: ignore[call-arg]
         self.manual_seed(seed)
         self.share = share
         return self

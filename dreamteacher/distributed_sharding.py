@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -34,7 +35,12 @@ def replicate(network: nn.Module, device: torch.device, look: Callable[[nn.Modul
             parameter.requires_grad_(False)
     network.zero_grad(set_to_none=True)
     ids = [device.index] if device.type == "cuda" else None
-    replica = DistributedDataParallel(network, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    known = inspect.signature(DistributedDataParallel).parameters
+    at_forward = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # torch < 2.13
+    options: dict[str, Any] = {at_forward: False, "gradient_as_bucket_view": True}
+    replica = DistributedDataParallel(network, ids, **options)
     look(replica).backward()
     network.zero_grad(set_to_none=True)
     network.train(was_training)

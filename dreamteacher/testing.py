@@ -63,16 +63,16 @@ def check_teacher(teacher: Teacher, *, batch: int = 2) -> None:
         first, again = maps(mode, 1), maps(mode, 1)
         assert torch.equal(state, torch.get_rng_state()), f"{mode} must not draw from the global generator"
         assert all(map(torch.equal, first, again)), f"{mode} must be decided by its generator"
-        half = Share(1, 2)
-        for all_, mine in zip(first, maps(mode, 1, half), strict=True):
-            assert torch.allclose(all_[half.rows], mine, rtol=1e-2, atol=1e-3 * float(all_.abs().max())), (
-                f"{mode}: half of a batch must draw its rows: use randn, rand, randint of dreamteacher.distributed"
-            )
         for spec, m in zip(teacher.specs, first[-len(teacher.specs) :], strict=True):
             expected = spec.shape(batch, teacher.size)
             assert m.shape == expected, f"{mode}, {spec.name}: {tuple(m.shape)} instead of {expected}"
             assert bool(torch.isfinite(m).all()), f"{mode}, {spec.name}: not finite"
             assert not m.requires_grad, f"{mode}, {spec.name}: carries a gradient"
+        half = Share(1, 2)
+        for all_, mine in zip(first, maps(mode, 1, half), strict=True):
+            assert torch.allclose(all_[half.rows], mine, rtol=1e-2, atol=1e-3 * float(all_.abs().max())), (
+                f"{mode}: half of a batch must draw its rows: use randn, rand, randint of dreamteacher.distributed"
+            )
 
 
 def check_student(student: Student, *, size: tuple[int, int] = (64, 96), batch: int = 2) -> None:

@@ -22,6 +22,8 @@ from dreamteacher.config import from_json
 from dreamteacher.distributed import ALONE, Share, launched
 from dreamteacher.distributed_group import from_first, join
 from dreamteacher.distributed_norm import make_global
+from dreamteacher.downstream.finetune import FinetuneConfig
+from dreamteacher.downstream.segmentation import SegmentConfig
 from dreamteacher.feature_dataset import FeatureBatch
 from dreamteacher.pretrain import PretrainConfig, Training, pretrain
 from dreamteacher.regressor import FeatureRegressor
@@ -48,6 +50,8 @@ def prepare(setitem: Callable[[Any, Any, Any], None]) -> None:
     setitem(train.PRESETS, "cpu-64", TINY)
     setitem(train.PRESETS, "stylegan2-cpu-64", TINY_GAN)
     setitem(DiffusionTeacher.__init__.__kwdefaults__, "sampling_steps", 2)
+    for config in (FinetuneConfig, SegmentConfig):  # of the demo, which has no setting for it
+        setitem(config.__init__.__kwdefaults__, "steps", 2)
 
 
 def check_batch_norm(share: Share) -> None:
@@ -74,7 +78,7 @@ def check_batch_norm(share: Share) -> None:
         for a, b in zip(norms[0].parameters(), norms[1].parameters(), strict=True):
             torch.distributed.all_reduce(b.grad)
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-12)
-        assert torch.equal(norms[0].eval()(whole), norms[1].eval()(whole))
+        torch.testing.assert_close(norms[0].eval()(whole), norms[1].eval()(whole), rtol=1e-12, atol=1e-12)
     half = nn.Sequential(nn.BatchNorm2d(5))
     make_global(half, torch.device("cpu"))
     came = half(x[share.rows].bfloat16())
@@ -83,14 +87,14 @@ def check_batch_norm(share: Share) -> None:
     torch.testing.assert_close(came.float(), expected, rtol=1e-2, atol=1e-2)
 
 
-def check_gradients(share: Share, base: PretrainConfig) -> None:
-    """The gradients of two parts, one exchange, equal those of one process with the whole batch, in float64.
+def check_steps(share: Share, base: PretrainConfig) -> None:
+    """Gradients of each of three steps of two parts, and the weights after them, equal those of one process, in float64.
 
     The student is an EfficientNet: norms with activations, and layers that nothing trains.
     """
     generator = torch.Generator().manual_seed(0)
     config = dataclasses.replace(base, student="test_efficientnet", batch_size=16, accumulate=2, clip=0.0)
-    gradients = []
+    found = []
     for who in (ALONE, share):
         student = create_student(config.student).double()
         student.mean, student.std = student.mean.double(), student.std.double()
@@ -98,24 +102,29 @@ def check_gradients(share: Share, base: PretrainConfig) -> None:
         torch.set_default_dtype(torch.float64)
         training = Training(config, student, regressor, 4, share=who)
         generator.manual_seed(0)
-        parts = []
-        for step in range(2):
+        parts: list[FeatureBatch] = []
+        seen: dict[str, torch.Tensor | None] = {}
+        for step in range(6):
             images = torch.rand(8, 3, 64, 64, generator=generator)
             maps = [torch.randn(s.shape(8, (64, 64)), generator=generator) for s in student.specs]
             parts.append(FeatureBatch(images[who.rows], [m[who.rows] for m in maps], 0.0, step))
-        training.step(0, iter(parts), Progress(4, 0, 16, "test"))
-        named = dict(training.trained.named_parameters())
-        gradients.append({k: None if p.grad is None else p.grad.clone() for k, p in named.items()})
+        stream = iter(parts)
+        for step in range(3):
+            training.step(step, stream, Progress(4, 0, 16, "test"))
+            for name, parameter in training.trained.named_parameters():
+                gradient = parameter.grad
+                seen[f"gradient {step} {name}"] = None if gradient is None else gradient.clone()
+        found.append(seen | {k: v.clone() for k, v in training.trained.state_dict().items()})
         torch.set_default_dtype(torch.float32)
-    alone, together = gradients
+    alone, together = found
     assert alone.keys() == together.keys()
     assert any(g is None for g in alone.values())
-    for key, gradient in alone.items():
+    for key, expected in alone.items():
         other = together[key]
-        assert (gradient is None) == (other is None), key
-        if gradient is not None:
+        assert (expected is None) == (other is None), key
+        if expected is not None:
             torch.testing.assert_close(
-                other, gradient, rtol=1e-9, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}"
+                other, expected, rtol=1e-9, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}"
             )
 
 
@@ -128,7 +137,7 @@ def main(job: dict) -> None:
     assert share == launched()
     assert share.ranks == 2
     check_batch_norm(share)
-    check_gradients(share, base)
+    check_steps(share, base)
     root = base.out.parent
     pretrain(dataclasses.replace(base, out=root / "two"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dreamteacher.distributed import randn
 from dreamteacher.features import FeatureSpec
 from dreamteacher.students import create_student
 from dreamteacher.teachers import load_teacher
@@ -43,7 +44,9 @@ class Broken(Teacher):
             x = x + torch.randn_like(x)
         if self.fault == "infinite":
             x = x / 0
-        return [x + torch.randn(x.shape, generator=generator)]
+        if self.fault == "draws of its own":
+            return [x + torch.randn(x.shape, generator=generator)]
+        return [x + randn(x.shape, generator)]
 
     def sample(self, n, *, generator):
         if self.fault == "undeclared":
@@ -63,6 +66,7 @@ def test_a_good_teacher_passes():
         ("stride", "instead of"),
         ("global noise", "global generator"),
         ("infinite", "not finite"),
+        ("draws of its own", "half of a batch must draw its rows"),
         ("undeclared", "not declared"),
     ],
 )
