@@ -20,13 +20,14 @@ class RowsOfDraws(TorchFunctionMode):
     """Within: whoever draws `count` rows from `generator` gets rows `first` to `first + count` of a draw of `total`.
 
     So a part of a batch gets the random numbers that it has within the whole batch, if `generator` begins where it
-    does for the whole one. Draws from other generators are left alone.
+    does for the whole one. Draws of several rows an image, one image's together, are divided likewise. Draws from other
+    generators are left alone.
 
     Args:
         count, first, total: in images.
 
     Raises:
-        UserError: for a draw that has no row for each image: torch.randn, rand and randint of (count, ...) have.
+        UserError: for a draw that has no row for each image: torch.randn, rand and randint have.
 
     Example:
         >>> make = lambda: torch.Generator().manual_seed(0)
@@ -52,10 +53,11 @@ class RowsOfDraws(TorchFunctionMode):
             bounds, size = args, kwargs.pop("size")
         elif len(size) == 1 and not isinstance(size[0], int):
             size = size[0]
-        if not len(size) or size[0] != self.count:
+        if not len(size) or not size[0] or size[0] % self.count:
             raise self._cannot(f"{func.__name__} of {tuple(size)}")
-        whole = func(*bounds, (self.total, *size[1:]), **kwargs)
-        return whole[self.first : self.first + self.count]
+        each = size[0] // self.count
+        whole = func(*bounds, (self.total * each, *size[1:]), **kwargs)
+        return whole[self.first * each : (self.first + self.count) * each]
 
     def _cannot(self, draw: str) -> UserError:
         return UserError(
