@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -294,12 +295,19 @@ def batches(
     return _batches(images, batch_size, seed, steps, flip, workers, share, raw)
 
 
-def worker_died(error: RuntimeError) -> UserError | None:
+_GONE = (
+    ConnectionError,
+    EOFError,
+    FileNotFoundError,
+)  # a batch whose sender is dead: decoding raises none of them
+
+
+def worker_died(error: Exception) -> UserError | None:
     """What torch says of a process of a loader that was killed, as an error of ours; none for other errors.
 
     It may be raised wherever the main thread is, for torch notices by a signal.
     """
-    if "DataLoader worker" not in str(error):
+    if "DataLoader worker" not in str(error) and not isinstance(error, _GONE):
         return None
     return UserError(
         "A process that decodes images has died (was it killed, or is the machine's memory full?).",
@@ -329,8 +337,13 @@ def _batches(
         if images.cache is None:
             try:
                 pixels, index = images._record(next(decoded))
-            except RuntimeError as error:
-                raise worker_died(error) or error from None
+            except (RuntimeError, *_GONE) as error:
+                died = worker_died(error)
+                if died is None:
+                    raise
+                with contextlib.suppress(RuntimeError, AttributeError):  # or torch raises it again, anywhere
+                    decoded._shutdown_workers()  # type: ignore[attr-defined]
+                raise died from None
         else:
             index = batch_indices(len(images), batch_size=batch_size, seed=seed, step=step)[share.rows]
             pixels = images.get(index)

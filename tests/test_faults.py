@@ -269,8 +269,9 @@ def test_nan_is_named_with_its_step_and_cause(
 # --- processes and clocks -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("at_once", [True, False], ids=["noticed at once", "noticed later"])
 def test_a_process_that_decodes_is_killed(
-    config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: PretrainConfig, at_once: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(report, "write_report", lambda run, **_: run)
     streamed = flags(config, cache_gb=0, workers=1)
@@ -281,7 +282,8 @@ def test_a_process_that_decodes_is_killed(
         if index == 6:
             (worker,) = multiprocessing.active_children()
             worker.kill()
-            worker.join()
+            if at_once:
+                worker.join()
         return step(self, index, *rest)
 
     with pytest.MonkeyPatch.context() as patch:

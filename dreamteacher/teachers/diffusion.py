@@ -397,7 +397,7 @@ def build_unet(spec: DiffusionSpec) -> UNet2DModel:
     counts = spec.patch, spec.image_channels, spec.steps, *spec.size
     try:
         huge = largest(vars(spec)) > 65_536 or largest(settings.get("layers_per_block")) > 64
-        if huge or min(counts) < 1:  # it would be built for hours, or fail later
+        if huge or min(counts) < 1 or spec.heads == 0:  # built for hours, or none
             raise ValueError("its numbers are those of no network")
         unet = UNet2DModel(**settings)
     except Exception as error:  # diffusers refuses odd settings in many ways
