@@ -169,6 +169,21 @@ def test_accuracy_table_against_a_hand_calculation(tmp_path):
     assert table[4] == "| far | 2 | 1,000 | 0.500 ± 0.100 | -0.400 (-4.0 dev.) | no |"
 
 
+def test_committed_accuracy_compares_like_with_like():
+    rows = list(csv.DictReader((BENCHMARKS / "features" / "accuracy.csv").read_text().splitlines()))
+    assert {"online", "PCA 63 + energy, int8"} <= {r["method"] for r in rows}
+    assert (
+        len({(r["images"], r["epochs"], r["steps"], r["student"], r["batch"], r["precision"]) for r in rows})
+        == 1
+    )
+    for method in {r["method"] for r in rows}:
+        for task, labels in (("knn", ""), ("linear", "10"), ("linear", "50")):
+            seeds = {
+                r["seed"] for r in rows if (r["method"], r["task"], r["labels"]) == (method, task, labels)
+            }
+            assert len(seeds) >= 3
+
+
 def test_a_benchmark_that_was_not_run_says_so(tmp_path):
     tables = runpy.run_path(str(BENCHMARKS / "tables.py"))
     assert tables["unless_missing"](tables["speed_table"], tmp_path / "speed.csv").startswith("*not run*")

@@ -17,6 +17,7 @@ import argparse
 import csv
 import json
 import platform
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -154,7 +155,7 @@ def write(args: argparse.Namespace) -> None:
         "device": f"{device} x {torch.get_num_threads()} threads",
         "precision": str(resolve_precision(device, "auto")).removeprefix("torch."),
         "torch": torch.__version__, "version": __version__, "machine": platform.machine(),
-        "command": "python benchmarks/features/accuracy.py " + " ".join(sys.argv[1:]),
+        "command": "python benchmarks/features/accuracy.py " + shlex.join(sys.argv[1:]),
     }  # fmt: skip
     found = [args.work / f"{short(kind)}.jsonl" for kind in FORMATS]
     rows = [row for path in found if path.exists() for row in read_rows(path)]
