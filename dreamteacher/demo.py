@@ -22,7 +22,7 @@ from dreamteacher.downstream import labelled_data, summary_table
 from dreamteacher.downstream.evaluate import EvaluateConfig, check_config, evaluate_student
 from dreamteacher.downstream.segmentation import split_masks
 from dreamteacher.errors import UserError
-from dreamteacher.masks import load_segmentation
+from dreamteacher.labelled import load_labelled
 from dreamteacher.pretrain import PretrainConfig, pretrain
 from dreamteacher.report import write_report
 from dreamteacher.students import Student, create_student
@@ -90,7 +90,7 @@ def demo(config: DemoConfig) -> Path:
     )  # fmt: skip
     check_config(evaluation)
     classification = labelled_data(data.load_images(train, (64, 64)), data.load_images(test, (64, 64)))
-    segmentation = split_masks(load_segmentation(lungs, masks, (64, 64), binary=True))
+    segmentation = split_masks(load_labelled(lungs, masks, (64, 64), binary=True))
 
     runs = {}
     for seed in config.seeds:

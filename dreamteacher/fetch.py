@@ -163,6 +163,7 @@ def _fill(file: IO[bytes], url: str, target: Path, size: int | None) -> None:
 
 
 def bytes_in(file: IO[bytes]) -> int:
+    """What was written to a file that is open, in bytes."""
     file.flush()
     return os.fstat(file.fileno()).st_size
 

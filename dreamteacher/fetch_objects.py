@@ -6,6 +6,7 @@ again.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -113,23 +115,11 @@ def _name(address: str) -> str:
 
 
 def _bring(address: str, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    slot = target.with_name(f".lock-{int(target.name[:2], 16)}")
-    with open(slot, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of a machine wait for the one that brings it
-        if target.is_file():
-            return
-        if address.startswith(("https://", "http://")):
-            fetch.download(address, target)
-            return
-        with fetch.alone(target.with_name(target.name + ".part")) as file:
-            _fill(file, address, target)
-            os.fsync(file.fileno())
-            os.replace(file.name, target)
-
-
-def _fill(file: IO[bytes], address: str, target: Path) -> None:
-    """Appends to the part until it is the whole object. Each of the libraries raises errors of its own kind."""
+    if address.startswith(("https://", "http://")):
+        with _sole(target):
+            if not target.is_file():
+                fetch.download(address, target)
+        return
     system, path = _store(address)
     try:
         info = system.info(path)
@@ -138,14 +128,61 @@ def _fill(file: IO[bytes], address: str, target: Path) -> None:
         raise UserError(
             f"There is no '{address}'.", "Check the address, and how many shards there are."
         ) from None
-    except Exception as error:
+    except Exception as error:  # each library raises its own
         raise _unreachable(address, error) from None
-    known = json.dumps({"url": address, **{name: str(info.get(name)) for name in _VERSION}})
+    with _sole(target):
+        if target.is_file():
+            return
+        with fetch.alone(target.with_name(target.name + ".part")) as file:
+            known = {"url": address, **{name: str(info.get(name)) for name in _VERSION}}
+            _begin(file, json.dumps(known))
+            fetch.check_space(target.parent, size - fetch.bytes_in(file))
+            _fill(file, system, path, size, address)
+            os.fsync(file.fileno())
+            os.replace(file.name, target)
+
+
+@contextlib.contextmanager
+def _sole(target: Path) -> Iterator[None]:
+    """Within: no other process brings this file; the others wait, and then find it there."""
+    path = target.with_name(target.name + ".lock")
+    while True:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lock = open(path, "w")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(
+                f"'{path}' cannot be written: {error.strerror}.",
+                "Name another place by the environment variable DREAMTEACHER_CACHE.",
+            ) from None
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_at(lock, path):
+                continue  # the one before us removed it: another may have made it anew
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _begin(file: IO[bytes], known: str) -> None:
+    """Empties a part that was begun from another object."""
     notes = fetch.notes_of(Path(file.name))
-    if not notes.is_file() or notes.read_text("utf-8") != known:  # begun from another object
+    if not notes.is_file() or notes.read_text("utf-8") != known:
         file.truncate(0)
         notes.write_text(known, "utf-8")
-    fetch.check_space(target.parent, size - fetch.bytes_in(file))
+
+
+def _fill(file: IO[bytes], system: Any, path: str, size: int, address: str) -> None:
+    """Appends to the part until it is the whole object."""
     barren = 0
     while (have := fetch.bytes_in(file)) < size:
         try:

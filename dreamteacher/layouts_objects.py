@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dreamteacher.coco import CocoAnnotation, read_coco
 from dreamteacher.coco_masks import Rle
+from dreamteacher.coco_segments import parse_panoptic, segment_numbers
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.images import BadImageError, read_channels, read_mask
 from dreamteacher.layouts_files import IGNORED, ImageFiles, Layout, Part, images_below
@@ -169,71 +168,31 @@ def coco_panoptic(root: Path, part: Part) -> PanopticFiles:
         raise COCO.lacks(root, f"{stem}.zip is not unpacked")
     COCO.need(root, f"{part}2017", f"{stem}.json", stem)
     path = root / f"{stem}.json"
-    try:
-        content = json.loads(path.read_bytes())
-        categories = sorted((int(c["id"]), str(c["name"]), bool(c["isthing"])) for c in content["categories"])
-        labels = {number: i for i, (number, _, _) in enumerate(categories)}
-        files = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
-        records = [
-            (files[int(a["image_id"])], str(a["file_name"]), _segments(a["segments_info"], labels))
-            for a in content["annotations"]
-        ]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise UserError(
-            f"'{path}' is no panoptic annotation, or is not whole ({type(error).__name__}: {reason}).",
-            "Unpack it again.",
-        ) from None
-    _refuse_outside(path, [name for image, png, _ in records for name in (image, png)])
-    images = tuple(root / f"{part}2017" / image for image, _, _ in records)
-    masks = [root / stem / png for _, png, _ in records]
+    parsed = parse_panoptic(path, root / f"{part}2017", root / stem)
+    images = tuple(scene.image for scene in parsed.scenes)
+    masks = tuple(scene.mask for scene in parsed.scenes)
     for kind, paths in (("images", images), ("PNG files", masks)):
         gone = [p.name for p in paths if not p.is_file()]
         if gone:
             raise COCO.lacks(
                 root, f"{len(gone)} of {len(paths)} {kind} of {path.name} are missing ({shorten(gone)})"
             )
-    if not records or len(records) != len(files):
-        raise COCO.lacks(root, f"{path.name} has {len(records)} annotations for {len(files)} images")
+    if len(images) != parsed.images:
+        raise COCO.lacks(root, f"{path.name} has {len(images)} annotations for {parsed.images} images")
     COCO.say_count("panoptic", part, len(images))
 
     def read(i: int) -> tuple[Tensor, tuple[Segment, ...]]:
-        red, green, blue = _read(masks[i], read_channels).long()[:3]
-        ids, found = red + 256 * green + 65536 * blue, records[i][2]
-        have, listed = set(ids.unique().tolist()) - {0}, {segment.id for segment in found}
+        ids, scene = segment_numbers(_read(masks[i], read_channels)[:3]), parsed.scenes[i]
+        have, listed = set(ids.unique().tolist()) - {0}, set(scene.classes)
         if have != listed:
             raise UserError(
                 f"'{masks[i]}' and '{path.name}' differ in the segments {shorten(map(str, sorted(have ^ listed)))}.",
                 "Unpack both again: they must be of one release.",
             )
-        return ids, found
+        found = (Segment(id=n, label=c, crowd=n in scene.crowds) for n, c in scene.classes.items())
+        return ids, tuple(found)
 
-    return PanopticFiles(
-        images=images,
-        names=tuple(n for _, n, _ in categories),
-        things=tuple(t for _, _, t in categories),
-        read=read,
-    )
-
-
-def _segments(records: list[dict[str, Any]], labels: dict[int, int]) -> tuple[Segment, ...]:
-    return tuple(
-        Segment(id=int(r["id"]), label=labels[int(r["category_id"])], crowd=bool(r.get("iscrowd", 0)))
-        for r in records
-    )
-
-
-def _refuse_outside(path: Path, names: list[str]) -> None:
-    wrong = [
-        name
-        for name in names
-        if PurePosixPath(name).is_absolute() or ".." in Path(name).parts or "\\" in name
-    ]
-    if wrong:
-        raise UserError(
-            f"{len(wrong)} file names in '{path}' lead out of their folder: {shorten(wrong)}.",
-            "Do not use this file.",
-        )
+    return PanopticFiles(images=images, names=parsed.names, things=parsed.things, read=read)
 
 
 # --- label maps ---------------------------------------------------------------------------------------------

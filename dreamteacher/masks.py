@@ -1,4 +1,4 @@
-"""Images with masks of class ids: paired by name, checked before anything is decoded, kept in memory."""
+"""Images with masks of class ids: how they are paired by name and checked; and the masks of layouts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dreamteacher.images import (
     scale_mask,
 )
 from dreamteacher.labelled_npy import read_npy, read_npy_header
-from dreamteacher.layouts import MaskFiles, Part, mask_files
+from dreamteacher.layouts import Part, mask_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,80 +50,26 @@ class SegmentationSet:
     paths: tuple[Path, ...] = ()
 
 
-def load_segmentation(
-    images_folder: Path,
-    masks_folder: Path | None,
-    size: Size,
-    *,
-    ignore_index: int = 255,
-    binary: bool = False,
-    part: Part = "train",
+def load_layout(
+    source: Path, size: Size, *, part: Part = "train", ignore_index: int = 255, binary: bool = False
 ) -> SegmentationSet:
-    """Images and their masks, paired by their paths below the folders without suffix (a/1.jpg with a/1.png).
+    """The images and masks of LAYOUT:ROOT (see `layouts.mask_files`), whose classes are known.
 
-    Images without a mask are left out, which is said on stderr: labels are expected to be few.
+    Folders and files of one's own: `labelled.load_labelled`.
 
     Args:
-        images_folder: a folder, or LAYOUT:ROOT (see `layouts.mask_files`), whose classes are then known.
-        masks_folder: a folder; none for a layout, which has its own.
+        source: LAYOUT:ROOT.
         size: (height, width) that images and masks are brought to, alike.
-        ignore_index: id in the masks that is no class.
-        binary: masks are black and white pictures of any kind: class 1 where brighter than 127 (or than 0 if
-            no mask holds more than 1), class 0 elsewhere. Otherwise grey values or palette indices are ids.
-        part: of a layout.
-
-    Raises:
-        UserError: masks without an image, files that cannot be read, shapes that differ, coloured or JPEG
-            masks where ids are wanted, fewer than two classes.
-    """
-    images_folder = Path(images_folder)
-    if masks_folder is None:
-        if binary:
-            raise UserError(
-                f"The masks of '{images_folder}' are not black and white.", "Leave out --binary-masks."
-            )
-        return load_mask_files(
-            mask_files(images_folder, part), images_folder, size, ignore_index=ignore_index
-        )
-    masks_folder = Path(masks_folder)
-    pairs, unpaired = find_pairs(images_folder, masks_folder)
-    check_pairs(images_folder, masks_folder, pairs, binary)
-    say_unpaired(images_folder, unpaired, len(pairs) + len(unpaired))
-    images = torch.empty(len(pairs), 3, *size, dtype=torch.uint8)
-    masks = torch.empty(len(pairs), *size, dtype=torch.int64)
-
-    def load(i: int) -> BadImage | None:
-        try:
-            images[i] = read_image(pairs[i][0], size)
-            masks[i] = read_mask(pairs[i][1], size, binary=binary)
-        except BadImageError as error:
-            return BadImage(error.path, error.reason)
-        return None
-
-    refuse_bad(in_threads(load, range(len(pairs)), 2, "reading masks"), masks_folder)
-    if binary:
-        masks = (masks > (0 if masks.max() <= 1 else 127)).long()
-        return SegmentationSet(
-            images=images, masks=masks, classes=2, names=("background", "foreground"), unpaired=unpaired
-        )
-    classes = count_classes(masks.unique().tolist(), masks_folder, ignore_index)
-    names = tuple(f"class {i}" for i in range(classes))
-    return SegmentationSet(images=images, masks=masks, classes=classes, names=names, unpaired=unpaired)
-
-
-def load_mask_files(
-    files: MaskFiles, source: Path, size: Size, *, ignore_index: int = 255
-) -> SegmentationSet:
-    """The images and masks of a layout (see `layouts.mask_files`), its values as class ids.
-
-    Args:
-        source: what the user called it, for messages.
-        size: (height, width) that images and masks are brought to, alike.
+        part: training or validation.
         ignore_index: id of what the data set does not count.
+        binary: refused.
 
     Raises:
-        UserError: files that cannot be read, shapes that differ, values that mean nothing.
+        UserError: files that are missing or cannot be read, shapes that differ, values that mean nothing.
     """
+    if binary:
+        raise UserError(f"The masks of '{source}' are not black and white.", "Leave out --binary-masks.")
+    files = mask_files(source, part)
     if 0 <= ignore_index < len(files.names):
         raise UserError(
             f"{ignore_index} is to be ignored, but is '{files.names[ignore_index]}' in '{source}'.",

@@ -76,7 +76,7 @@ def find_segmentation(
     whole: bool = False,
     workers: int = 2,
 ) -> SegmentationFiles:
-    """Images and masks as `masks.load_segmentation` pairs them; decodes every mask once, of images the headers.
+    """Images and masks as `labelled.load_labelled` pairs them; decodes every mask once, of images the headers.
 
     So what is wrong with a mask shows before the first step. Images without a mask are left out, which is said
     on stderr.
@@ -85,13 +85,13 @@ def find_segmentation(
         images: a folder, or LAYOUT:ROOT (see `layouts.mask_files`), whose classes are then known.
         masks: a folder; none for a layout.
         ignore_index: id in the masks that is no class.
-        binary: as in `masks.load_segmentation`.
+        binary: as in `labelled.load_labelled`.
         part: of a layout.
         whole: decode the images too: of a test set none may be missing.
         workers: threads.
 
     Raises:
-        UserError: as `masks.load_segmentation`.
+        UserError: as `labelled.load_labelled`.
     """
     source = images if masks is None else Path(masks)
     if masks is None:

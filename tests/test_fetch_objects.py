@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def at(server: Server, pattern: str = "train-{00..04}.tar") -> Path:
 
 
 def everything(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".lock"))
+    return sorted(p.name for p in folder.rglob("*") if p.is_file())
 
 
 # --- addresses ----------------------------------------------------------------------------------------------
@@ -282,6 +283,23 @@ def test_a_store_that_breaks_off(
     other = (files / "train-01.tar").read_bytes()
     bucket.pipe_file("/bucket/train-00.tar", other)
     assert bring_shards([address])[0].read_bytes() == other
+
+
+def test_several_ask_for_one_shard(bucket: MemoryFileSystem, files: Path, cache: Path) -> None:
+    """Each gets it, one brings it, and no lock stays."""
+    asked: list[str] = []
+    opened = MemoryFileSystem.open
+
+    def counted(self: MemoryFileSystem, path: str, mode: str = "rb", **more: Any) -> Any:
+        asked.append(path)
+        return opened(self, path, mode, **more)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(8) as pool:
+        patch.setattr(MemoryFileSystem, "open", counted)
+        found = list(pool.map(lambda _: bring_shards(["memory://bucket/train-01.tar"])[0], range(8)))
+    assert {p.read_bytes() for p in found} == {(files / "train-01.tar").read_bytes()}
+    assert len(asked) == 1
+    assert everything(cache) == [found[0].name]
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

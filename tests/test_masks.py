@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,10 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dreamteacher.images import Size, read_mask
-from dreamteacher.masks import SegmentationSet, load_segmentation
+from dreamteacher.labelled import load_labelled
+from dreamteacher.masks import SegmentationSet
+
+load = partial(load_labelled, absent_ok=True)
 
 
 def mask_of(seed: int, height: int, width: int, classes: int = 3) -> Tensor:
@@ -44,7 +46,7 @@ def pair(
 @pytest.mark.parametrize("size", [(20, 20), (24, 32), (40, 60), (64, 40)])
 @pytest.mark.parametrize("scale", [1, 2])
 def test_masks_stay_on_their_images(size: Size, scale: int, tmp_path: Path) -> None:
-    found = load_segmentation(*pair(tmp_path, range(4), scale=scale), size)
+    found = load(*pair(tmp_path, range(4), scale=scale), size)
     assert found.images.shape == (4, 3, *size)
     assert found.masks.shape == (4, *size)
     assert found.masks.dtype == torch.int64
@@ -72,7 +74,7 @@ def test_a_turned_image_and_its_turned_mask(tmp_path: Path) -> None:
     for folder, content in (("images", ids * 100), ("masks", ids)):
         (tmp_path / folder).mkdir()
         grey(content).save(tmp_path / folder / "x.png", exif=exif)
-    found = load_segmentation(tmp_path / "images", tmp_path / "masks", (60, 40))
+    found = load(tmp_path / "images", tmp_path / "masks", (60, 40))
     assert torch.equal(found.masks[0], ids.rot90(-1))
     assert torch.equal(found.images[0, 0].long(), ids.rot90(-1) * 100)
 
@@ -94,7 +96,7 @@ def test_modes_of_masks(kind: str, tmp_path: Path) -> None:
         mask.save(masks / "a" / f"{seed}.png")
         with Image.open(masks / "a" / f"{seed}.png") as written:
             assert written.mode == kind
-    found = load_segmentation(images, masks, (40, 60))
+    found = load(images, masks, (40, 60))
     assert torch.equal(
         found.masks, torch.stack([mask_of(s, 40, 60, 2 if kind == "1" else 3) for s in range(2)])
     )
@@ -124,7 +126,7 @@ def test_binary_masks(kind: str, tmp_path: Path) -> None:
         noise(seed, 32, 40).save(tmp_path / "images" / f"{seed}.jpg")
         make(ids).save(tmp_path / "masks" / f"{seed}{suffix}")
         expected.append(ids)
-    found = load_segmentation(tmp_path / "images", tmp_path / "masks", (32, 40), binary=True)
+    found = load(tmp_path / "images", tmp_path / "masks", (32, 40), binary=True)
     assert torch.equal(found.masks, torch.stack(expected))
     assert (found.classes, found.names) == (2, ("background", "foreground"))
 
@@ -134,10 +136,10 @@ def test_the_ignored_id_is_no_class(tmp_path: Path) -> None:
     ids = mask_of(0, 40, 60)
     ids[:8] = 255
     grey(ids).save(masks / "a" / "0.png")
-    found = load_segmentation(images, masks, (40, 60))
+    found = load(images, masks, (40, 60))
     assert found.classes == 3
     assert (found.masks[0, :8] == 255).all()
-    assert load_segmentation(images, masks, (40, 60), ignore_index=2).classes == 256
+    assert load(images, masks, (40, 60), ignore_index=2).classes == 256
 
 
 def test_images_without_a_mask_are_left_out_and_named(
@@ -146,7 +148,7 @@ def test_images_without_a_mask_are_left_out_and_named(
     images, masks = pair(tmp_path, range(5))
     (masks / "a" / "1.png").unlink()
     (masks / "a" / "3.png").unlink()
-    found = load_segmentation(images, masks, (40, 60))
+    found = load(images, masks, (40, 60))
     assert torch.equal(found.masks, torch.stack([mask_of(s, 40, 60) for s in (0, 2, 4)]))
     assert found.unpaired == (images / "a" / "1.png", images / "a" / "3.png")
     assert "2 of 5 images have no mask and are left out: a/1.png, a/3.png" in capsys.readouterr().err
@@ -155,39 +157,39 @@ def test_images_without_a_mask_are_left_out_and_named(
 def test_masks_that_do_not_fit(tmp_path: Path) -> None:
     images, masks = pair(tmp_path, range(4))
 
-    def load(**options: Any) -> SegmentationSet:
-        return load_segmentation(images, masks, (40, 60), **options)
+    def again() -> SegmentationSet:
+        return load(images, masks, (40, 60))
 
     (images / "a" / "2.png").rename(tmp_path / "away.png")
-    refused(load, "1 of 4 masks", "no image", "a/2.png")
+    refused(again, "1 of 4 masks", "no image", "a/2.png")
     (tmp_path / "away.png").rename(images / "a" / "2.png")
 
     noise(0).save(images / "a" / "2.jpg")
-    refused(load, "suffix", "a/2")
+    refused(again, "suffix", "a/2")
     (images / "a" / "2.jpg").unlink()
 
     good = (masks / "a" / "1.png").read_bytes()
     grey(mask_of(1, 60, 40)).save(masks / "a" / "1.png")
-    refused(load, "1 of 4", "a/1.png 60 x 40 and its mask 40 x 60")
+    refused(again, "1 of 4", "a/1.png 60 x 40 and its mask 40 x 60")
     grey(mask_of(1, 40, 60)).convert("RGB").save(masks / "a" / "1.png")
-    refused(load, "a/1.png (PNG, RGB)", "--binary-masks", "palette")
+    refused(again, "a/1.png (PNG, RGB)", "--binary-masks", "palette")
     (masks / "a" / "1.png").write_bytes(good)
     cut(masks / "a" / "1.png", 0.7)
-    refused(load, "1 images or masks", "1.png (truncated)")
+    refused(again, "1 images or masks", "1.png (truncated)")
     zero_bytes(masks / "a" / "1.png")
-    refused(load, "1.png (empty file)")
+    refused(again, "1.png (empty file)")
     (masks / "a" / "1.png").unlink()
     grey(mask_of(1, 40, 60)).save(masks / "a" / "1.jpg")
-    refused(load, "a/1.jpg (JPEG, L)", "--binary-masks")
-    refused(lambda: load_segmentation(images, tmp_path / "no", (8, 8)), "does not exist")
+    refused(again, "a/1.jpg (JPEG, L)", "--binary-masks")
+    refused(lambda: load(images, tmp_path / "no", (8, 8)), "does not exist")
 
 
 def test_black_and_white_masks_taken_for_ids(tmp_path: Path) -> None:
     images, masks = pair(tmp_path, range(2))
     for seed in range(2):
         grey(mask_of(seed, 40, 60, classes=2) * 255).save(masks / "a" / f"{seed}.png")
-    refused(lambda: load_segmentation(images, masks, (40, 60)), "0, 255", "--binary-masks")
-    assert load_segmentation(images, masks, (40, 60), binary=True).classes == 2
+    refused(lambda: load(images, masks, (40, 60)), "0, 255", "--binary-masks")
+    assert load(images, masks, (40, 60), binary=True).classes == 2
 
 
 def test_a_pixel_of_rounding_is_allowed(tmp_path: Path) -> None:
@@ -195,4 +197,4 @@ def test_a_pixel_of_rounding_is_allowed(tmp_path: Path) -> None:
     (tmp_path / "masks").mkdir()
     noise(0, 101, 75).save(tmp_path / "images" / "x.png")
     grey(mask_of(0, 48, 40)[:, :38].repeat(2, 1)[:51]).save(tmp_path / "masks" / "x.png")
-    assert load_segmentation(tmp_path / "images", tmp_path / "masks", (8, 8)).classes == 3
+    assert load(tmp_path / "images", tmp_path / "masks", (8, 8)).classes == 3

@@ -28,7 +28,7 @@ from dreamteacher.downstream.readout import ReadoutConfig, readout
 from dreamteacher.downstream.semantic import SemanticConfig
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
-from dreamteacher.masks import load_segmentation
+from dreamteacher.masks import load_layout
 from dreamteacher.masks_files import SegmentationFiles, find_segmentation
 from dreamteacher.optim import poly_lr_at
 from dreamteacher.students import Student, create_student
@@ -115,7 +115,7 @@ def test_layouts_are_streamed(
     found = crops.load_files(source, None, None, None, ignore_index=255, binary=False, most=2, workers=1)
     assert (found.train.classes, found.test.classes) == (classes, classes)
     for files, part in ((found.train, "train"), (found.test, "val")):
-        whole = load_segmentation(source, None, (H, W), part=part)
+        whole = load_layout(source, (H, W), part=part)
         assert files.names == whole.names
         read = [files.read(i) for i in range(len(files))]
         assert torch.equal(torch.stack([image for image, _ in read]), whole.images)

@@ -26,7 +26,7 @@ from dreamteacher.downstream.segmentation import split_masks
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.images import Size, below, find_images
 from dreamteacher.labelled import load_labelled
-from dreamteacher.masks import SegmentationSet, load_segmentation
+from dreamteacher.masks import SegmentationSet
 from dreamteacher.metrics import confusion
 
 CAMVID_CLASSES = (
@@ -145,7 +145,7 @@ def load_benchmark(
         return published_benchmark(name, root, unlabelled=unlabelled, split=split)
     if name == "lungs":
         train, _, images, masks = xray_folders(root)
-        halves = split_masks(load_segmentation(images, masks, (64, 64), binary=True))
+        halves = split_masks(load_labelled(images, masks, (64, 64), binary=True))
         return Benchmark(
             name=name,
             classes=2,
@@ -168,7 +168,9 @@ def _camvid(root: Path | None) -> Benchmark:
     size = (64, 96)
     parts = {}
     for part in ("train", "test"):
-        found = load_segmentation(root / "images" / part, root / "labels" / part, size, ignore_index=11)
+        found = load_labelled(
+            root / "images" / part, root / "labels" / part, size, ignore_index=11, absent_ok=True
+        )
         if found.classes > len(CAMVID_CLASSES):
             raise UserError(
                 f"The masks in '{root / 'labels' / part}' hold ids up to {found.classes - 1}.",

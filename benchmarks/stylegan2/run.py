@@ -20,7 +20,7 @@ from dreamteacher.demo import DemoConfig, demo_recipe, xray_folders
 from dreamteacher.downstream import labelled_data, summary_table
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
 from dreamteacher.downstream.segmentation import split_masks
-from dreamteacher.masks import load_segmentation
+from dreamteacher.labelled import load_labelled
 from dreamteacher.pretrain import pretrain
 from dreamteacher.students import create_student
 
@@ -54,7 +54,7 @@ def main() -> None:
             lambda seed: create_student(demo.student, init=str(runs[seed])), evaluation,
             method="DreamTeacher, StyleGAN2",
             classification=labelled_data(real, data.load_images(test, (64, 64))),
-            segmentation=split_masks(load_segmentation(lungs, masks, (64, 64), binary=True)),
+            segmentation=split_masks(load_labelled(lungs, masks, (64, 64), binary=True)),
         )
     )  # fmt: skip
     checkpoint.write_text(args.out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -142,10 +142,8 @@ def _linear(bench: Bench, labels: int, seed: int) -> Iterator[Metric]:
 
 def _finetune(bench: Bench, labels: int, seed: int) -> Iterator[Metric]:
     student, data, config = bench.student, bench.labelled(), bench.config
-    precision, size = config.precision, config.batch_size
-    return finetune(
-        student, data, config.finetune, labels=labels, seed=seed, precision=precision, batch_size=size
-    )
+    settings: dict[str, Any] = {"precision": config.precision, "batch_size": config.batch_size}
+    return finetune(student, data, config.finetune, labels=labels, seed=seed, **settings)
 
 
 def _settings(bench: Bench, seed: int) -> dict[str, Any]:
@@ -207,7 +205,12 @@ def _segment_linear(bench: Bench, masks: int, seed: int) -> Iterator[Metric]:
 
 def _detect(bench: Bench, images: int, seed: int, *, cascade: bool) -> Iterator[Metric]:
     config, precision = bench.config.detect, bench.config.precision
-    settings = {"images": images or None, "seed": seed, "precision": precision, "saved": bench.saved}
+    settings: dict[str, Any] = {
+        "images": images or None,
+        "seed": seed,
+        "precision": precision,
+        "saved": bench.saved,
+    }
     return detect(bench.student, bench.instances(), config, cascade=cascade, **settings)
 
 
@@ -229,7 +232,12 @@ def _panoptic(bench: Bench, images: int, seed: int) -> Iterator[Metric]:
     if bench.segments is None:
         raise UserError("panoptic needs segments.", "Give --images, --masks and --segments.")
     config, precision = bench.config.panoptic, bench.config.precision
-    settings = {"images": images or None, "seed": seed, "precision": precision, "saved": bench.saved}
+    settings: dict[str, Any] = {
+        "images": images or None,
+        "seed": seed,
+        "precision": precision,
+        "saved": bench.saved,
+    }
     return panoptic(bench.student, bench.segments, config, **settings)
 
 
@@ -442,7 +450,6 @@ def _load_panoptic(config: EvaluateConfig) -> PanopticData:
     test = config.test_images, config.test_masks, config.test_segments
     data = load_panoptic(*train, *test, workers=config.workers)
     shown = len(data.pool.shown())
-    draw_masks(
-        shown, max(config.panoptic.detect.images, default=shown), seed=0
-    )  # fails where there are too few
+    most = max(config.panoptic.detect.images, default=shown)
+    draw_masks(shown, most, seed=0)  # fails where there are too few
     return data

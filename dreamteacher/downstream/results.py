@@ -69,7 +69,7 @@ class Results:
         c, device = self.config, device_of(student)
         everything = to_json(c)
         settings = {name: everything[name] for name in _SETTINGS.get(task, ())}
-        facts = {
+        facts: dict[str, Any] = {
             "version": __version__, "task": task, "labels": budget, "seed": seed, "student": student.name,
             "weights": self._weights_of(student), "device": device.type,
             "precision": str(resolve_precision(device, c.precision)), "size": list(c.size),

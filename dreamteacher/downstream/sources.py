@@ -12,7 +12,7 @@ from dreamteacher.errors import UserError
 from dreamteacher.images import IMAGE_SUFFIXES, Size, find_images
 from dreamteacher.labelled import load_labelled
 from dreamteacher.layouts import Part, check, has_parts, layout_of
-from dreamteacher.masks import SegmentationSet, load_segmentation
+from dreamteacher.masks import SegmentationSet, load_layout
 
 
 def test_source(train: Path | None, test: Path | None) -> Path | None:
@@ -83,13 +83,13 @@ def load_masks(
         binary: masks are black and white.
 
     Raises:
-        UserError: see `masks.load_segmentation`.
+        UserError: see `labelled.load_labelled` and `masks.load_layout`.
     """
 
     def load(images: Path | None, masks: Path | None, part: Part) -> SegmentationSet:
         assert images is not None
         if masks is None:
-            return load_segmentation(images, None, size, ignore_index=ignore_index, binary=binary, part=part)
+            return load_layout(images, size, part=part, ignore_index=ignore_index, binary=binary)
         return load_labelled(images, masks, size, ignore_index=ignore_index, binary=binary, absent_ok=True)
 
     pool = load(images, masks, "train")
