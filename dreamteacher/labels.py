@@ -14,7 +14,7 @@ from dreamteacher.config import parse_json
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.labelled import load_labelled
 from dreamteacher.layouts import MASKS, layout_of
-from dreamteacher.masks import SegmentationSet, load_segmentation
+from dreamteacher.masks import SegmentationSet, load_layout
 
 SAMPLES = "samples.json"  # beside images that a teacher drew: whose they are, and the seed of each
 
@@ -93,7 +93,7 @@ def read_labelled(
         return replace(from_masks(found), seeds=seeds)
     layout = layout_of(images)
     if layout is not None and layout[0] in MASKS:
-        return from_masks(load_segmentation(images, None, size, ignore_index=ignore_index, binary=binary))
+        return from_masks(load_layout(images, size, ignore_index=ignore_index, binary=binary))
     folder = data.load_images(images, size)
     if folder.labels is None:
         raise UserError(

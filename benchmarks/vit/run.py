@@ -27,7 +27,7 @@ from dreamteacher.demo import DemoConfig, demo_recipe, xray_folders
 from dreamteacher.downstream import Row, labelled_data, summary_table
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
 from dreamteacher.downstream.segmentation import split_masks
-from dreamteacher.masks import load_segmentation
+from dreamteacher.labelled import load_labelled
 from dreamteacher.pretrain import pretrain
 from dreamteacher.rundir import read_rows
 from dreamteacher.students import Student, create_student, load_weights, read_weights, weight_file
@@ -76,7 +76,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         return
     real = data.load_images(train, (64, 64))
     labelled = labelled_data(real, data.load_images(test, (64, 64)))
-    segments = split_masks(load_segmentation(lungs, masks, (64, 64), binary=True))
+    segments = split_masks(load_labelled(lungs, masks, (64, 64), binary=True))
     everything = EvaluateConfig(
         student=MEAN, train=train, test=test, images=lungs, masks=masks, binary_masks=True, size=(64, 64),
         labels=(10, 50), mask_counts=(10,), seeds=demo.seeds,
