@@ -33,13 +33,27 @@ ROOT = Path(__file__).parent.parent
 FAULTS = ROOT / "benchmarks" / "faults"
 
 
-@pytest.fixture
-def config(image_folder: Path, tiny_teacher: Path, tmp_path: Path) -> PretrainConfig:
+@pytest.fixture(scope="module")
+def settled(
+    image_folder: Path, tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> PretrainConfig:
     return PretrainConfig(
-        images=image_folder, out=tmp_path / "run", teacher=str(tiny_teacher), student="test_resnet", width=8,
-        batch_size=8, epochs=6, warmup_epochs=1, device="cpu", precision="float32", log_every=3, save_every=4,
-        probe_every=6,
+        images=image_folder, out=tmp_path_factory.mktemp("whole") / "run", teacher=str(tiny_teacher),
+        student="test_resnet", width=8, batch_size=8, epochs=6, warmup_epochs=1, device="cpu",
+        precision="float32", log_every=3, save_every=4, probe_every=6,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(settled: PretrainConfig) -> dict[str, object]:
+    """All that a run leaves to which nothing happened."""
+    pretrain(settled)
+    return everything(settled.out)
+
+
+@pytest.fixture
+def config(settled: PretrainConfig, tmp_path: Path) -> PretrainConfig:
+    return dataclasses.replace(settled, out=tmp_path / "run")
 
 
 def flags(config: PretrainConfig, **more: Any) -> list[str]:
@@ -139,10 +153,8 @@ def test_logs_reach_the_disk_before_the_checkpoint_after_them(
 
 @pytest.mark.parametrize("how", ["altered", "truncated", "emptied"])
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
-    config: PretrainConfig, how: str, capsys: pytest.CaptureFixture[str]
+    config: PretrainConfig, whole: dict[str, object], how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = dataclasses.replace(config, keep=2)
-    whole = everything(pretrain(dataclasses.replace(config, out=config.out.with_name("whole"))) or Path())
     pretrain(config)
     spoil(config.out / "checkpoint-00000012.safetensors", how)
     capsys.readouterr()
@@ -253,17 +265,16 @@ def poison_gradient(patch: pytest.MonkeyPatch, call: int) -> None:
 )
 def test_nan_is_named_with_its_step_and_cause(
     config: PretrainConfig,
+    whole: dict[str, object],
     poison: Callable[[pytest.MonkeyPatch], None],
     says: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = pretrain(dataclasses.replace(config, out=config.out.with_name("whole")))
     with pytest.MonkeyPatch.context() as patch:
         poison(patch)
         refused(lambda: pretrain(config), says, "The last checkpoint is from before")
     assert checkpoint.latest(config.out, whole=True) == checkpoint.checkpoint_path(config.out, 4)
     pretrain(config)
-    assert_equal(everything(whole or Path()), everything(config.out))
+    assert_equal(whole, everything(config.out))
 
 
 # --- processes and clocks -----------------------------------------------------------------------------------
@@ -271,11 +282,14 @@ def test_nan_is_named_with_its_step_and_cause(
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["noticed at once", "noticed later"])
 def test_a_process_that_decodes_is_killed(
-    config: PretrainConfig, at_once: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: PretrainConfig,
+    whole: dict[str, object],
+    at_once: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(report, "write_report", lambda run, **_: run)
     streamed = flags(config, cache_gb=0, workers=1)
-    assert main(flags(config, cache_gb=0, workers=1, out=config.out.with_name("whole"))) == 0
     step = training.Training.step
 
     def killing(self: training.Training, index: int, *rest: Any) -> Any:
@@ -294,16 +308,17 @@ def test_a_process_that_decodes_is_killed(
     assert len(said.splitlines()) <= 3
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 4)
     assert main(streamed) == 0
-    assert_equal(everything(config.out.with_name("whole")), everything(config.out))
+    assert_equal(whole, everything(config.out))
 
 
-def test_a_clock_that_jumps_changes_nothing(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = pretrain(dataclasses.replace(config, out=config.out.with_name("whole")))
+def test_a_clock_that_jumps_changes_nothing(
+    config: PretrainConfig, whole: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     jumps = itertools.cycle([1e9, -1e9, 0.0, 4e9])
     monkeypatch.setattr(time, "time", lambda: next(jumps))
     monkeypatch.setattr(rundir.Progress.__init__, "__defaults__", (0.0,))  # a line at every look
     pretrain(config)
-    assert_equal(everything(whole or Path()), everything(config.out))
+    assert_equal(whole, everything(config.out))
     assert all(row["seconds"] >= 0 for row in read_rows(config.out / "timing.jsonl"))
 
 
