@@ -27,7 +27,7 @@ class Grid(NamedTuple):
     stride: int
 
 
-def size_settings(name: str) -> dict[str, bool]:
+def size_settings(name: str) -> dict[str, Any]:
     """The settings of `timm.create_model` with which a network takes images of any size; most need none.
 
     Example:

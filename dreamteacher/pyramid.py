@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from dreamteacher.features import FeatureSpec
@@ -60,6 +59,8 @@ class SimplePyramid(nn.Module):
 
 def _branch(channels: int, stride: int, target: int) -> tuple[nn.Sequential, int]:
     """What brings a map from one stride to another (both powers of two), and the channels that it gives."""
+    from timm.layers import LayerNorm2d
+
     layers: list[nn.Module] = []
     while stride > target:
         if layers:
