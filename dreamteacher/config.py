@@ -105,7 +105,9 @@ def _typed(hint: Any, value: Any) -> Any:
         return _typed(hint, value)
     if origin is typing.Literal and value not in args:
         raise ValueError("not one of the words")
-    plain: Any = hint if hint in (int, str, bool) else {tuple: (list, tuple), list: list, dict: dict}.get(origin)
+    plain: Any = (
+        hint if hint in (int, str, bool) else {tuple: (list, tuple), list: list, dict: dict}.get(origin)
+    )
     if plain and (not isinstance(value, plain) or (hint is int and isinstance(value, bool))):
         raise TypeError("of another kind")
     if origin is tuple:

@@ -7,8 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dreamteacher.data import step_generator
+from dreamteacher.interpreter import Interpreter
 from dreamteacher.regressor import FeatureRegressor, LabelHead
 from dreamteacher.students import Student
+
+
+def label_head(seed: int, width: int, regressor: FeatureRegressor, interpreter: Interpreter) -> LabelHead:
+    """The student's head for the interpreter's classes, on the regressor's fused maps."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(step_generator(seed, 0, "head").initial_seed())
+        return LabelHead(len(regressor.neck.specs), width, interpreter.classes, pooled=interpreter.pooled)
 
 
 class Trained(nn.Module):

@@ -30,12 +30,12 @@ from dreamteacher.errors import UserError
 from dreamteacher.feature_dataset import DatasetKind, FeatureBatch, batch_loss
 from dreamteacher.interpreter import Interpreter
 from dreamteacher.losses import AtReduction, WhitenAxes, label_distillation
-from dreamteacher.regressor import FeatureRegressor, LabelHead, resize
+from dreamteacher.regressor import FeatureRegressor, resize
 from dreamteacher.rundir import Progress, RunDir
 from dreamteacher.students import Student
 from dreamteacher.teachers.base import Noise, Teacher
 from dreamteacher.train_interpreter import InterpreterTraining
-from dreamteacher.trained import Trained, Undo, look
+from dreamteacher.trained import Trained, Undo, label_head, look
 
 Mode = Literal["feature", "label", "mixed"]
 _NEVER = 2**62  # a step that is never reached
@@ -162,14 +162,6 @@ def steps_of(config: PretrainConfig, images: int) -> int:
     return max(1, round(config.epochs * (images // config.batch_size)))
 
 
-def label_head(config: PretrainConfig, regressor: FeatureRegressor, interpreter: Interpreter) -> LabelHead:
-    """The student's head for the interpreter's classes, on the regressor's fused maps."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(data.step_generator(config.seed, 0, "head").initial_seed())
-        levels = len(regressor.neck.specs)
-        return LabelHead(levels, config.width, interpreter.classes, pooled=interpreter.pooled)
-
-
 class Training:
     """The student, its regressor, optimizer and average: one optimizer step, one log line, one checkpoint.
 
@@ -187,12 +179,17 @@ class Training:
         classes: Sequence[str] = (),
         share: Share = ALONE,
     ) -> None:
-        self.share = share
-        self.config, self.student, self.regressor, self.steps = config, student, regressor, steps
+        self.config, self.student, self.regressor, self.steps, self.share = (
+            config,
+            student,
+            regressor,
+            steps,
+            share,
+        )
         self.device = next(student.parameters()).device
         self.interpreter, self.head, self.classes = interpreter, None, list(classes)
         if interpreter is not None:
-            self.head = label_head(config, regressor, interpreter).to(self.device)
+            self.head = label_head(config.seed, config.width, regressor, interpreter).to(self.device)
         if config.mode == "label":
             regressor.projections.requires_grad_(False)  # nothing is asked of them
         self.trained = Trained(student, regressor, self.head, project=config.mode != "label")
@@ -254,11 +251,10 @@ class Training:
         c = self.config
         part = c.batch_size // c.accumulate
         most = part // 2  # BatchNorm needs two images in each
-        many = self.share.ranks > 1
-        if self.split >= most or many:
+        if self.split >= most or self.share.ranks > 1:
             raise UserError(
                 f"Step {index + 1} runs out of memory in parts of {part // self.split} images: {reason}",
-                f"Use --accumulate {2 * c.accumulate}." if many else
+                f"Use --accumulate {2 * c.accumulate}." if self.share.ranks > 1 else
                 "Use --precision bfloat16, or a smaller --size, --student or --width.",
             )  # fmt: skip
         self.split = min(2 * self.split, most)
@@ -421,9 +417,8 @@ class Training:
         self.sums.copy_(tensors["sums"])
         if self.ema:
             for key, value in _under("ema/", tensors).items():
-                self.ema.tensors[key].copy_(
-                    part_of(value, self.ema.tensors[key])
-                )  # in place: the memory layout stays
+                mine = self.ema.tensors[key]
+                mine.copy_(part_of(value, mine))  # in place: the memory layout stays
             self.ema.updates = meta["ema_updates"]
         self.split = meta.get("split", 1)
         checkpoint.unpack_optimizer(self.optimizer, tensors, meta["optimizer"])

@@ -205,12 +205,8 @@ def _segment_linear(bench: Bench, masks: int, seed: int) -> Iterator[Metric]:
 
 def _detect(bench: Bench, images: int, seed: int, *, cascade: bool) -> Iterator[Metric]:
     config, precision = bench.config.detect, bench.config.precision
-    settings: dict[str, Any] = {
-        "images": images or None,
-        "seed": seed,
-        "precision": precision,
-        "saved": bench.saved,
-    }
+    settings: dict[str, Any] = {"images": images or None, "seed": seed, "saved": bench.saved}
+    settings["precision"] = precision
     return detect(bench.student, bench.instances(), config, cascade=cascade, **settings)
 
 
@@ -232,12 +228,8 @@ def _panoptic(bench: Bench, images: int, seed: int) -> Iterator[Metric]:
     if bench.segments is None:
         raise UserError("panoptic needs segments.", "Give --images, --masks and --segments.")
     config, precision = bench.config.panoptic, bench.config.precision
-    settings: dict[str, Any] = {
-        "images": images or None,
-        "seed": seed,
-        "precision": precision,
-        "saved": bench.saved,
-    }
+    settings: dict[str, Any] = {"images": images or None, "seed": seed, "saved": bench.saved}
+    settings["precision"] = precision
     return panoptic(bench.student, bench.segments, config, **settings)
 
 
@@ -419,12 +411,8 @@ def method_name(init: str) -> str:
 
 
 def _load_segmentation(config: EvaluateConfig) -> SegmentationData:
-    data = load_masks(
-        *mask_places(config),
-        config.size,
-        ignore_index=config.segment.ignore_index,
-        binary=config.binary_masks,
-    )
+    ignore, binary = config.segment.ignore_index, config.binary_masks
+    data = load_masks(*mask_places(config), config.size, ignore_index=ignore, binary=binary)
     draw_masks(len(data.pool.images), max(config.mask_counts), seed=0)  # fails where there are too few
     return data
 

@@ -43,8 +43,7 @@ class DiffusionSpec:
         size: (height, width) in pixels that it was trained at.
         schedule: beta schedule of the 1000 (`steps`) diffusion steps.
         timestep: t at which features are taken unless the user names another.
-        heads: the same number of heads at every attention, whatever its width; none: as `unet` says
-            (its attention_head_dim is the width of a head, so the number grows with the level).
+        heads: of every attention; none: as `unet` says (attention_head_dim, the width of a head).
         classes: rows of the class embedding, which is added to the time embedding; 0: unconditional.
         null_class: the row that means "no label"; none: there is none, and unlabelled images take the
             mean of all rows (guided-diffusion's ImageNet networks have none: the mean is our choice).
@@ -83,8 +82,7 @@ def alphas_cumprod(schedule: Schedule, steps: int = 1000) -> Tensor:
         beta = torch.linspace(0.00085**0.5, 0.012**0.5, steps, dtype=torch.float64) ** 2
     else:
         bar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
-        betas = [min(1 - b / a, 0.999) for a, b in pairwise(bar)]
-        beta = torch.tensor(betas, dtype=torch.float64)
+        beta = torch.tensor([min(1 - b / a, 0.999) for a, b in pairwise(bar)], dtype=torch.float64)
     return torch.cumprod(1 - beta, dim=0)
 
 
@@ -107,7 +105,7 @@ def _fixed_noise(shape: torch.Size, device: torch.device, dtype: torch.dtype) ->
 
 
 def noised(x0: Tensor, alpha_bar: Tensor, noise: Tensor) -> Tensor:
-    """x_0 at several noise levels alpha_bar (T,), all with the same noise: (T N) x C x H x W, t by t."""
+    """x_0 at noise levels alpha_bar (T,), all with the same noise: (T N) x C x H x W, t by t."""
     return torch.cat([q_sample(x0, a.expand(len(x0)).to(x0.dtype), noise) for a in alpha_bar])
 
 
