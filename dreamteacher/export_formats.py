@@ -425,6 +425,7 @@ def _smp_names(student: Student) -> dict[str, str] | None:
 
 
 def _onnx(student: Student) -> Layout:
+    free = f"multiples of {student.grid.stride}" if student.grid else "all three free"
     outputs = "\n".join(
         f"| `{spec.name}` | batch x {spec.channels} x height/{spec.stride} x width/{spec.stride} |"
         for spec in student.specs
@@ -443,6 +444,6 @@ print([m.shape for m in maps], vectors.shape)
 
 | name | shape |
 | --- | --- |
-| `images` (input) | batch x 3 x height x width, all three free |
+| `images` (input) | batch x 3 x height x width, {free} |
 {outputs}"""
     return Layout({}, "onnxruntime numpy", snippet, notes, "onnx")

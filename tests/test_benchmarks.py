@@ -234,6 +234,30 @@ def test_stylegan2_benchmark_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_vit_benchmark_runs(tmp_path, monkeypatch):
+    from test_docs import classes, masked
+
+    from dreamteacher.downstream.finetune import FinetuneConfig
+    from dreamteacher.downstream.segmentation import SegmentConfig
+
+    for config in (FinetuneConfig, SegmentConfig):
+        monkeypatch.setitem(config.__init__.__kwdefaults__, "steps", 2)
+    classes(tmp_path / "train", ("NORMAL", "PNEUMONIA"), 24)
+    classes(tmp_path / "test", ("NORMAL", "PNEUMONIA"), 8, first=100)
+    masked(tmp_path / "test" / "NORMAL", tmp_path / "masks" / "test" / "NORMAL", 8)
+    run(
+        BENCHMARKS / "vit" / "run.py", "--images", str(tmp_path), "--out", str(tmp_path / "out"), "--seeds", "0",
+        "--labels", "2", "--masks", "3", monkeypatch=monkeypatch,
+    )  # fmt: skip
+    rows = read_rows(tmp_path / "out" / "results.jsonl")
+    tasks = {row["task"] for row in rows if row["method"] == "DreamTeacher"}
+    assert tasks == {"knn", "linear", "finetune", "segment-frozen", "segment-finetune"}
+    assert {row["method"] for row in rows if row["student"] == "vit_demo_patch8_token_64"} == {
+        "random init, class token", "DreamTeacher, class token"
+    }  # fmt: skip
+
+
+@pytest.mark.slow
 def test_dsb2018_benchmark_runs(tmp_path, monkeypatch, capsys):
     from test_detection import save_folder
 

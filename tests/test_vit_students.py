@@ -361,6 +361,21 @@ def test_a_mixed_run_keeps_its_pyramid(config: PretrainConfig, tmp_path: Path, i
         assert model(images()).shape == (2, 2, 64, 96)
 
 
+@pytest.mark.slow
+def test_onnx_takes_sides_that_the_stride_divides(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from dreamteacher.export_onnx import write_onnx
+
+    student, file = create_student("test_vit").eval(), tmp_path / "model.onnx"
+    write_onnx(student, file)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    x = images((80, 48), batch=3)
+    (found,) = session.run(None, {"images": x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), student(x)[0], rtol=1e-3, atol=1e-4)
+
+
 # --- networks with windows ----------------------------------------------------------------------------------
 
 

@@ -79,7 +79,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     segments = split_masks(load_labelled(lungs, masks, (64, 64), binary=True))
     everything = EvaluateConfig(
         student=MEAN, train=train, test=test, images=lungs, masks=masks, binary_masks=True, size=(64, 64),
-        labels=(10, 50), mask_counts=(10,), seeds=demo.seeds,
+        labels=tuple(args.labels), mask_counts=tuple(args.masks), seeds=demo.seeds,
         tasks=("knn", "linear", "finetune", "segment-frozen", "segment-finetune"),
     )  # fmt: skip
     frozen = replace(everything, tasks=("knn", "linear"))
@@ -103,6 +103,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--lr", type=float, default=1e-3, help="peak; the demo's ResNet-18 takes 4e-3")
     parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; the demo: 0, none")
+    parser.add_argument("--labels", type=int, nargs="+", default=[10, 50])
+    parser.add_argument("--masks", type=int, nargs="+", default=[10])
     parser.add_argument("--only-pretrain", action="store_true")
     args = parser.parse_args()
     found = list(rows(args))
