@@ -71,7 +71,7 @@ VERBS = {
 }  # fmt: skip
 
 TOGETHER = ("pretrain", "train-teacher", "demo", "make-features")  # with torchrun
-_DISK = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EPERM)
+_DISK = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENXIO, errno.ENODEV)
 
 HELP = """usage: dreamteacher VERB [--setting value ...]
 

@@ -90,9 +90,9 @@ def from_json(cls: type[T], values: dict[str, Any]) -> T:
         try:
             typed[key] = _typed(hints[key], value)
         except (TypeError, ValueError, OverflowError):
-            raise UserError(
-                f"{cls.__name__}: '{key}' cannot be {str(value)[:40]!r}.", "Mend or restore the file."
-            ) from None
+            words = typing.get_args(hints[key]) if typing.get_origin(hints[key]) is typing.Literal else ()
+            way = f"It is one of: {', '.join(map(str, words))}." if words else "Mend or restore the file."
+            raise UserError(f"{cls.__name__}: '{key}' cannot be {str(value)[:40]!r}.", way) from None
     return cls(**typed)
 
 

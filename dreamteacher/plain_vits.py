@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
-from timm.models import Eva, VisionTransformer, is_model_in_modules
 from torch import Tensor, nn
 
 # timm modules whose networks are made for one image size, and take any with a setting that changes no weight.
@@ -34,6 +33,8 @@ def size_settings(name: str) -> dict[str, Any]:
         >>> size_settings("vit_tiny_patch16_224"), size_settings("resnet18")
         ({'dynamic_img_size': True}, {})
     """
+    from timm.models import is_model_in_modules
+
     if is_model_in_modules(name, PLAIN_MODULES):
         return {"dynamic_img_size": True}
     return {"strict_img_size": False} if is_model_in_modules(name, SWIN_MODULES) else {}
@@ -52,6 +53,8 @@ def rebuilt_with(name: str, model: Any) -> dict[str, Any]:
 
 def grid_of(model: nn.Module) -> Grid | None:
     """How a plain ViT sees an image; None for every other network (one with several levels, or other tokens)."""
+    from timm.models import Eva, VisionTransformer
+
     if not isinstance(model, VisionTransformer | Eva):
         return None
     info: Any = model.feature_info

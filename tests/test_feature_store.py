@@ -742,7 +742,9 @@ def test_a_large_store_is_hashed_in_part_and_elsewhere_noise_cannot_be_drawn(ask
 def manifest(tmp_path_factory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("manifest")
     level = Level(name="s4", channels=20, stride=4, height=5, width=7, kept=6, storage="int8")
-    text = manifest_text(plan_of((level,), t=(50, 150)), "b" * 64, [("a" * 64, 100), ("c" * 64, 50)])
+    plan = plan_of((level,), t=(50, 150))
+    basis = "b" * 64 if plan.projected else None
+    text = manifest_text(plan, basis, [("a" * 64, 100_000 + i) for i in range(plan.shards)])
     (folder / MANIFEST).write_text(text)
     return folder, text
 
