@@ -12,10 +12,12 @@ from test_benchmarks import BENCHMARKS, run
 from test_docs import classes
 
 from dreamteacher import compiled
+from dreamteacher.teachers.diffusion import DiffusionTeacher
 
 GPU = BENCHMARKS / "gpu"
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's compiler
 @pytest.mark.slow
 def test_speed_runs(tmp_path, monkeypatch, capsys):
     out = tmp_path / "speed.csv"
@@ -37,6 +39,7 @@ def test_speed_runs(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_train_runs(tmp_path, monkeypatch):
+    monkeypatch.setitem(DiffusionTeacher.__init__.__kwdefaults__, "sampling_steps", 2)
     classes(tmp_path / "train", ("cat", "dog"), 8)
     classes(tmp_path / "test", ("cat", "dog"), 4, first=100)
     run(
