@@ -304,9 +304,9 @@ def _weigh(stream: IO[bytes]) -> None:
     Raises:
         ValueError: for a tuple of more than _MOST_VALUES, counted with all that is in it, or a bytearray.
     """
-    stack: list[Any] = []
-    marks: list[Any] = []
-    memo: dict[Any, Any] = {}
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: dict[int, int] = {}
     for code, argument, _ in pickletools.genops(stream):
         if "bytearray" in str(argument).lower():
             raise ValueError("it asks for a bytearray")
