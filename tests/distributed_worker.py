@@ -37,7 +37,7 @@ from dreamteacher.teachers.train_stylegan2 import StyleGan2Preset
 # Strides 2 to 32 as in cpu-64, in a network that takes milliseconds.
 TINY = DiffusionPreset(
     channels=(8, 8, 8, 8, 8), layers=1, attention=(4,), head=8, patch=2, groups=4, resample=False,
-    dropout=0.0, size=(64, 64), batch_size=8, lr=1e-3, steps=3, ema=0.8, timestep=100,
+    dropout=0.0, size=(64, 64), batch_size=8, lr=1e-4, steps=3, ema=0.8, timestep=100,
 )  # fmt: skip
 TINY_GAN = StyleGan2Preset(
     channels=(16, 16, 16), z_dim=8, w_dim=8, mapping_layers=2, size=(16, 16), batch_size=8, lr=1e-3,

@@ -98,10 +98,10 @@ def main() -> None:
             continue
         begin = time.perf_counter()
         runs, facts = students(args, kind, images)
-        rows = evaluate_student(
+        rows = list(evaluate_student(
             lambda seed, runs=runs: create_student(args.student, init=str(runs[seed])), evaluation,
             method=kind, classification=classification,
-        )  # fmt: skip
+        ))  # fmt: skip
         print(f"{kind}: {time.perf_counter() - begin:.0f} s", flush=True)
         checkpoint.write_text(done, "".join(json.dumps(row | facts) + "\n" for row in rows))
     if args.out:
