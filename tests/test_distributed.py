@@ -19,6 +19,7 @@ from typing import Any
 import distributed_worker
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from dreamteacher import checkpoint, cli, data, feature_dataset
@@ -217,7 +218,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, tiny_teac
             shutil.copytree(image_folder / name, xrays / part / new)
             for path in list((xrays / part / new).iterdir()):
                 shutil.copy(path, path.with_name(f"again-{path.name}"))
-    shutil.copytree(xrays / "test" / "NORMAL", xrays / "masks" / "test" / "NORMAL")
+    masks = xrays / "masks" / "test" / "NORMAL"
+    masks.mkdir(parents=True)
+    for path in (xrays / "test" / "NORMAL").iterdir():
+        with Image.open(path) as image:
+            mask = Image.new("L", image.size)
+        mask.paste(255, (0, 0, mask.width // 2, mask.height))
+        mask.save((masks / path.name).with_suffix(".png"))
     demo = ["--images", str(xrays), "--out", str(root / "demo"), "--teacher", str(tiny_teacher)]
     demo += [
         "--student",
