@@ -128,7 +128,8 @@ def test_layouts_are_streamed(
 
 
 def test_presets_are_the_papers() -> None:
-    expected = {"ade20k": 160_000, "cityscapes": 80_000, "bdd100k": 80_000}
+    expected = {"ade20k": 160_000, "cityscapes": 80_000, "cityscapes-fractions": 20_000}
+    expected["bdd100k"] = 80_000
     assert {name: config.steps for name, config in semantic.PRESETS.items()} == expected
     for config in semantic.PRESETS.values():
         assert (config.optimizer, config.lr, config.power, config.width) == ("sgd", 0.01, 0.9, 512)
