@@ -162,18 +162,23 @@ def transfer_table(path: Path) -> str:
     head = ["", "labels", *methods, "over random", "over the best other", "says", "seeds", "status"]
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for (task, name, labels), found in values.items():
-        stats = {m: (statistics.mean(v), statistics.stdev(v)) for m, v in found.items()}
+        stats = {m: (statistics.mean(v), statistics.stdev(v)) for m, v in found.items() if len(v) > 1}
         best = max(stats, key=lambda m: stats[m][0])
-        cells = [f"{stats[m][0]:.3f} ± {stats[m][1]:.3f}" if m in stats else "not run" for m in methods]
+        cells = [
+            f"{stats[m][0]:.3f} ± {stats[m][1]:.3f}" if m in stats
+            else f"{found[m][0]:.3f} (one seed)" if m in found
+            else "not run"
+            for m in methods
+        ]  # fmt: skip
         cells[methods.index(best)] = f"**{cells[methods.index(best)]}**"
         other = max((m for m in stats if m in SELF_SUPERVISED), key=lambda m: stats[m][0], default=None)
         gains = [_ahead(stats, m) for m in ("random init", other)]
         unit = "per class" if task in ("linear", "finetune") else "images"
         amount = "all" if labels in ("", "None") else f"{labels} {unit}"
         apart = gains[1][1] if other else gains[0][1]
-        says = "too little to tell" if abs(apart) < 2 else "ahead" if apart > 0 else "behind"
+        says = "ahead" if apart >= 2 else "behind" if apart <= -2 else "too little to tell"
         shown = [f"{g:+.3f} ({d:+.1f} dev.)" for g, d in gains]
-        seeds = min(len(v) for v in found.values())
+        seeds = max(len(v) for v in found.values())
         lines.append(
             f"| {name} | {amount} | {' | '.join([*cells, *shown, says, str(seeds), 'smaller-scale'])} |"
         )
@@ -182,7 +187,7 @@ def transfer_table(path: Path) -> str:
 
 def _ahead(stats: dict[str, tuple[float, float]], method: str | None) -> tuple[float, float]:
     """DreamTeacher's mean less a method's, and that in deviations."""
-    if method is None:
+    if method not in stats or "DreamTeacher" not in stats:
         return float("nan"), float("nan")
     (ours, own), (theirs, spread) = stats["DreamTeacher"], stats[method]
     return ours - theirs, (ours - theirs) / max(own, spread, 1e-9)

@@ -314,11 +314,12 @@ def test_transfer_table_against_a_hand_calculation(tmp_path):
         for s, v in enumerate(pair)
         for metric in ("box_ap", "ap50")
     ]
+    lines.append("MoCo v2,r,detect,box_ap,0.9,20,0,1,0,smaller-scale\n")  # one seed: shown, not compared with
     path.write_text(head + "".join(lines) + "BYOL,r,,,,,0,,,not run: no lightly\n")
     line, why = runpy.run_path(str(BENCHMARKS / "tables.py"))["transfer_table"](path).splitlines()[2::2]
     # Deviations: sqrt(2)/10, 0.02 sqrt(2), 0.03 sqrt(2); 0.53 - 0.2 and 0.53 - 0.42 in the larger of both.
     assert line == (
-        "| Mask R-CNN, box AP | 20 images | 0.200 ± 0.141 | 0.420 ± 0.028 | **0.530 ± 0.042** | +0.330 (+2.3 dev.) | "
+        "| Mask R-CNN, box AP | 20 images | 0.200 ± 0.141 | 0.420 ± 0.028 | **0.530 ± 0.042** | 0.900 (one seed) | +0.330 (+2.3 dev.) | "
         "+0.110 (+2.6 dev.) | ahead | 2 | smaller-scale |"
     )
     assert why == "BYOL: not run: no lightly"
