@@ -306,7 +306,7 @@ def _weigh(stream: IO[bytes]) -> None:
     """
     stack: list[int] = []
     marks: list[int] = []
-    memo: dict[int, int] = {}
+    memo: dict[Any, int] = {}
     for code, argument, _ in pickletools.genops(stream):
         if "bytearray" in str(argument).lower():
             raise ValueError("it asks for a bytearray")
