@@ -31,6 +31,7 @@ from dreamteacher.pretrain import PretrainConfig, pretrain
 from dreamteacher.rundir import read_rows
 from dreamteacher.teachers import load_teacher
 from dreamteacher.teachers.augment import augment
+from dreamteacher.teachers.in_parts import InParts
 from dreamteacher.teachers.module import ModuleTeacher
 from dreamteacher.teachers.train import PRESETS, TrainTeacherConfig, train_teacher
 
@@ -108,6 +109,26 @@ def test_functions_of_the_user_that_draw_with_torch_see_the_whole_batch():
     torch.testing.assert_close(
         together([teacher.sample(2, generator=Draws("cpu", 2, s))[1][0] for s in HALVES]), made
     )
+
+
+@pytest.mark.parametrize("family", ["diffusion", "module"])
+def test_a_process_whose_teacher_sees_parts_draws_its_rows_of_the_whole_batch(family, tiny_teacher):
+    if family == "diffusion":
+        teacher, size = load_teacher(str(tiny_teacher), timesteps=(100, 50)), 64
+    else:
+        net, size = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, stride=4, padding=1)), 16
+        teacher = ModuleTeacher(
+            net, name="mine", size=(16, 16), levels={4: "0"}, encode=lambda x, g: x + torch.randn(x.shape, generator=g)
+        )  # fmt: skip
+    images = torch.rand(6, 3, size, size, generator=torch.Generator().manual_seed(0))
+    for share in HALVES:
+        mine = images[share.rows]
+        whole = teacher.encode(mine, generator=Draws("cpu", 1, share))
+        other = teacher.encode(mine, generator=Draws("cpu", 2, share))
+        parts = InParts(teacher, 2).encode(mine, generator=Draws("cpu", 1, share))
+        for a, b, c in zip(whole, parts, other, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(c, a, rtol=1e-2, atol=1e-3)  # the noise is seen
 
 
 def test_augmentation_disturbs_the_same_images_alike():

@@ -17,15 +17,14 @@ import argparse
 import csv
 import os
 import platform
+import runpy
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torchvision.transforms.v2.functional import to_pil_image
 
 from dreamteacher import __version__, data, feature_dataset
 from dreamteacher.distributed import ALONE, Share, pick_device, resolve_precision
@@ -36,6 +35,8 @@ from dreamteacher.rundir import Progress
 from dreamteacher.students import create_student
 from dreamteacher.teachers import load_teacher
 
+# Real files of random pixels, decoded as a user's are.
+noise_images = runpy.run_path(str(Path(__file__).parent.parent / "step" / "run.py"))["noise_images"]
 KINDS = ("alone", "apart", "together", "local")
 
 
@@ -153,16 +154,6 @@ def report(
             writer = csv.DictWriter(file, row)
             writer.writeheader()
             writer.writerow(row)
-
-
-def noise_images(size: tuple[int, int], count: int) -> data.ImageSet:
-    """Real files of random pixels, decoded as a user's are."""
-    generator = torch.Generator().manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(count):
-            pixels = torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8)
-            to_pil_image(pixels).save(Path(folder) / f"{i}.png")
-        return data.load_images(Path(folder), size)
 
 
 if __name__ == "__main__":
