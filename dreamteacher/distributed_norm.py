@@ -18,45 +18,40 @@ class _Normalise(torch.autograd.Function):
     """Batch normalisation of N x C x H x W with the moments of all processes' rows; also returns them.
 
     With x^ = (x - m) / s, of n values a channel, and d the gradient of the output:
-    dx = w / s (d - mean(d) - x^ mean(d x^)). The means are over all processes; the gradients of weight and bias are
-    of these rows, to be averaged as all others are. One exchange of a few numbers a channel in each direction.
+    dx = w / s (d - mean(d) - x^ mean(d x^)). The means are over all processes, which have as many rows each; the
+    gradients of weight and bias are of these rows, to be averaged as all others are. One exchange of two numbers a
+    channel in each direction, in float64.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
-        mine = torch.cat(
-            [mean.double(), variance.double(), mean.new_tensor([x.numel() / x.shape[1]]).double()]
-        )
-        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, mine, group)
-        table, channels = torch.stack(parts), x.shape[1]
-        counts = table[:, -1:]
-        count = counts.sum()
-        means, variances = table[:, :channels], table[:, channels:-1]
-        whole = (means * counts).sum(0) / count
-        spread = ((variances + (means - whole).square()) * counts).sum(0) / count
-        m, v = whole.to(x.dtype), spread.to(x.dtype)
-        ctx.save_for_backward(x, weight, m, v, count)
-        ctx.eps, ctx.group = eps, group
-        return F.batch_norm(x, m, v, weight, bias, training=False, eps=eps), m, v, count
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = x.to(weight.dtype)  # of bfloat16, as the moments would be rounded to it
+        mean, variance = torch.batch_norm_update_stats(wide, None, None, 0.0)
+        moments = torch.stack([mean, variance]).double()
+        moments[1] += moments[0].square()
+        ranks = dist.get_world_size(group)
+        dist.all_reduce(moments, group=group)
+        m, second = moments / ranks
+        v = (second - m.square()).clamp(min=0).to(weight.dtype)
+        m = m.to(weight.dtype)
+        ctx.save_for_backward(x, weight, m, v)
+        ctx.eps, ctx.group, ctx.count = eps, group, ranks * x.numel() // x.shape[1]
+        return F.batch_norm(x, m, v, weight, bias, training=False, eps=eps), m, v
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, variance, count = ctx.saved_tensors
+        x, weight, mean, variance = ctx.saved_tensors
         local, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
             gradients[0], x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
         )
         sums = torch.stack([d_bias, d_weight]).double()
         dist.all_reduce(sums, group=ctx.group)
-        d_mean, dx_mean = (sums / count).to(x.dtype)
-        scale = (variance + ctx.eps).rsqrt()
-        slope = weight * scale.square() * dx_mean
-        offset = weight * scale * d_mean - slope * mean
-        dx = local.addcmul_(x, -slope.view(1, -1, 1, 1)).sub_(offset.view(1, -1, 1, 1))
-        return dx, d_weight, d_bias, None, None
+        d_mean, dx_mean = (sums / ctx.count).to(weight.dtype)
+        scale = weight * (variance + ctx.eps).rsqrt()
+        others = F.batch_norm(x, mean, variance, scale * dx_mean, scale * d_mean, training=False, eps=ctx.eps)
+        return local.sub_(others), d_weight, d_bias, None, None
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
@@ -70,14 +65,16 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
-        weight = torch.ones_like(x[0, :, 0, 0]) if self.weight is None else self.weight
-        bias = torch.zeros_like(weight) if self.bias is None else self.bias
-        with torch.autocast(x.device.type, enabled=False):
-            y, mean, variance, count = _Normalise.apply(x, weight, bias, self.eps, self.group)
+        weight, bias = self.weight, self.bias
+        if weight is None:
+            weight = input.new_ones(input.shape[1], dtype=torch.promote_types(input.dtype, torch.float32))
+            bias = torch.zeros_like(weight)
+        with torch.autocast(input.device.type, enabled=False):
+            y, mean, variance = _Normalise.apply(input, weight, bias, self.eps, self.group)
         if self.running_mean is not None and self.running_var is not None:
+            count = dist.get_world_size(self.group) * input.numel() // input.shape[1]
             self._keep(mean, variance * (count / (count - 1)))
-        return y.to(input.dtype)
+        return y
 
     @torch.no_grad()
     def _keep(self, mean: Tensor, variance: Tensor) -> None:
