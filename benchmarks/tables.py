@@ -356,6 +356,19 @@ def unless_missing(make: Callable[[Path], str], path: Path) -> str:
     )
 
 
+def distributed_table(path: Path) -> str:
+    lines = ["| student | teacher | processes | images of each | a step alone, ms | at once, ms | together, ms | speed kept | "
+             "with local BatchNorm | status |", "| --- " * 10 + "|"]  # fmt: skip
+    for r in rows(path):
+        spread = r["apart_over_together_quartiles"].replace(" ", " to ")
+        lines.append(
+            f"| {r['student']} | {r['teacher']} | {r['processes']} | {r['images_per_process']} | {r['alone_ms']} | "
+            f"{r['apart_ms']} | {r['together_ms']} | **{r['apart_over_together']}** ({spread}) | "
+            f"{r['apart_over_local']} | {status(r, float(r['apart_over_together']) >= 0.95)} |"
+        )
+    return "\n".join(lines)
+
+
 def gpu_speed_table(folder: Path) -> str:
     """What `speed.py` wrote; its configurations that no CSV has are *not run*."""
     lines = [
@@ -402,6 +415,7 @@ TABLES = {
     "features_accuracy": lambda: unless_missing(accuracy_table, HERE / "features" / "accuracy.csv"),
     "startup": lambda: unless_missing(startup_table, HERE / "startup" / "startup.csv"),
     "loading": lambda: unless_missing(loading_table, HERE / "loading" / "loading.csv"),
+    "distributed": lambda: unless_missing(distributed_table, HERE / "distributed" / "distributed.csv"),
     **PLAN["TEXTS"],
     "gpu_speed": lambda: gpu_speed_table(HERE / "gpu"),
     "gpu_train": lambda: gpu_train_table(HERE / "gpu" / "results.csv"),

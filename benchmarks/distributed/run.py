@@ -6,9 +6,13 @@ the same images and networks; in all of them a process has --batch-size images a
   apart    - all work at once, each on a run of its own, and exchange nothing: what the cores share anyway (memory)
   together - all work on one run: gradients averaged, BatchNorm over the images of all
   local    - together, but with --batch-norm local: gradients alone are exchanged
-The claim is the median over rounds of apart / together: the speed per process that is left by exchanging and waiting.
+The claim is the median over rounds of apart / together, target 0.95: the speed per process that is left by exchanging
+and waiting. What is exchanged depends on the student alone, so the share of it falls with the images of a process and
+with what the teacher costs. A teacher is a name or folder, or a network of `benchmarks/teachers` with random weights.
 
     torchrun --nproc-per-node 2 benchmarks/distributed/run.py --out benchmarks/distributed/distributed.csv
+    torchrun --nproc-per-node 2 benchmarks/distributed/run.py --teacher ADM-256 --student resnet50 --width 256 \
+        --batch-size 4 --rounds 4 --steps 1 --warm 1 --append --out benchmarks/distributed/distributed.csv
 """
 
 from __future__ import annotations
@@ -34,30 +38,39 @@ from dreamteacher.regressor import FeatureRegressor
 from dreamteacher.rundir import Progress
 from dreamteacher.students import create_student
 from dreamteacher.teachers import load_teacher
+from dreamteacher.teachers.base import Teacher
 
+BUSY = os.getloadavg()[0]  # of other processes: these have just begun
+BENCHMARKS = Path(__file__).parent.parent
 # Real files of random pixels, decoded as a user's are.
-noise_images = runpy.run_path(str(Path(__file__).parent.parent / "step" / "run.py"))["noise_images"]
+noise_images = runpy.run_path(str(BENCHMARKS / "step" / "run.py"))["noise_images"]
+NETWORKS = runpy.run_path(str(BENCHMARKS / "teachers" / "run.py"))["NETWORKS"]
 KINDS = ("alone", "apart", "together", "local")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--append", action="store_true", help="add a row to --out")
     parser.add_argument("--teacher", default="chest-xray-64")
     parser.add_argument("--student", default="resnet18")
     parser.add_argument("--batch-size", type=int, default=32, help="images of each process")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=2, help="steps of each kind in a round")
+    parser.add_argument("--warm", type=int, default=2, help="rounds before, not counted")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
 
     share = join(args.device)
     bound = bind(share)
     device = pick_device(args.device)
-    acts = {kind: stepper(kind, args, share, device) for kind in KINDS}
+    teacher = NETWORKS[args.teacher][1](256) if args.teacher in NETWORKS else load_teacher(args.teacher)
+    teacher.keep_only("encode")
+    teacher.to(device)
+    acts = {kind: stepper(kind, args, share, teacher) for kind in KINDS}
     times: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
-    for round_ in range(args.rounds + 2):
+    for round_ in range(args.rounds + args.warm):
         for kind, act in acts.items():
             if share.ranks > 1:
                 torch.distributed.barrier()  # all begin at once
@@ -67,7 +80,7 @@ def main() -> None:
             else:
                 work(act, args.steps, device)
             seconds = (time.perf_counter() - begin) / args.steps
-            if round_ >= 2:  # the first two warm up
+            if round_ >= args.warm:
                 times[kind].append([float(t) for t in gathered(str(seconds))])
     if share.first:
         report(args, share, device, bound, times)
@@ -92,14 +105,14 @@ def bind(share: Share) -> str:
     return f"{share.ranks} of {len(cores)} cores, one each"
 
 
-def stepper(kind: str, args: argparse.Namespace, share: Share, device: torch.device) -> Callable[[], None]:
+def stepper(kind: str, args: argparse.Namespace, share: Share, teacher: Teacher) -> Callable[[], None]:
     """One pretraining step after the other, of this kind."""
     who = share if kind in ("together", "local") else ALONE
     config = PretrainConfig(
         images=Path("-"), out=Path("-"), teacher=args.teacher, student=args.student, width=args.width,
         batch_size=args.batch_size * who.ranks, batch_norm="local" if kind == "local" else "global",
     )  # fmt: skip
-    teacher = load_teacher(args.teacher, device=device)
+    device = next(teacher.parameters()).device
     student = create_student(args.student).to(device)
     regressor = FeatureRegressor(student.specs, teacher.specs, width=args.width).to(device)
     training = Training(config, student, regressor, steps=10**6, share=who)
@@ -143,16 +156,17 @@ def report(
     row |= {
         "rounds": args.rounds, "steps": args.steps, "device": str(device.type), "cores": bound,
         "precision": str(resolve_precision(device, "auto")).removeprefix("torch."), "torch": torch.__version__,
-        "version": __version__, "machine": platform.machine(),
+        "version": __version__, "machine": platform.machine(), "load": f"{BUSY:.2f}",
         "command": f"torchrun --nproc-per-node {share.ranks} benchmarks/distributed/run.py "
         + " ".join(sys.argv[1:]),
     }  # fmt: skip
     for key, value in row.items():
         print(f"{key:30} {value}")
     if args.out:
-        with open(args.out, "w", newline="") as file:
+        with open(args.out, "a" if args.append else "w", newline="") as file:
             writer = csv.DictWriter(file, row)
-            writer.writeheader()
+            if not args.append:
+                writer.writeheader()
             writer.writerow(row)
 
 
