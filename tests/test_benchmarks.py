@@ -257,32 +257,6 @@ def test_vit_benchmark_runs(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
-@pytest.mark.slow
-def test_dsb2018_benchmark_runs(tmp_path, monkeypatch, capsys):
-    from test_detection import save_folder
-
-    from dreamteacher.students import create_student
-
-    images, instances = save_folder(tmp_path, 0, 1, 2, 4)
-    weights = {
-        k.removeprefix("model."): v.contiguous()
-        for k, v in create_student("test_resnet").state_dict().items()
-    }
-    save_file(weights, tmp_path / "mine.safetensors")
-    run(
-        BENCHMARKS / "dsb2018" / "run.py", "--images", str(images), "--instances", str(instances), "--init",
-        "random", str(tmp_path / "mine.safetensors"), "--student", "test_resnet", "--labels", "2", "--test", "2",
-        "--steps", "1", "--size", "64", "--width", "8", "--seeds", "0", "1", "--device", "cpu", "--out",
-        str(tmp_path / "out"), monkeypatch=monkeypatch,
-    )  # fmt: skip
-    rows = read_rows(tmp_path / "out" / "results.jsonl")
-    assert [(r["method"], r["seed"]) for r in rows[::6]] == [
-        (method, seed) for method in ("random init", "mine.safetensors") for seed in (0, 1)
-    ]
-    assert {(r["task"], r["labels"]) for r in rows} == {("detect", 2)}
-    assert "detect, 2 images, mask_ap" in capsys.readouterr().out
-
-
 def test_documents_show_what_the_benchmarks_hold(monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run(BENCHMARKS / "tables.py", "--check", monkeypatch=monkeypatch)
