@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
 
 from dreamteacher.rundir import read_rows
 
