@@ -54,12 +54,17 @@ def launched() -> Share:
     return Share(int(os.environ.get("RANK", "0")), ranks) if ranks > 1 else ALONE
 
 
-def check_batch(what: str, batch: int, share: Share) -> None:
-    """Raises UserError when a batch (or a part of one) cannot be split evenly over the processes."""
-    if batch % share.ranks:
+def check_batch(what: str, batch: int, share: Share, *, together: int = 1) -> None:
+    """Raises UserError when a batch (or a part of one) cannot be split evenly over the processes.
+
+    Args:
+        together: images that belong in one process, such as those of a group; one process alone may leave a rest.
+    """
+    if share.ranks > 1 and batch % (together * share.ranks):
         raise UserError(
-            f"{what} has {batch} images, which {share.ranks} processes cannot share evenly.",
-            f"Use a multiple of {share.ranks}, or another number of processes.",
+            f"{what} has {batch} images, which {share.ranks} processes cannot share evenly"
+            + (f" in groups of {together}." if together > 1 else "."),
+            f"Use a multiple of {together * share.ranks}, or another number of processes.",
         )
 
 
@@ -136,13 +141,18 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def resolve_precision(device: torch.device, precision: Precision) -> torch.dtype:
-    """The dtype of matrix products: bfloat16 where the hardware computes it natively, else float32."""
+    """The dtype of matrix products: bfloat16 where the hardware computes it natively, else float32.
+
+    Convolutions in float32 are left as torch has them: on a GPU in TF32, unless a program switches that off with
+    `torch.backends.cudnn.allow_tf32 = False`.
+    """
     if precision == "float32":
         return torch.float32
     if precision == "bfloat16":
         return torch.bfloat16
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        native = torch.cuda.get_device_properties(device).major >= 8  # older ones emulate it, slowly
+        return torch.bfloat16 if native else torch.float32
     if device.type == "cpu" and _cpu_flag("avx512_bf16"):
         return torch.bfloat16
     return torch.float32

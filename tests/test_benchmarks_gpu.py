@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import runpy
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from test_benchmarks import BENCHMARKS, run
 from test_docs import classes
 
@@ -31,10 +35,60 @@ def test_speed_runs(tmp_path, monkeypatch, capsys):
         rate = 2e-3 * float(row["gmacs"]) * float(row["images_per_s"])
         assert rate == pytest.approx(float(row["tflops"]), rel=0.05)
         assert rate / float(row["matmul_tflops"]) == pytest.approx(float(row["share"]), rel=0.1, abs=1e-3)
-    arguments = "--tiny", "--one", "VAE, TAESD", "2", "off"
+    out.write_text(out.read_text().replace("measured", "failed: no compiler", 1))
+    before = out.read_text().splitlines()[2]
+    run(GPU / "speed.py", "--tiny", "--out", str(out), monkeypatch=monkeypatch)
+    assert out.read_text().splitlines()[2] == before  # kept; what failed is measured again, in its place
+    assert next(csv.DictReader(out.read_text().splitlines()))["status"] == "measured"
+    assert capsys.readouterr().out.splitlines()[-1] == "0 rows are left."
+    arguments = "--tiny", "--one", "VAE, TAESD", "5", "off"
     capsys.readouterr()
     run(GPU / "speed.py", *arguments, monkeypatch=monkeypatch)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["gmacs"] == encoded["gmacs"]
+
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler found")
+
+    monkeypatch.setattr(compiled, "BACKEND", broken)
+    speed = runpy.run_path(str(GPU / "speed.py"))
+    args = argparse.Namespace(size=32, student="test_resnet", width=8, precision="float32", device="cpu")
+    status = speed["measure"]("VAE, TAESD", 2, "on", args)["status"]
+    assert status.startswith("failed: torch.compile fails here")
+    assert "no compiler found" in status
+
+
+def test_speed_stops_in_time_and_goes_on(tmp_path, monkeypatch, capsys):
+    """Processes that take four minutes each, one that never ends, one that breaks: three commands."""
+    clock, begun = [0.0], []
+    wanted = runpy.run_path(str(GPU / "configurations.py"))["CONFIGURATIONS"]
+
+    def process(command, *, capture_output, text, timeout):
+        one = tuple(command[command.index("--one") + 1 :][:3])
+        begun.append(one)
+        needs = 10**6 if one == names[1] else 240.0
+        clock[0] += min(needs, timeout)
+        if needs > timeout:
+            raise subprocess.TimeoutExpired(command, timeout)
+        if one == names[2]:
+            return subprocess.CompletedProcess(command, 1, "", "Traceback\nMemoryError: all of it")
+        row = {"teacher": one[0], "batch": one[1], "compile": one[2], "status": "measured", "step_ms": "1"}
+        return subprocess.CompletedProcess(command, 0, f"noise\n{json.dumps(row)}\n", "")
+
+    names = [(teacher, str(batch), compile) for teacher, batch, compile in wanted[:4]]
+    monkeypatch.setattr(subprocess, "run", process)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    out = tmp_path / "speed.csv"
+    for expected in ([0, 1], [1], [2, 3, 4]):
+        begun.clear()
+        start = clock[0]
+        run(GPU / "speed.py", "--out", str(out), monkeypatch=monkeypatch)
+        assert clock[0] - start <= 600
+        assert begun == [(t, str(b), c) for t, b, c in wanted][expected[0] : expected[-1] + 1]
+    assert capsys.readouterr().out.splitlines()[-1] == "9 rows are left. Run the same command again."
+    statuses = [row["status"] for row in csv.DictReader(out.read_text().splitlines())]
+    assert statuses == [
+        "measured", "failed: no end in 9.5 minutes", "failed: MemoryError: all of it", "measured",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -55,6 +109,35 @@ def test_train_runs(tmp_path, monkeypatch):
     assert facts["command"].startswith("python benchmarks/gpu/train.py --tiny")
     table = runpy.run_path(str(BENCHMARKS / "tables.py"))["gpu_train_table"](tmp_path / "results.csv")
     assert "| kNN accuracy, frozen | all |" in table
+
+
+def test_a_slow_teacher_gets_fewer_steps_and_says_so(tmp_path, monkeypatch, capsys):
+    """Steps of a second, two minutes: 120 of them, unless a training was begun with others."""
+    clock = [0.0]
+
+    class Slow:
+        def __init__(self, *_):
+            pass
+
+        def step(self, step, images):
+            clock[0] += 1.0
+            return {"loss": torch.zeros(())}
+
+    script = runpy.run_path(str(GPU / "train.py"))
+    steps = script["teacher_steps"]
+    monkeypatch.setitem(steps.__globals__, "DiffusionTrainee", Slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    args = argparse.Namespace(
+        out=tmp_path, preset="cpu-64", device="cpu", size=64, batch_size=2, teacher_steps=1500, teacher_minutes=2.0
+    )  # fmt: skip
+    assert steps(args) == 120
+    assert "A step takes 1000 ms: 120 of the 1500 steps fit in 2 minutes." in capsys.readouterr().out
+    args.teacher_minutes = 60
+    assert steps(args) == 1500
+    assert capsys.readouterr().out == ""
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.json").write_text('{"config": {"steps": 77}}')
+    assert steps(args) == 77
 
 
 def test_the_table_shows_what_was_measured_and_what_was_not(tmp_path):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dreamteacher import checkpoint, data
+from dreamteacher.distributed import Share
 from dreamteacher.errors import UserError
 from dreamteacher.rundir import RunDir, read_rows
 from dreamteacher.teachers import load_teacher, read_card, train, train_stylegan2
@@ -42,6 +43,8 @@ TINY = StyleGan2Preset(
     channels=(8, 8, 8, 8, 4, 4), z_dim=8, w_dim=8, mapping_layers=2, size=(64, 64), batch_size=8, lr=2.5e-3,
     gamma=0.1, half_life=100, ramp=0.5, ada_images=200, steps=10,
 )  # fmt: skip
+
+NORMS = {"grad_norm/g", "grad_norm/d", "grad_norm/r1"}
 
 
 @pytest.fixture(autouse=True)
@@ -347,7 +350,7 @@ def test_one_step_touches_what_it_should(image_folder: Path) -> None:
     with torch.no_grad():
         styles = trainee.g.mapping(latents)[:, 0]
     seen = trainee.step(0, images)
-    assert seen.keys() == {"loss/g", "loss/d", "real_sign", "r1"}
+    assert seen.keys() == {"loss/g", "loss/d", "real_sign", "r1", *NORMS}
     now = trainee.g.state_dict()
     moved = {k for k in now if not torch.equal(now[k], before[k])}
     assert {k for k in moved if k.endswith(("weight", "bias"))} >= {
@@ -374,8 +377,10 @@ def test_each_phase_has_its_own_gradient(image_folder: Path) -> None:
     real = (images[:, :1] * 2 - 1).contiguous(memory_format=torch.channels_last)
     weight = trainee.d.blocks[0].conv0.weight  # type: ignore[union-attr]
     (expected,) = torch.autograd.grad(r1_penalty(trainee.d, real) * 4.0, weight)  # 0.5 / 2 * 16
-    trainee._penalise(0, real)
+    seen = trainee._penalise(0, real)
     assert torch.allclose(weight.grad, expected, rtol=1e-4)  # type: ignore[arg-type]
+    squares = [p.grad.square().sum() for p in trainee.d.parameters() if p.grad is not None]
+    assert seen["grad_norm/r1"].item() == pytest.approx(sum(squares).sqrt().item(), rel=1e-5)  # type: ignore[union-attr]
     assert trainee.g.mapping.get_parameter("fc0.weight").grad is None
     before = weight.grad.clone()  # type: ignore[union-attr]
     trainee._step_generator(1)
@@ -430,7 +435,7 @@ def test_the_folder_is_a_teacher(config: TrainTeacherConfig) -> None:
     assert card["network"]["image_channels"] == 1  # the images are grey
     rows = read_rows(config.out / "metrics.jsonl")
     assert [set(row) for row in rows] == [
-        {"step", "images_seen", "loss/g", "loss/d", "real_sign", "r1"},
+        {"step", "images_seen", "loss/g", "loss/d", "real_sign", "r1", *NORMS},
         {"step", "images_seen", "logit/real", "logit/fake"},
     ]
     assert (rows[0]["step"], rows[0]["images_seen"]) == (10, 80)
@@ -554,6 +559,41 @@ def test_nan_stops_and_keeps_the_checkpoint(
     with pytest.raises(UserError, match="loss/d is nan at step 6"):
         train_teacher(config)
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "calls"),
+    [("generator_loss", "g", 4), ("discriminator_loss", "d", 4), ("r1_penalty", "r1", 1)],
+)
+def test_a_gradient_that_is_not_finite_is_never_saved(
+    config: TrainTeacherConfig, name: str, norm: str, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses are, in the very step that a checkpoint is written after."""
+    original, count = getattr(train_stylegan2, name), itertools.count(1)
+
+    def poisoned(*args: Tensor) -> Tensor:
+        loss = original(*args)
+        return loss + (loss * 0).sqrt() if next(count) == calls else loss
+
+    monkeypatch.setattr(train_stylegan2, name, poisoned)
+    with pytest.raises(UserError, match=f"grad_norm/{norm} is nan at step {calls}"):
+        train_teacher(config)
+    assert checkpoint.latest(config.out) is None
+
+
+def test_processes_share_a_gans_step_in_fours(
+    config: TrainTeacherConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten images of two processes would be compared in groups that one process does not make."""
+    dry = dataclasses.replace(config, dry_run=True)
+    train_teacher(dataclasses.replace(dry, batch_size=10))
+    monkeypatch.setattr(train, "join", lambda device: Share(0, 2))
+    monkeypatch.setattr(train, "agree", lambda *_: None)
+    for batch in (10, 12):
+        with pytest.raises(UserError, match=r"in groups of 4\.\nUse a multiple of 8"):
+            train_teacher(dataclasses.replace(dry, batch_size=batch))
+    train_teacher(dataclasses.replace(dry, batch_size=16))
+    train_teacher(dataclasses.replace(dry, preset="cpu-64", batch_size=10))
 
 
 class Elsewhere(Trainee):

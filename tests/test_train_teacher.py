@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -18,13 +19,15 @@ from safetensors.torch import load_file
 
 from dreamteacher import checkpoint, cli, data
 from dreamteacher.config import from_json, to_json
+from dreamteacher.distributed import Share
 from dreamteacher.errors import UserError
 from dreamteacher.pretrain import PretrainConfig, pretrain
 from dreamteacher.rundir import read_rows
 from dreamteacher.teachers import load_teacher, read_card, sha256, train_diffusion
 from dreamteacher.teachers.diffusion import DiffusionSpec, DiffusionTeacher, alphas_cumprod, build_unet
 from dreamteacher.teachers.train import PRESETS, TrainTeacherConfig, train_teacher
-from dreamteacher.teachers.train_diffusion import DiffusionPreset, epsilon_loss
+from dreamteacher.teachers.train_diffusion import DiffusionPreset, DiffusionTrainee, epsilon_loss
+from dreamteacher.teachers.trainee import Plan
 
 # Strides 2 to 32 as in cpu-64, in a network that takes milliseconds.
 TINY = DiffusionPreset(
@@ -200,19 +203,24 @@ def test_kill_and_resume_is_bitwise(config: TrainTeacherConfig) -> None:
     assert_equal(got, everything(config.out))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_and_exit_with_128_plus_n(
-    config: TrainTeacherConfig, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def signalled_at(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process gets a signal when it asks for the images of a step."""
     original = data.batches
 
     def signalled(*args, **kwargs):  # type: ignore[no-untyped-def]
         for batch in original(*args, **kwargs):
-            if batch.step == 5:
+            if batch.step == step:
                 os.kill(os.getpid(), number)
             yield batch
 
     monkeypatch.setattr(data, "batches", signalled)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_exit_with_128_plus_n(
+    config: TrainTeacherConfig, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signalled_at(5, number, monkeypatch)
     with pytest.raises(SystemExit) as stop:
         train_teacher(config)
     assert stop.value.code == 128 + number
@@ -309,6 +317,73 @@ def test_nan_stops_and_keeps_the_checkpoint(
 
     poisoned.calls = 0  # type: ignore[attr-defined]
     monkeypatch.setattr(train_diffusion, "epsilon_loss", poisoned)
-    with pytest.raises(UserError, match="nan at step 7"):
+    with pytest.raises(UserError, match=r"loss is nan at step 7\.\n.*The last checkpoint is from before"):
         train_teacher(config)
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 4)
+    poisoned.calls = 4  # type: ignore[attr-defined]
+    none = dataclasses.replace(config, out=config.out.with_name("none"))
+    with pytest.raises(UserError, match=r"loss is nan at step 3\.\n.*No checkpoint was written"):
+        train_teacher(none)
+    assert checkpoint.latest(none.out) is None
+
+
+@pytest.mark.parametrize("last", [4, 10])
+def test_a_gradient_that_is_not_finite_is_never_saved(
+    config: TrainTeacherConfig, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is, in the very step that a checkpoint, or the finished teacher, is written after."""
+    original, count = train_diffusion.epsilon_loss, itertools.count(1)
+
+    def poisoned(unet, x0, t, noise, alpha_bar):  # type: ignore[no-untyped-def]
+        loss = original(unet, x0, t, noise, alpha_bar)
+        return loss + (loss * 0).sqrt() if next(count) == last else loss
+
+    monkeypatch.setattr(train_diffusion, "epsilon_loss", poisoned)
+    with pytest.raises(UserError, match=f"grad_norm is nan at step {last}"):
+        train_teacher(config)
+    assert not (config.out / f"checkpoint-{last:08}.safetensors").exists()
+    assert not (config.out / "teacher.safetensors").exists()
+
+
+def test_dropout_depends_on_the_seed_the_step_and_the_process_alone(
+    config: TrainTeacherConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed it is bitwise the same, whatever torch's global generator did before."""
+    monkeypatch.setitem(PRESETS, "cpu-64", dataclasses.replace(TINY, dropout=0.5))
+    with torch.random.fork_rng(devices=[]):
+        whole = train_teacher(dataclasses.replace(config, out=config.out.with_name("whole")))
+        signalled_at(5, signal.SIGTERM, monkeypatch)
+        with pytest.raises(SystemExit):
+            train_teacher(config)
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        train_teacher(config)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert whole is not None
+    assert_equal(everything(whole), everything(config.out))
+
+    spec = train_diffusion.network_spec(PRESETS["cpu-64"], (64, 64), 1, "linear")  # type: ignore[arg-type]
+    images, found = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)), set()
+    monkeypatch.setattr(train_diffusion, "randint", lambda high, shape, *_, **__: torch.arange(*shape))
+    monkeypatch.setattr(train_diffusion, "randn", lambda shape, *_, **__: torch.ones(shape))
+    for share in (Share(0, 2), Share(1, 2), Share(1, 2)):
+        plan = Plan(seed=0, steps=9, batch_size=8, lr=1e-3, device=torch.device("cpu"), precision="float32")
+        trainee = DiffusionTrainee(PRESETS["cpu-64"], spec, plan)  # type: ignore[arg-type]
+        trainee.plan = dataclasses.replace(plan, share=share)
+        found.add(trainee.step(3, images)["loss"].item())
+    assert len(found) == 2
+
+
+def test_a_step_out_of_memory_says_what_to_do(
+    config: TrainTeacherConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hungry(self, step, images):  # type: ignore[no-untyped-def]
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nand more")
+
+    monkeypatch.setattr(DiffusionTrainee, "step", hungry)
+    arguments = ["--images", str(config.images), "--out", str(config.out), "--device", "cpu"]
+    assert cli.main(["train-teacher", *arguments]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert said[0].startswith("error: Steps of 8 images run out of memory: CUDA out of memory. Tried")
+    assert "smaller --batch-size" in said[1]

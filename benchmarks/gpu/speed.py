@@ -3,10 +3,13 @@
 For each configuration: whole optimizer steps (images from memory, teacher, student, regressor, losses, backward,
 optimizer) of a teacher of published width with random weights, which speed does not depend on, and a ResNet-50 at
 256 px. In the same process the rate of a large bfloat16 matrix product is measured; `share` is the step's own rate,
-GMACs x 2 x images/s, over it. GMACs are counted, forward and backward, on the first step. A process each, so that
+GMACs x 2 x images/s, over it. GMACs are counted, forward and backward, on a step of two images. A process each, so that
 memory and compiled code are its own; the time that compiling takes is a column and not part of the speed.
 
-    python benchmarks/gpu/speed.py --out benchmarks/gpu/speed.csv      # at most 10 minutes
+A command takes at most 10 minutes, and all rows take several: repeat it until it says that none is left. Rows that
+are in the file are kept, failed ones are tried again; delete the file to begin anew.
+
+    python benchmarks/gpu/speed.py --out benchmarks/gpu/speed.csv
     python benchmarks/gpu/speed.py --tiny --out /tmp/speed.csv         # the same code on any machine
 """
 
@@ -31,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dreamteacher import __version__, compiled, data, feature_dataset
 from dreamteacher.distributed import pick_device, resolve_precision
+from dreamteacher.errors import UserError
 from dreamteacher.pretrain import PretrainConfig, Training
 from dreamteacher.regressor import FeatureRegressor
 from dreamteacher.rundir import Progress
@@ -48,7 +52,7 @@ def main() -> None:
     parser.add_argument(
         "--tiny", action="store_true", help="small networks and images, in this process, on the CPU"
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="no configuration begins after that")
+    parser.add_argument("--minutes", type=float, default=9.5, help="what is not measured by then is left")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--student", default="resnet50")
     parser.add_argument("--width", type=int, default=256, help="channels of the regressor")
@@ -74,27 +78,54 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(args.one[0], int(args.one[1]), args.one[2], args)))
         return
-    begin, rows = time.monotonic(), []
-    for one in TINY if args.tiny else CONFIGURATIONS:
-        if time.monotonic() - begin > 60 * args.minutes:
-            print(f"No time left for {one}.")
-            continue
-        rows.append(measure(*one, args) if args.tiny else in_a_process(one, args))
-        print(rows[-1], flush=True)
+    end, wanted = time.monotonic() + 60 * args.minutes, TINY if args.tiny else CONFIGURATIONS
+    rows = read(args.out) if args.out else {}
+    failed = [one for one in wanted if one in rows and rows[one]["status"].startswith("failed")]
+    todo = [one for one in wanted if one not in rows] + failed
+    for one in todo:
+        left = end - time.monotonic()
+        if left <= 0:
+            break
+        row = measure(*one, args) if args.tiny else in_a_process(one, args, left)
+        if row is None and one is not todo[0]:
+            break  # it gets all of the next command's time
+        rows[one] = row or named(one, f"failed: no end in {args.minutes:g} minutes")
+        print(rows[one], flush=True)
         if args.out:
-            write(args.out, rows)
+            write(args.out, [rows[each] for each in wanted if each in rows])
+    missing = sum(one not in rows for one in wanted)
+    print(f"{missing} rows are left." + (" Run the same command again." if missing else ""))
 
 
-def in_a_process(one: tuple[str, int, str], args: argparse.Namespace) -> dict[str, Any]:
-    """The row of `one`; when its process fails, why: the others are still measured."""
+Wanted = tuple[str, int, str]  # teacher, images a step, torch.compile
+
+
+def read(path: Path) -> dict[Wanted, dict[str, Any]]:
+    """The rows that earlier commands have written."""
+    if not path.exists():
+        return {}
+    with open(path, newline="") as file:
+        return {(row["teacher"], int(row["batch"]), row["compile"]): row for row in csv.DictReader(file)}
+
+
+def named(one: Wanted, status: str) -> dict[str, Any]:
+    """A row without numbers."""
+    return {"teacher": one[0], "batch": one[1], "compile": one[2], "status": status}
+
+
+def in_a_process(one: Wanted, args: argparse.Namespace, left: float) -> dict[str, Any] | None:
+    """The row of `one`; when its process fails, why: the others are still measured. None: not in `left` seconds."""
     command = [sys.executable, __file__, "--one", *map(str, one)]
     for name in ("size", "student", "width", "matmul", "rounds", "steps", "precision", "device"):
         command += [f"--{name}", str(getattr(args, name))]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=left)
+    except subprocess.TimeoutExpired:
+        return None
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)
         last = (done.stderr.splitlines() or ["no message"])[-1][:120]
-        return {"teacher": one[0], "batch": one[1], "compile": one[2], "status": f"failed: {last}"}
+        return named(one, f"failed: {last}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -158,46 +189,50 @@ def measure(name: str, batch: int, compile: str, args: argparse.Namespace) -> di
         module.to(device)
     training = Training(config, student, regressor, steps=10**6)
     common = {"seed": 0, "device": device, "precision": args.precision}
-    if mode == "encode":
-        batches = data.batches(
-            random_images(4 * batch, args.size), batch_size=batch, seed=0, first_step=0, last_step=10**6, flip=True,
-            raw=True,
-        )  # fmt: skip
-        stream = feature_dataset.encoded(teacher, batches, **common)
-    else:
-        stream = feature_dataset.synthesized(
-            teacher, batch_size=batch, first_step=0, last_step=10**6, **common
+
+    def stream_of(size: int) -> feature_dataset.Stream:
+        steps = {"batch_size": size, "first_step": 0, "last_step": 10**6}
+        if mode == "sample":
+            return feature_dataset.synthesized(teacher, **steps, **common)
+        images = random_images(4 * size, args.size)
+        return feature_dataset.encoded(
+            teacher, data.batches(images, seed=0, flip=True, raw=True, **steps), **common
         )
+
     progress = Progress(10**6, 0, batch, "benchmark")
     row = {
         "teacher": name, "mode": mode, "size": args.size, "student": args.student, "batch": batch, "compile": compile,
         "status": "measured",
     }  # fmt: skip
 
-    def step() -> None:
+    def step(stream: feature_dataset.Stream) -> None:
         if training.step(0, stream, progress) is None:
             raise torch.OutOfMemoryError("a step")
 
     try:
+        few = stream_of(2)
         with FlopCounterMode(display=False) as counter:
-            step()
-        gmacs = counter.get_total_flops() / 2e9 / batch
+            step(few)
+        few.close()
+        gmacs = counter.get_total_flops() / 2e9 / 2
         wait(device)
-        begin = time.perf_counter()
+        stream, begin = stream_of(batch), time.perf_counter()
         if compile == "on":
             teacher.wrap_hot(partial(compiled.compiled, strict=True))
             training.compile()
-        step()
+        step(stream)
         wait(device)
         first = time.perf_counter() - begin
         for _ in range(2):
-            step()
+            step(stream)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        taken = seconds(lambda: [step() for _ in range(args.steps)], args.rounds, device) / args.steps
+        taken = seconds(lambda: [step(stream) for _ in range(args.steps)], args.rounds, device) / args.steps
         peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else float("nan")
     except torch.OutOfMemoryError:
         return row | {"status": "out of memory"}
+    except UserError as error:  # what cannot be compiled
+        return row | {"status": f"failed: {str(error).splitlines()[0]}"}
     best = matmul_rate(args.matmul, device)
     rate = gmacs * 2e9 * batch / taken / 1e12
     return row | {

@@ -49,14 +49,18 @@ SD_1: dict[str, Any] = {
 
 
 def random_weights(module: nn.Module) -> nn.Module:
-    """Memory for a network that was built on the meta device: uniform by fan-in, scales 1, the rest 0."""
-    generator = torch.Generator().manual_seed(0)
+    """Memory for a network that was built on the meta device: uniform by fan-in, scales 1, the rest 0.
+
+    A million numbers are drawn and repeated: drawing them all would take seconds.
+    """
+    drawn = torch.rand(2**20, generator=torch.Generator().manual_seed(0)) * 2 - 1
     module.to_empty(device="cpu")
     with torch.no_grad():
         for name, p in [*module.named_parameters(), *module.named_buffers()]:
             if p.ndim > 1:
                 bound = (3 / p[0].numel()) ** 0.5
-                p.uniform_(-bound, bound, generator=generator)
+                for part in p.view(-1).split(len(drawn)):
+                    torch.mul(drawn[: len(part)], bound, out=part)
             else:
                 p.fill_(float(name.endswith(("weight", "scale", "var"))))
     return module

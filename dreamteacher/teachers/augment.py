@@ -26,7 +26,7 @@ def augment(images: Tensor, p: Tensor, generator: torch.Generator) -> Tensor:
     brightness, contrast. Differentiable (once) in the images; what is left alone stays the same bit for bit.
 
     Args:
-        p: scalar tensor in [0, 1] on the images' device; generator: on the CPU; of `Draws`, its rows.
+        p: scalar tensor in [0, 1] on the images' device; generator: on their device; of `Draws`, its rows.
 
     Source: Karras et al. 2020 (arXiv 2006.06676), appendix B: its pixel blitting, isotropic scaling and
     rotation, brightness and contrast, with its strengths.
@@ -39,11 +39,11 @@ def _augment(x: Tensor, p: Tensor, generator: torch.Generator) -> Tensor:
     n, device, share = len(x), x.device, share_of(generator)
 
     def uniform(count: int) -> Tensor:
-        return torch.rand(count, n * share.ranks, generator=generator)[:, share.rows].to(device)
+        return torch.rand(count, n * share.ranks, generator=generator, device=device)[:, share.rows]
 
     gates = uniform(7) < torch.stack([p, p, p, p, 1 - (1 - p).clamp_min(0).sqrt(), p, p])[:, None]
     draws = uniform(5)
-    normal = torch.randn(3, n * share.ranks, generator=generator)[:, share.rows].to(device)
+    normal = torch.randn(3, n * share.ranks, generator=generator, device=device)[:, share.rows]
     x = _blit(x, gates[0] & (draws[0] < 0.5), gates[1], draws[1], gates[2], draws[2:4])
     log_scale = torch.where(gates[3], normal[0] * SCALE, 0)
     angle = torch.where(gates[4], (draws[4] * 2 - 1) * math.pi, 0)
@@ -61,10 +61,12 @@ def _blit(
     square = height == width
     turns = (turn_draw * 4).long().clamp(max=3) if square else (turn_draw * 2).long().clamp(max=1) * 2
     turns = torch.where(turn, turns, 0).view(-1, 1, 1)
-    reach = torch.tensor([height, width], device=x.device).view(2, 1) * SHIFT
-    moves = torch.where(shift, ((shift_draw * 2 - 1) * reach).round().long(), 0)
-    rows = _reflect(torch.arange(height, device=x.device).view(1, -1, 1) - moves[0].view(-1, 1, 1), height)
-    columns = _reflect(torch.arange(width, device=x.device).view(1, 1, -1) - moves[1].view(-1, 1, 1), width)
+    down, right = (
+        torch.where(shift, ((draw * 2 - 1) * (side * SHIFT)).round().long(), 0).view(-1, 1, 1)
+        for draw, side in zip(shift_draw, (height, width), strict=True)
+    )
+    rows = _reflect(torch.arange(height, device=x.device).view(1, -1, 1) - down, height)
+    columns = _reflect(torch.arange(width, device=x.device).view(1, 1, -1) - right, width)
     rows, columns = torch.broadcast_tensors(rows, columns)
     if square:  # a quarter turn brings row r, column c from row c, column W - 1 - r
         odd = turns % 2 == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from dreamteacher.config import describe, to_json
 from dreamteacher.distributed import Precision, check_batch, pick_device, resolve_precision
 from dreamteacher.distributed_group import Told, agree, averaged, join, together
 from dreamteacher.errors import UserError
+from dreamteacher.prefetch import Copies, ahead
 from dreamteacher.rundir import Progress, RunDir, Signals
 from dreamteacher.teachers import save_teacher, train_diffusion, train_stylegan2
 from dreamteacher.teachers.train_diffusion import DiffusionPreset, DiffusionTrainee
@@ -68,7 +68,7 @@ class TrainTeacherConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
     precision: Precision = "auto"
-    """Autocast dtype; auto: bfloat16 where the hardware has it."""
+    """Autocast dtype; auto: bfloat16 where the hardware has it. A GPU's float32 convolutions are TF32, torch's way."""
     save_every: int = 500
     """Steps between checkpoints."""
     sample_every: int = 1000
@@ -105,9 +105,8 @@ def train_teacher(config: TrainTeacherConfig) -> Path | None:
         lr=config.lr or preset.lr, device=pick_device(config.device), precision=config.precision,
         share=share,
     )  # fmt: skip
-    if isinstance(preset, StyleGan2Preset):  # its discriminator compares images in fours
-        check_batch("A fourth of a step", plan.batch_size // 4, share)
-    check_batch("A step", plan.batch_size, share)
+    fours = 4 if isinstance(preset, StyleGan2Preset) else 1  # its discriminator compares images in fours
+    check_batch("A step", plan.batch_size, share, together=fours)
     unit = preset.unit
     if size[0] % unit or size[1] % unit:
         raise UserError(
@@ -137,9 +136,15 @@ def train_teacher(config: TrainTeacherConfig) -> Path | None:
     }), flush=True)  # fmt: skip
     if config.dry_run:
         return None
-    with contextlib.closing(RunDir(config.out, share)) as run:
-        trainee = make()
-        _Loop(config, plan, trainee, images, run, resolved).run_all()
+    try:
+        with contextlib.closing(RunDir(config.out, share)) as run:
+            trainee = make()
+            _Loop(config, plan, trainee, images, run, resolved).run_all()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"Steps of {plan.batch_size} images run out of memory: {str(error).splitlines()[0][:80]}",
+            "Use a smaller --batch-size or --size, or another --preset.",
+        ) from error
     if not share.first:
         return config.out
     card = {
@@ -220,17 +225,19 @@ class _Loop:
         config, steps, batch = self.config, self.plan.steps, self.plan.batch_size
         stream = data.batches(
             self.images, batch_size=batch, seed=config.seed, first_step=self.first, last_step=steps,
-            flip=config.flip, workers=config.workers, share=self.plan.share,
+            flip=config.flip, workers=config.workers, share=self.plan.share, raw=True,
         )  # fmt: skip
+        copies = Copies(self.plan.device)
+        sent = ahead(stream, lambda b: copies.send([b.images]), threaded=self.plan.device.type == "cuda")
         progress = Progress(steps, self.first, batch, "train-teacher")
         said, told = "", Told()
         each = self.plan.device.type == "cpu" and self.plan.share.ranks == 1  # there reading costs nothing
         with Signals() as signals:
             step = self.first
             while step < steps:
-                begin = time.perf_counter()
-                images = next(stream).images.to(self.plan.device, non_blocking=True)
-                progress.wait(time.perf_counter() - begin)
+                batch_sent, waited = next(sent)
+                progress.wait(waited)
+                images = data.to_float(copies.receive(batch_sent)[0])
                 self.unread.append((step, self.trainee.step(step, images)))
                 step += 1
                 stop = told(signals.number)
@@ -271,9 +278,11 @@ class _Loop:
         newest: dict[str, float] = {}
         for (step, name), value in zip(names, values, strict=True):
             if not math.isfinite(value):
+                before = ", with another --out. The last checkpoint is from before."
                 raise UserError(
                     f"The {name} is {value} at step {step + 1}.",
-                    f"Lower --lr (now {self.plan.lr:g}), or use --precision float32; the last checkpoint is kept.",
+                    f"Lower --lr (now {self.plan.lr:g}), or use --precision float32"
+                    + (before if checkpoint.latest(self.run.path) else ". No checkpoint was written yet."),
                 )
             self.losses.setdefault(name, []).append(value)
             newest[name] = value

@@ -13,7 +13,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
 from dreamteacher import checkpoint, data, optim
-from dreamteacher.distributed import Draws, autocast, randint, randn
+from dreamteacher.distributed import Draws, autocast, randint, randn, seeded
 from dreamteacher.distributed_sharding import replicate
 from dreamteacher.errors import UserError
 from dreamteacher.teachers.diffusion import DiffusionSpec, DiffusionTeacher, build_unet, q_sample
@@ -178,22 +178,26 @@ class DiffusionTrainee(Trainee):
         return network(x, torch.zeros(1, dtype=torch.long, device=self.plan.device)).sample.sum()
 
     def step(self, step: int, images: Tensor) -> dict[str, Tensor]:
-        plan = self.plan
-        generator = Draws("cpu", data.step_generator(plan.seed, step, "diffusion").initial_seed(), plan.share)
+        plan, device = self.plan, self.plan.device
+        generator = Draws(
+            device, data.step_generator(plan.seed, step, "diffusion").initial_seed(), plan.share
+        )
         x0 = self.eyes.to_network(images)
-        t = randint(self.spec.steps, (len(x0),), generator).to(plan.device)
-        noise = randn(x0.shape, generator).to(x0)
-        with autocast(plan.device, plan.precision):
+        t = randint(self.spec.steps, (len(x0),), generator, device=device)
+        noise = randn(x0.shape, generator, device=device, dtype=x0.dtype)
+        # Dropout takes no generator. Each process drops on its own: a layer's masks of a whole batch at 256 px are GBs.
+        dropout = data.step_generator(plan.seed, step, f"dropout/{plan.share.rank}").initial_seed()
+        with seeded(dropout, device), autocast(device, plan.precision):
             loss = epsilon_loss(self.network, x0, t, noise, self.eyes.alpha_bar).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
         warmup = min(500, plan.steps // 10)
         lr = optim.lr_at(step, total=plan.steps, warmup=warmup, peak=plan.lr, final=0.02 * plan.lr)
         optim.set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.ema.update(self.unet)
-        return {"loss": loss.detach()}
+        return {"loss": loss.detach(), "grad_norm": norm}
 
     @torch.no_grad()
     def validate(self, images: Tensor, generator: torch.Generator) -> tuple[dict[str, float], Tensor]:

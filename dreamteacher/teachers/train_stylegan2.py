@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,7 +168,7 @@ class StyleGan2Trainee(Trainee):
         seen = self._step_generator(step)
         seen |= self._step_discriminator(step, real)
         if step % R1_EVERY == 0:
-            seen["r1"] = self._penalise(step, real)
+            seen |= self._penalise(step, real)
         self._average(step)
         if self.ada is not None:
             seen["ada_p"] = self.ada.p.clone()
@@ -179,13 +180,14 @@ class StyleGan2Trainee(Trainee):
 
     def _draws(self, step: int, stream: str) -> Draws:
         """Random numbers of a step for this process's rows."""
-        return Draws("cpu", data.step_generator(self.plan.seed, step, stream).initial_seed(), self.plan.share)
+        plan = self.plan
+        return Draws(plan.device, data.step_generator(plan.seed, step, stream).initial_seed(), plan.share)
 
     def _make(self, step: int, stream: str) -> Tensor:
         """A batch of images by the generator in training, which depends on seed, step and stream alone."""
         plan = self.plan
         source = self._draws(step, f"latents/{stream}")
-        z = randn((plan.share.of(plan.batch_size), self.spec.z_dim), source).to(plan.device)
+        z = randn((plan.share.of(plan.batch_size), self.spec.z_dim), source, device=plan.device)
         noise = Draws(plan.device, source.initial_seed(), plan.share)
         ws = self.g.mapping(z)
         if stream == "g":
@@ -205,12 +207,9 @@ class StyleGan2Trainee(Trainee):
         with autocast(self.plan.device, self.plan.precision):
             logits = self.d(self._disturb(self._make(step, "g"), step, "g"))
         loss = generator_loss(logits)
-        self.g_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        average_gradients(self.g.parameters())
-        self.g_optimizer.step()
+        norm = self._descend(self.g, self.g_optimizer, loss)
         self.d.requires_grad_(True)
-        return {"loss/g": loss.detach()}
+        return {"loss/g": loss.detach(), "grad_norm/g": norm}
 
     def _step_discriminator(self, step: int, real: Tensor) -> dict[str, Tensor]:
         with autocast(self.plan.device, self.plan.precision):
@@ -219,22 +218,26 @@ class StyleGan2Trainee(Trainee):
             fake_logits = self.d(fake)
             logits = self.d(self._disturb(real, step, "real"))
         loss = discriminator_loss(logits, fake_logits)
-        self.d_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        average_gradients(self.d.parameters())
-        self.d_optimizer.step()
+        norm = self._descend(self.d, self.d_optimizer, loss)
         if self.ada is not None:
             self.ada.observe(step, collected(logits.detach()))
-        return {"loss/d": loss.detach(), "real_sign": logits.detach().sign().mean()}
+        sign = logits.detach().sign().mean()
+        return {"loss/d": loss.detach(), "grad_norm/d": norm, "real_sign": sign}
 
-    def _penalise(self, step: int, real: Tensor) -> Tensor:
+    def _penalise(self, step: int, real: Tensor) -> dict[str, Tensor]:
         """The gradient penalty, at the images as the discriminator sees them; a step of its own."""
         penalty = r1_penalty(self.d, self._disturb(real, step, "r1"))
-        self.d_optimizer.zero_grad(set_to_none=True)
-        (penalty * (self.gamma / 2 * R1_EVERY)).backward()
-        average_gradients(self.d.parameters())
-        self.d_optimizer.step()
-        return penalty.detach()
+        norm = self._descend(self.d, self.d_optimizer, penalty * (self.gamma / 2 * R1_EVERY))
+        return {"r1": penalty.detach(), "grad_norm/r1": norm}
+
+    def _descend(self, network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+        """A step of a network against the gradient of a loss; returns the gradient's length."""
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        average_gradients(network.parameters())
+        norm = nn.utils.clip_grad_norm_(network.parameters(), math.inf)
+        optimizer.step()
+        return norm
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
