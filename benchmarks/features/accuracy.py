@@ -32,7 +32,7 @@ from dreamteacher.distributed import pick_device, resolve_precision
 from dreamteacher.downstream import labelled_data
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
 from dreamteacher.feature_items import layout
-from dreamteacher.feature_store import read_manifest
+from dreamteacher.feature_store_files import read_manifest
 from dreamteacher.images import find_images
 from dreamteacher.make_features import MakeFeaturesConfig, make_features
 from dreamteacher.pretrain import pretrain

@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dreamteacher import checkpoint, feature_store, make_features, shards, students
+from dreamteacher import checkpoint, feature_store, feature_store_files, make_features, shards, students
 from dreamteacher.fetch_archive import extract
 from dreamteacher.images import BadImageError, read_image
 from dreamteacher.interpreter import InterpreterSpec, load_interpreter, save_interpreter
@@ -356,17 +356,17 @@ def of_features(box: Sandbox) -> Reader:
         images=images, out=folder, teacher=str(teacher), batch_size=2, shard_mb=0.01, keep="random", channels=4,
         device="cpu", precision="float32", size=(32, 32),
     ))  # fmt: skip
-    sound = json.loads((folder / feature_store.MANIFEST).read_text())
+    sound = json.loads((folder / feature_store_files.MANIFEST).read_text())
     sound.pop("sha256")
 
     def read(rng: random.Random) -> bool:
         if rng.random() < 0.5:
             facts = changed(rng, sound)
-            signed = facts | {"sha256": feature_store._digest(facts)} if isinstance(facts, dict) else facts
+            signed = facts | {"sha256": feature_store_files._digest(facts)} if isinstance(facts, dict) else facts
             content = json.dumps(signed).encode("utf-8", "surrogatepass")
         else:
-            content = text_of(rng, sound | {"sha256": feature_store._digest(sound)})
-        (folder / feature_store.MANIFEST).write_bytes(content)
+            content = text_of(rng, sound | {"sha256": feature_store_files._digest(sound)})
+        (folder / feature_store_files.MANIFEST).write_bytes(content)
         store = feature_store.FeatureStore(folder)
         every = torch.arange(store.plan.images)
         rows, _ = store.rows(every, store.draws_of(every, 0, 0))
