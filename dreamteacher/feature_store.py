@@ -6,8 +6,8 @@ import contextlib
 import json
 import math
 import os
-import random
 import resource
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -66,7 +66,8 @@ def _shuffled(count: int) -> list[int]:
 
     No result depends on it.
     """
-    return random.SystemRandom().sample(range(count), count)
+    generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7)))
+    return torch.randperm(count, generator=generator).tolist()
 
 
 class Shard(NamedTuple):
@@ -75,6 +76,11 @@ class Shard(NamedTuple):
     flip: Tensor
     noise_seed: Tensor
     start: int
+
+
+def _close(files: dict[int, int]) -> None:
+    for handle in files.values():
+        os.close(handle)
 
 
 class FeatureStore:
@@ -95,10 +101,11 @@ class FeatureStore:
     """
 
     def __init__(self, folder: Path, *, hash_gb: float = 20.0) -> None:
-        self._files: dict[int, int] = {}
         self.folder = folder
         self.plan, basis, self._shards = read_manifest(folder)
         self._known: dict[int, Shard] = {}
+        self._files: dict[int, int] = {}
+        weakref.finalize(self, _close, self._files)
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most_open = math.inf if most == resource.RLIM_INFINITY else most // 2
         self._check(folder / IMAGES, self.plan.images_sha256)
@@ -106,10 +113,6 @@ class FeatureStore:
         if basis is not None:
             self.bases = list(read_basis(folder / BASIS, self.plan, basis))
         self._check_shards(hash_gb)
-
-    def __del__(self) -> None:
-        for handle in self._files.values():
-            os.close(handle)
 
     def _check(self, path: Path, digest: str, size: int | None = None) -> None:
         try:
@@ -203,8 +206,8 @@ class FeatureStore:
 
         flip, seed = torch.empty(count, dtype=torch.uint8), torch.empty(count, dtype=torch.int64)
         start = begin("items", "U8", [*count, layout(self.plan)[1]], 1)
-        self._read(i, memoryview(flip.numpy()).cast("B"), begin("flip", "U8", count, 1))
-        self._read(i, memoryview(seed.numpy()).cast("B"), begin("noise_seed", "I64", count, 8))
+        self._read(i, flip.numpy().data.cast("B"), begin("flip", "U8", count, 1))
+        self._read(i, seed.numpy().data.cast("B"), begin("noise_seed", "I64", count, 8))
         return Shard(flip.bool(), seed, start)
 
     def rows(self, places: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,7 +223,7 @@ class FeatureStore:
         flips = torch.empty(len(places), dtype=torch.bool)
         wanted = zip(places.tolist(), draws.tolist(), strict=True)
         found = [(*divmod(place, self.plan.shard_images), k) for place, k in wanted]
-        into = memoryview(rows.numpy()).cast("B")
+        into = rows.numpy().data.cast("B")
 
         def read(first: int) -> None:  # an item is one run of bytes
             for j in range(first, len(found), _READERS):
