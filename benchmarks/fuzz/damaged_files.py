@@ -362,7 +362,9 @@ def of_features(box: Sandbox) -> Reader:
     def read(rng: random.Random) -> bool:
         if rng.random() < 0.5:
             facts = changed(rng, sound)
-            signed = facts | {"sha256": feature_store_files._digest(facts)} if isinstance(facts, dict) else facts
+            signed = (
+                facts | {"sha256": feature_store_files._digest(facts)} if isinstance(facts, dict) else facts
+            )
             content = json.dumps(signed).encode("utf-8", "surrogatepass")
         else:
             content = text_of(rng, sound | {"sha256": feature_store_files._digest(sound)})
