@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dreamteacher import checkpoint, feature_store, feature_store_files, make_features, shards, students
+from dreamteacher.config import from_json
 from dreamteacher.fetch_archive import extract
 from dreamteacher.images import BadImageError, read_image
 from dreamteacher.interpreter import InterpreterSpec, load_interpreter, save_interpreter
@@ -377,6 +378,40 @@ def of_features(box: Sandbox) -> Reader:
     return read
 
 
+def of_stores(box: Sandbox) -> Reader:
+    """Any other file of stored features, by their reader, and by the writer that completes what lacks its manifest."""
+    of_features(box)
+    folder = box.inside / "features"
+    sound = {p.name: p.read_bytes() for p in folder.iterdir()}
+    asked = from_json(make_features.MakeFeaturesConfig, json.loads(sound["config.json"])["config"])
+    every = torch.arange(5)
+    rows, _ = feature_store.FeatureStore(folder).rows(every, every * 0)
+    names = sorted(set(sound) - {feature_store_files.MANIFEST})
+
+    def read(rng: random.Random) -> bool:
+        name = rng.choice(names)
+        raw = sound[name]
+        match Path(name).suffix:
+            case ".safetensors":
+                content = lying(rng, raw)
+            case ".json":
+                content = text_of(rng, json.loads(raw))
+            case _:
+                content = damaged(rng, raw)
+        shutil.rmtree(folder)
+        folder.mkdir()
+        for other, whole in (sound | {name: content}).items():
+            (folder / other).write_bytes(whole)
+        hashed = rng.random() < 0.5
+        if hashed:
+            (folder / feature_store_files.MANIFEST).unlink()
+            make_features.make_features(asked)
+        found, _ = feature_store.FeatureStore(folder, hash_gb=hashed).rows(every, every * 0)
+        return torch.equal(found, rows) if hashed else found.shape == rows.shape
+
+    return read
+
+
 def of_runs(box: Sandbox) -> Reader:
     """config.json, metrics.jsonl and results.jsonl of a run, by those who resume and report it."""
     folder = box.inside / "run"
@@ -579,5 +614,6 @@ def of_archives(box: Sandbox) -> Reader:
 KINDS: dict[str, Callable[[Sandbox], Reader]] = {
     "checkpoint": of_checkpoints, "weights, safetensors": of_weights, "weights, torch": of_torch_files,
     "StyleGAN2 pickle": of_pickles, "teacher.json": of_teachers, "features.json": of_features,
+    "stored features": of_stores,
     "run folder": of_runs, "interpreter.json": of_interpreters, "tar shard": of_shards, "archive": of_archives,
 }  # fmt: skip
