@@ -40,7 +40,7 @@ SLACK = {"float32": 2e-3, "bfloat16": 5e-2}
 
 
 def read_exactly(images: ImageSet, at: Sequence[int]) -> Tensor:
-    """uint8 N x 3 x H x W of these images: one that cannot be read gives way to no other, as it does in `images.get`.
+    """uint8 N x 3 x H x W of these images, or an error, where `images.get` puts another one in the place of a damaged one.
 
     Raises:
         UserError: naming the image.
