@@ -1,7 +1,6 @@
 """What a store of features is planned to hold, and how maps become the bytes of an item and maps again.
 
-An item is one row of bytes, so that reading it is one copy out of a memory map; `layout` says where in the row each
-part lies.
+An item is one row of bytes, so that it is read at once; `layout` says where in the row each part lies.
 """
 
 from __future__ import annotations
@@ -57,7 +56,8 @@ class Plan:
         what: maps, or latents alone (noise is added later).
         teacher, family, licence, sha256: of the teacher; `sha256` as `teachers.fingerprint`.
         t, blocks, noise: of a diffusion teacher, as it was asked for; latents depend on none of them.
-        device: kind of device that drew the noise: another kind draws other numbers from the same seed.
+        device: what drew the noise (`noise_device`): another kind draws other numbers from the same seed. Without
+            noise the kind of device alone.
         precision: of the teacher's pass, float32 or bfloat16.
         deterministic: the teacher draws no random numbers.
         size: (height, width) of the images in pixels.
@@ -201,6 +201,12 @@ def project(plan: Plan, basis: Tensor | None, maps: Tensor) -> tuple[Tensor, Ten
     return c, lost.clamp_min(0) / w[0].numel()
 
 
+def amplitude(maps: Tensor) -> Tensor:
+    """The root of the energy of maps N x C x H x W over its largest of each image, N x H x W."""
+    q = energy(maps)
+    return (q / q.amax((1, 2), keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)).sqrt()
+
+
 def _compress(plan: Plan, level: Level, basis: Tensor | None, maps: Tensor) -> dict[str, Tensor]:
     if plan.raw:
         values = maps.to(_DTYPES[level.storage])
@@ -216,10 +222,9 @@ def _compress(plan: Plan, level: Level, basis: Tensor | None, maps: Tensor) -> d
             f"Maps of '{plan.teacher}' at {level.name} are not finite.", "Use --precision float32."
         )
     found = {"values": values, "residual": residual}
-    q = energy(maps)
-    tiny = torch.finfo(q.dtype).tiny
-    found["amplitude"] = (q / q.amax((1, 2), keepdim=True).clamp_min(tiny)).sqrt()
+    found["amplitude"] = amplitude(maps)
     if level.storage == "int8":
+        tiny = torch.finfo(values.dtype).tiny
         found["scale"] = values.abs().amax((2, 3)) / 127
         found["values"] = (values / found["scale"].clamp_min(tiny)[..., None, None]).round()
         found["amplitude"] = (found["amplitude"] * 255).round()
@@ -296,6 +301,21 @@ def flips_of(plan: Plan, first: int, last: int) -> Tensor:
 def noise_seed(plan: Plan, group: int, draw: int) -> int:
     """The seed of the generator that a group of images is encoded with."""
     return step_generator(plan.seed, group, f"features/{draw}").initial_seed()
+
+
+def noise_device(device: torch.device) -> str:
+    """What the numbers that torch draws from a seed depend on besides it: "cpu"; of a GPU "cuda/1056", say.
+
+    A draw of more than 256 x 1056 numbers is shared out over the 1056 blocks of 256 threads that this GPU holds at
+    once (an H100: 132 multiprocessors of 2048 threads), and each thread has a sequence of its own: GPUs of another
+    size give other numbers.
+
+    Source: `calc_execution_policy` in ATen/native/cuda/DistributionTemplates.h of PyTorch.
+    """
+    if device.type != "cuda":
+        return device.type
+    facts = torch.cuda.get_device_properties(device)
+    return f"cuda/{facts.multi_processor_count * (facts.max_threads_per_multi_processor // 256)}"
 
 
 def encode_group(

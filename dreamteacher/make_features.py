@@ -1,30 +1,21 @@
-"""A feature dataset on disk: the teacher sees every image once, however many students learn from it.
-
-Several processes may fill one folder. A shard is claimed by a lock on a file that the kernel gives up with its
-holder, so a killed writer's shard is free at once; it is written whole, under its own name only once it is on disk.
-"""
+"""A feature dataset on disk: the teacher sees every image once, however many students learn from it."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dreamteacher import __version__, checkpoint, data
-from dreamteacher.config import changed_keys, describe, to_json
+from dreamteacher.config import describe, to_json
 from dreamteacher.distributed import Precision, pick_device, resolve_precision
-from dreamteacher.errors import UserError, shorten
+from dreamteacher.errors import UserError
 from dreamteacher.feature_dataset import check_mode
 from dreamteacher.feature_items import (
     Keep,
@@ -33,30 +24,17 @@ from dreamteacher.feature_items import (
     Storage,
     What,
     encode_group,
-    flips_of,
     layout,
-    noise_seed,
+    noise_device,
     pack,
-    principal_basis,
-    random_basis,
 )
-from dreamteacher.feature_store import (
-    BASIS,
-    CLAIMS,
-    IMAGES,
-    MANIFEST,
-    FeatureStore,
-    claim,
-    image_lines,
-    manifest_text,
-    shard_name,
-)
-from dreamteacher.losses import WhitenAxes, whiten
-from dreamteacher.rundir import Progress, RunDir, Signals
-from dreamteacher.teachers import fingerprint, load_teacher, sha256
+from dreamteacher.feature_store import FeatureStore, read_exactly
+from dreamteacher.feature_store_files import CLAIMS, MANIFEST, image_lines
+from dreamteacher.losses import WhitenAxes
+from dreamteacher.make_features_writer import Writer, check_plan, fit_groups
+from dreamteacher.rundir import RunDir, Signals
+from dreamteacher.teachers import fingerprint, load_teacher
 from dreamteacher.teachers.base import Noise, Teacher
-
-_POLL = 0.5  # seconds between looks at what other writers have claimed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +76,9 @@ class MakeFeaturesConfig:
     batch_size: int = 8
     """Images that the teacher encodes at once; the noise of a batch comes from one recorded seed."""
     fit: int = 10_000
-    """Positions of each level that the PCA is fitted on."""
+    """Positions of each level that the PCA is fitted on; they come from at most 160 images, drawn by the seed."""
     shard_mb: float = 256.0
-    """Size of a shard in 10^6 bytes, about; a writer holds one in memory."""
+    """Size of a shard in 10^6 bytes, about; a writer needs up to three times that in memory."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
     precision: Precision = "auto"
@@ -134,7 +112,8 @@ def make_features(config: MakeFeaturesConfig) -> Path | None:
     )
     teacher.to(device)
     plan, seconds = _measure(config, teacher, images, device)
-    writer = _Writer(config.out, plan, teacher, images, device)
+    signals = Signals()
+    writer = Writer(config.out, plan, teacher, images, device, signals)
     pending = [i for i in range(plan.shards) if not writer.done(i)]
     left = sum(last - first for first, last in map(plan.shard_range, pending))
     resolved = {
@@ -145,9 +124,9 @@ def make_features(config: MakeFeaturesConfig) -> Path | None:
     }
     needed = estimate_bytes(plan, left)
     RunDir.check(config.out, resolved, needed_bytes=0 if config.dry_run else needed)
-    _check_plan(config.out, resolved)
+    check_plan(config.out, resolved)
     each = layout(plan)[1] + 9
-    fitted = 0 if (config.out / BASIS).exists() else len(_fit_groups(config, plan))
+    fitted = 0 if writer.has_basis() else len(fit_groups(plan))
     hours = seconds * (left * plan.draws / plan.group + fitted) / 3600
     print(describe(f"make-features {config.images} <- {plan.teacher}", {
         "teacher": f"{plan.family}, licence: {plan.licence}", "images": len(images), "skipped": len(images.bad),
@@ -155,23 +134,23 @@ def make_features(config: MakeFeaturesConfig) -> Path | None:
         "levels": [f"{v.name}:{v.channels}->{v.kept} {v.storage}" for v in plan.levels], "draws": plan.draws,
         "flip": plan.flip, "bytes an image and draw": each,
         "disk": f"{estimate_bytes(plan, plan.images) / 1e6:.1f} MB, to be written {needed / 1e6:.1f} MB",
-        "time": f"about {hours:.2f} h ({plan.group / max(seconds, 1e-9):.1f} images/s)",
+        "time": f"about {hours:.2f} h ({plan.group / plan.draws / max(seconds, 1e-9):.1f} images/s)",
         "shards": f"{plan.shards}, {len(pending)} to be written", "device": device, "precision": plan.precision,
         "out": config.out,
     }), flush=True)  # fmt: skip
     if config.dry_run:
         print("dry run: nothing was written")
         return None
-    if not pending and (config.out / MANIFEST).exists():
+    if writer.complete() and (config.out / MANIFEST).exists():
         FeatureStore(config.out, hash_gb=math.inf)
         checkpoint.sweep(config.out)  # of a writer that was killed after its last file
         shutil.rmtree(config.out / CLAIMS, ignore_errors=True)
         print(f"'{config.out}' is complete, and every checksum holds.", flush=True)
         return config.out
-    with Signals() as signals:
+    with signals:
         writer.begin(resolved)
-        writer.fit(_fit_groups(config, plan), config.fit)
-        writer.fill(signals)
+        writer.fit(config.fit)
+        writer.fill()
     FeatureStore(config.out, hash_gb=0)
     print(f"Features: {config.out}. Use them: dreamteacher pretrain --features {config.out} ...", flush=True)
     return config.out
@@ -215,7 +194,7 @@ def _measure(
         keep="all" if config.what == "latents" else config.keep,
         whiten=config.whiten, levels=(),
     )  # fmt: skip
-    pixels = images.get(torch.arange(min(len(images), config.batch_size)))
+    pixels = read_exactly(images, range(min(len(images), config.batch_size)))
     plain = torch.zeros(len(pixels), dtype=torch.bool)
     first = encode_group(draft, teacher, pixels, plain, 0, device)
     again = encode_group(draft, teacher, pixels, plain, 1, device)
@@ -227,7 +206,10 @@ def _measure(
             f"'{teacher.name}' draws no noise here, so {draws} draws of an image would be copies.",
             f"Use --draws {most}" + (", or --noise stochastic." if config.noise != "stochastic" else "."),
         )
-    plan = replace(draft, deterministic=same, draws=draws, levels=_levels(config, teacher, images, first))
+    plan = replace(
+        draft, deterministic=same, device=device.type if same else noise_device(device), draws=draws,
+        levels=_levels(config, teacher, images, first),
+    )  # fmt: skip
     groups = round(config.shard_mb * 1e6 / (layout(plan)[1] * draws * plan.group))
     plan = replace(plan, shard_images=plan.group * max(1, groups))
     bases = [torch.zeros(v.kept, v.channels, device=device) if plan.projected else None for v in plan.levels]
@@ -260,188 +242,3 @@ def _levels(
             )
         )  # fmt: skip
     return tuple(found)
-
-
-def _check_plan(out: Path, resolved: dict[str, Any]) -> None:
-    """Raises UserError when the folder was begun with other settings, images or teacher."""
-    old = RunDir(out).config()
-    if old is None or old.get("verb") != "make-features":
-        return
-    changes = changed_keys(old.get("plan", {}), json.loads(json.dumps(resolved["plan"])))
-    if changes:
-        raise UserError(
-            f"'{out}' was begun with other settings, images or teacher: {shorten(changes)}.",
-            "Give the old ones to complete it, or another --out.",
-        )
-
-
-def _fit_groups(config: MakeFeaturesConfig, plan: Plan) -> list[int]:
-    """Batches whose positions a PCA is fitted on: at most 160 images, drawn by the seed; none without a PCA."""
-    if plan.keep != "pca":
-        return []
-    groups = math.ceil(plan.images / plan.group)
-    order = torch.randperm(groups, generator=data.step_generator(plan.seed, 0, "features/fit"))
-    return order[: max(1, min(groups, round(160 / plan.group)))].tolist()
-
-
-class _Writer:
-    """Fills one store: config, images' list, basis, shards, and the manifest when all of them are there."""
-
-    def __init__(
-        self, out: Path, plan: Plan, teacher: Teacher, images: data.ImageSet, device: torch.device
-    ) -> None:
-        self.out, self.plan, self.teacher, self.images, self.device = out, plan, teacher, images, device
-        self.bases: list[Tensor | None] = [None] * len(plan.levels)
-
-    def done(self, shard: int) -> bool:
-        """Whether a shard is there, whole: its checksum is written after it."""
-        path = self.out / shard_name(shard)
-        return path.exists() and self._sum_file(shard).exists()
-
-    def _sum_file(self, shard: int) -> Path:
-        return self.out / f"{shard_name(shard)}.sha256"
-
-    def begin(self, resolved: dict[str, Any]) -> None:
-        """Makes the folder; what is written first is what every other writer must agree with."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._wait_for("begin", lambda: self._write_plan(resolved), lambda: False)
-
-    def _write_plan(self, resolved: dict[str, Any]) -> None:
-        _check_plan(self.out, resolved)
-        checkpoint.sweep(self.out, "config.json", IMAGES)
-        if RunDir(self.out).config() is None:
-            checkpoint.write_text(self.out / "config.json", json.dumps(resolved, indent=2) + "\n")
-        if not (self.out / IMAGES).exists():
-            checkpoint.write_text(self.out / IMAGES, image_lines(self.images))
-        if not all(self.done(i) for i in range(self.plan.shards)):
-            (self.out / MANIFEST).unlink(missing_ok=True)  # of a store that a shard was taken out of
-
-    def _wait_for(self, name: str, act: Callable[[], None], there: Callable[[], bool]) -> None:
-        """Calls `act` under a claim, or waits until what another writer makes under it is there."""
-        while not there():
-            with claim(self.out, name) as mine:
-                if mine:
-                    if not there():
-                        act()
-                    return
-            time.sleep(_POLL)
-
-    # --- the basis ---------------------------------------------------------------------------------------
-
-    def fit(self, groups: list[int], positions: int) -> None:
-        """Fits or draws the basis of each level, or takes the one that is there."""
-        if not self.plan.projected:
-            return
-        path = self.out / BASIS
-        self._wait_for(BASIS, lambda: self._write_basis(groups, positions), path.exists)
-        found = load_file(path)
-        self.bases = [found[v.name].to(self.device) for v in self.plan.levels]
-
-    def _write_basis(self, groups: list[int], positions: int) -> None:
-        plan = self.plan
-        checkpoint.sweep(self.out, BASIS)
-        if plan.keep == "random":
-            bases = {
-                v.name: random_basis(v.kept, v.channels, plan.seed + i) for i, v in enumerate(plan.levels)
-            }
-        else:
-            moments = self._moments(groups, positions)
-            bases = {v.name: principal_basis(m, v.kept) for v, m in zip(plan.levels, moments, strict=True)}
-        _put(self.out / BASIS, save(bases))
-
-    def _moments(self, groups: list[int], positions: int) -> list[Tensor]:
-        """Second moments (float64 C x C) of whitened maps at positions drawn from batches of the first draw."""
-        plan = self.plan
-        sums = [torch.zeros(v.channels, v.channels, dtype=torch.float64) for v in plan.levels]
-        each = math.ceil(positions / max(1, len(groups) * plan.group))
-        for group in groups:
-            first = group * plan.group
-            pixels = self.images.get(torch.arange(first, min(first + plan.group, plan.images)))
-            for level, total, m in zip(plan.levels, sums, self._encode(group, 0, pixels), strict=True):
-                w = whiten(m, plan.whiten).flatten(2)
-                area = level.height * level.width
-                generator = data.step_generator(plan.seed, group, f"features/{level.name}")
-                at = torch.randperm(area, generator=generator)[: min(area, each)].to(w.device)
-                x = w[:, :, at].movedim(1, 2).flatten(0, 1).double().cpu()
-                total += x.T @ x
-        return sums
-
-    # --- shards ------------------------------------------------------------------------------------------
-
-    def _encode(self, group: int, draw: int, pixels: Tensor) -> list[Tensor]:
-        first = group * self.plan.group
-        flips = flips_of(self.plan, first, first + len(pixels))[:, draw]
-        seed = noise_seed(self.plan, group, draw)
-        return encode_group(self.plan, self.teacher, pixels, flips, seed, self.device)
-
-    def fill(self, signals: Signals) -> None:
-        """Writes every shard that no one has written; returns when the store is whole, whoever made it so."""
-        plan, written = self.plan, 0
-        progress = Progress(
-            plan.shards, sum(map(self.done, range(plan.shards))), plan.shard_images, "features"
-        )
-        while not (self.out / MANIFEST).exists():
-            before = written
-            for i in range(plan.shards):
-                if self.done(i):
-                    continue
-                with claim(self.out, shard_name(i)) as mine:
-                    if mine and not self.done(i):
-                        checkpoint.sweep(self.out, shard_name(i), f"{shard_name(i)}.sha256")
-                        self._write_shard(i, signals)
-                        written += 1
-                        progress.update(sum(map(self.done, range(plan.shards))), f"shard {i}")
-            if all(map(self.done, range(plan.shards))):
-                self._wait_for("manifest", self._write_manifest, (self.out / MANIFEST).exists)
-            elif written == before:
-                if signals.number:
-                    raise SystemExit(128 + signals.number)
-                time.sleep(_POLL)  # the others hold what is left: it is ours if they die
-        progress.close()
-        shutil.rmtree(self.out / CLAIMS, ignore_errors=True)
-
-    def _write_shard(self, shard: int, signals: Signals) -> None:
-        plan = self.plan
-        first, last = plan.shard_range(shard)
-        items = torch.empty(last - first, plan.draws, layout(plan)[1], dtype=torch.uint8)
-        seeds = torch.empty(last - first, plan.draws, dtype=torch.int64)
-        starts = range(first, last, plan.group)
-
-        def read(start: int) -> Tensor:
-            return self.images.get(torch.arange(start, min(start + plan.group, last)))
-
-        with ThreadPoolExecutor(1) as ahead:
-            pixels = ahead.submit(read, first)
-            for start in starts:
-                now = pixels.result()
-                if start + plan.group < last:
-                    pixels = ahead.submit(read, start + plan.group)
-                for k in range(plan.draws):
-                    if signals.number:
-                        print("Stopped: finished shards are kept. The same command resumes.", flush=True)
-                        raise SystemExit(128 + signals.number)
-                    rows = pack(plan, self.bases, self._encode(start // plan.group, k, now))
-                    within = slice(start - first, start - first + len(now))
-                    items[within, k] = rows.cpu()
-                    seeds[within, k] = noise_seed(plan, start // plan.group, k)
-        tensors = {"items": items, "flip": flips_of(plan, first, last).to(torch.uint8), "noise_seed": seeds}
-        path = self.out / shard_name(shard)
-        self._sum_file(shard).unlink(missing_ok=True)
-        content = save(tensors)
-        _put(path, content)
-        digest = hashlib.sha256(content).hexdigest()
-        checkpoint.write_text(self._sum_file(shard), f"{digest}  {path.name}\n")
-
-    def _write_manifest(self) -> None:
-        checkpoint.sweep(self.out)  # every shard is there: nobody writes anything but this
-        shards = []
-        for i in range(self.plan.shards):
-            digest = self._sum_file(i).read_text("utf-8").split()[0]
-            shards.append((digest, (self.out / shard_name(i)).stat().st_size))
-        basis = sha256(self.out / BASIS) if self.plan.projected else None
-        checkpoint.write_text(self.out / MANIFEST, manifest_text(self.plan, basis, shards))
-
-
-def _put(path: Path, content: bytes) -> None:
-    """Writes a file atomically."""
-    checkpoint.atomic_write(path, lambda temporary: temporary.write_bytes(content))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dreamteacher.errors import UserError
 from dreamteacher.rundir import read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +85,36 @@ def test_accuracy_benchmark_runs(tiny_teacher, tmp_path, monkeypatch):
     assert len(list((tmp_path / "work" / "images").rglob("*.png"))) == 16
     tables = runpy.run_path(str(BENCHMARKS / "tables.py"))
     assert "PCA 63 + energy, int8, 1 draw | 1 |" in tables["accuracy_table"](out)
+    with pytest.raises(UserError, match=r"other settings: epochs: 2\.0 -> 3\.0"):
+        run(script, *same, "online", "--epochs", "3", monkeypatch=monkeypatch)
+
+
+def test_rows_of_other_settings_are_not_reused(tmp_path, monkeypatch):
+    script = BENCHMARKS / "features" / "accuracy.py"
+    found = runpy.run_path(str(script))
+    row = {"method": "online", "value": 0.5, "torch": "9.9", "settings": {"epochs": 2.0, "seeds": [0, 1]}}
+    path = tmp_path / "online.jsonl"
+    assert not found["finished"](path, row["settings"])
+    path.write_text(json.dumps(row) + "\n")
+    assert found["finished"](path, row["settings"])
+    with pytest.raises(UserError, match=r"seeds: \[0, 1\] -> \[0\]"):
+        found["finished"](path, {"epochs": 2.0, "seeds": [0]})
+    found["write"](tmp_path / "all.csv", tmp_path)
+    (written,) = csv.DictReader((tmp_path / "all.csv").read_text().splitlines())
+    assert (written["torch"], written["value"]) == ("9.9", "0.5")  # of then, not of now
+    path.write_text(json.dumps({k: row[k] for k in ("method", "value")}) + "\n")
+    with pytest.raises(UserError, match="they do not say which"):
+        run(script, "--work", str(tmp_path), "--formats", "raw, float16", monkeypatch=monkeypatch)
+
+
+def test_a_thinned_folder_holds_nothing_of_an_earlier_one(tmp_path):
+    thinned = runpy.run_path(str(BENCHMARKS / "features" / "accuracy.py"))["thinned"]
+    (tmp_path / "all" / "A").mkdir(parents=True)
+    for i in range(8):
+        (tmp_path / "all" / "A" / f"{i}.png").touch()
+    for every, count in ((2, 4), (4, 2), (3, 3)):
+        place = thinned(tmp_path / "all", tmp_path / "some", every)
+        assert len(list(place.rglob("*.png"))) == count
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from pictures import refused
 from PIL import Image
 from torch import Tensor
 
-from dreamteacher import data, feature_dataset, make_features, rundir
+from dreamteacher import data, feature_dataset, make_features, make_features_writer, rundir
 from dreamteacher.feature_items import (
     Level,
     Plan,
@@ -37,7 +37,8 @@ from dreamteacher.feature_items import (
     random_basis,
     unpack,
 )
-from dreamteacher.feature_store import MANIFEST, FeatureStore, claim, manifest_text, read_manifest, shard_name
+from dreamteacher.feature_store import FeatureStore
+from dreamteacher.feature_store_files import MANIFEST, claim, manifest_text, read_manifest, shard_name
 from dreamteacher.losses import feature_loss, projected_loss, whiten
 from dreamteacher.make_features import MakeFeaturesConfig
 from dreamteacher.pretrain import PretrainConfig, pretrain
@@ -86,14 +87,18 @@ def write_images(folder: Path, count: int, side: int = 32) -> Path:
     return folder
 
 
+def asked_in(folder: Path) -> MakeFeaturesConfig:
+    """13 images, batches of 2, shards of 4 images, an instant teacher whose maps show their image."""
+    (folder / "echo.py").write_text(ECHO)
+    return MakeFeaturesConfig(
+        images=write_images(folder / "images", 13), out=folder / "out", batch_size=2,
+        teacher=f"{folder / 'echo.py'}:teacher", device="cpu", precision="float32", shard_mb=0.003, channels=4,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def asked(tmp_path: Path) -> MakeFeaturesConfig:
-    """13 images, batches of 2, shards of 4 images, an instant teacher whose maps show their image."""
-    (tmp_path / "echo.py").write_text(ECHO)
-    return MakeFeaturesConfig(
-        images=write_images(tmp_path / "images", 13), out=tmp_path / "out", batch_size=2,
-        teacher=f"{tmp_path / 'echo.py'}:teacher", device="cpu", precision="float32", shard_mb=0.003, channels=4,
-    )  # fmt: skip
+    return asked_in(tmp_path)
 
 
 def made(config: MakeFeaturesConfig) -> FeatureStore:
@@ -120,8 +125,8 @@ def live(
     inputs = []
     for i in group:
         image = images.get(torch.tensor([i]))[0].float() / 255
-        inputs.append(image.flip(2) if shard["flip"][i % plan.shard_images, draw] else image)
-    seed = int(shard["noise_seed"][place % plan.shard_images, draw])
+        inputs.append(image.flip(2) if shard.flip[i % plan.shard_images, draw] else image)
+    seed = int(shard.noise_seed[place % plan.shard_images, draw])
     maps = load_teacher(teacher, **asked).encode(
         torch.stack(inputs).contiguous(memory_format=torch.channels_last),
         generator=torch.Generator().manual_seed(seed),
@@ -321,7 +326,7 @@ def test_batches_belong_together_resume_and_show_every_draw(asked):
     for a, b in zip(batches[5:], stream(store, asked, first=5), strict=True):
         assert torch.equal(a.images, b.images)
         assert all(map(torch.equal, a.maps, b.maps))
-    flips = torch.cat([store.shard(i)["flip"] for i in range(store.plan.shards)])
+    flips = torch.cat([store.shard(i).flip for i in range(store.plan.shards)])
     assert flips.sum(1).tolist() == [2] * 13  # half of the draws of every image
     places = torch.arange(13)
     draws = torch.stack([store.draws_of(places, epoch, 5) for epoch in range(4)])
@@ -498,14 +503,14 @@ CROWD = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 from dreamteacher.config import from_json
-from dreamteacher import make_features as m
+from dreamteacher import make_features as m, make_features_writer as w
 import torch
 
 torch.set_num_threads(1)
-m._POLL = 0.01
+w._POLL = 0.01
 asked = json.loads(sys.argv[1])
-pack = m.pack
-m.pack = lambda *a: (time.sleep(0.02), pack(*a))[1]
+pack = w.pack
+w.pack = lambda *a: (time.sleep(0.02), pack(*a))[1]
 
 
 def start(out):
@@ -589,8 +594,8 @@ def test_a_full_disk_leaves_a_store_that_resumes(asked, monkeypatch):
     assert not list(asked.out.glob(".*.tmp"))
     refused(lambda: FeatureStore(asked.out), "no finished features", "2 shards are there", "same")
     monkeypatch.setattr(Path, "write_bytes", write)
-    encoded, noise = [], make_features.noise_seed
-    monkeypatch.setattr(make_features, "noise_seed", lambda *a: encoded.append(a[1]) or noise(*a))
+    encoded, noise = [], make_features_writer.noise_seed
+    monkeypatch.setattr(make_features_writer, "noise_seed", lambda *a: encoded.append(a[1]) or noise(*a))
     made(asked)
     assert files(asked.out) == files(asked.out.with_name("whole"))
     assert min(encoded) == 4  # the shards that were finished are not made again
@@ -623,7 +628,7 @@ def test_space_is_checked_and_a_dry_run_writes_nothing(asked, monkeypatch, capsy
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_keep_finished_shards(asked, number, monkeypatch, capsys):
-    original = make_features.pack
+    original = make_features_writer.pack
 
     def signalled(plan, bases, maps):
         if len(list(asked.out.glob("shard-*.safetensors"))) == 2 and not stopped:
@@ -632,7 +637,7 @@ def test_signals_keep_finished_shards(asked, number, monkeypatch, capsys):
         return original(plan, bases, maps)
 
     stopped: list[int] = []
-    monkeypatch.setattr(make_features, "pack", signalled)
+    monkeypatch.setattr(make_features_writer, "pack", signalled)
     with pytest.raises(SystemExit) as stop:
         make_features.make_features(asked)
     assert stop.value.code == 128 + number
@@ -665,7 +670,7 @@ def test_damaged_files_are_named(asked, damage, name):
     whole = files(asked.out)
     damage(asked.out / name)
     refused(lambda: FeatureStore(asked.out), name)
-    if name.startswith("shard"):  # and mended, as the error says
+    if name.startswith(("shard", "images")):  # and mended, as the error says
         (asked.out / name).unlink(missing_ok=True)
         made(asked)
         assert files(asked.out) == whole

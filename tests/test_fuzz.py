@@ -57,7 +57,7 @@ def test_damaged_pictures_are_read_or_refused(fuzz: dict[str, Any], tmp_path: Pa
 
 KINDS = (
     "checkpoint", "weights, safetensors", "weights, torch", "StyleGAN2 pickle", "teacher.json", "features.json",
-    "run folder", "interpreter.json", "tar shard", "archive",
+    "stored features", "run folder", "interpreter.json", "tar shard", "archive",
 )  # fmt: skip
 
 

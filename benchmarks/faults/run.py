@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreamteacher import __version__, checkpoint, make_features, pretrain, training
+from dreamteacher import __version__, checkpoint, make_features, make_features_writer, pretrain, training
 from dreamteacher.teachers import save_teacher, train, train_diffusion
 from dreamteacher.teachers.diffusion import DiffusionSpec, DiffusionTeacher, build_unet
 
@@ -219,7 +219,7 @@ def life(verb: Verb, out: Path, board: Board) -> int:
 def observe(board: Board) -> None:
     """Makes the steps and saves of this process known on the board."""
     write_one, step_one = checkpoint.atomic_write, training.Training.step
-    teach_one, shard_one = train_diffusion.DiffusionTrainee.step, make_features._Writer._write_shard
+    teach_one, shard_one = train_diffusion.DiffusionTrainee.step, make_features_writer.Writer._write_shard
 
     def atomic_write(path: Path, write: Any) -> None:
         with board.save():
@@ -239,7 +239,7 @@ def observe(board: Board) -> None:
 
     checkpoint.atomic_write, training.Training.step = atomic_write, step  # type: ignore[method-assign]
     train_diffusion.DiffusionTrainee.step = teach  # type: ignore[method-assign]
-    make_features._Writer._write_shard = shard  # type: ignore[method-assign]
+    make_features_writer.Writer._write_shard = shard  # type: ignore[method-assign]
 
 
 def hit(

@@ -8,7 +8,8 @@ The demo's X-rays, teacher and student. Every row has the same images, steps, ba
 
     python benchmarks/features/accuracy.py --work runs/features --out benchmarks/features/accuracy.csv
 
-Finished rows are kept in the working folder and not computed again, so the formats may be named one at a time.
+Finished rows are kept in the working folder, with their settings and the machine, and not computed again: the formats may
+be named one at a time. Rows of other settings, or that do not say which, are refused.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import csv
 import json
 import platform
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -27,17 +29,20 @@ from typing import Any
 import torch
 
 from dreamteacher import __version__, checkpoint, data
+from dreamteacher.config import changed_keys
 from dreamteacher.demo import DemoConfig, demo_recipe, xray_folders
 from dreamteacher.distributed import pick_device, resolve_precision
 from dreamteacher.downstream import labelled_data
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
+from dreamteacher.errors import UserError, shorten
 from dreamteacher.feature_items import layout
-from dreamteacher.feature_store import read_manifest
+from dreamteacher.feature_store_files import read_manifest
 from dreamteacher.images import find_images
 from dreamteacher.make_features import MakeFeaturesConfig, make_features
 from dreamteacher.pretrain import pretrain
 from dreamteacher.rundir import read_rows
 from dreamteacher.students import create_student
+from dreamteacher.teachers import fingerprint
 
 # Name -> settings of `make-features`; none: the teacher runs online.
 FORMATS: dict[str, dict[str, Any] | None] = {
@@ -65,6 +70,15 @@ COLUMNS = (
     "images",
     "epochs",
     "steps",
+    "student",
+    "teacher",
+    "batch",
+    "device",
+    "precision",
+    "torch",
+    "version",
+    "machine",
+    "command",
 )
 
 
@@ -85,6 +99,8 @@ def main() -> None:
     parser.add_argument("--labels", type=int, nargs="+", default=[10, 50])
     args = parser.parse_args()
 
+    same = settings(args)
+    done = {kind: finished(args.work / f"{short(kind)}.jsonl", same) for kind in FORMATS}
     train, test, _, _ = xray_folders(args.images)
     classification = labelled_data(data.load_images(train, (64, 64)), data.load_images(test, (64, 64)))
     images = thinned(train, args.work / "images", args.every)
@@ -93,8 +109,7 @@ def main() -> None:
         seeds=tuple(args.seeds), tasks=("knn", "linear"),
     )  # fmt: skip
     for kind in args.formats:
-        done = args.work / f"{short(kind)}.jsonl"
-        if done.exists():
+        if done[kind]:
             continue
         begin = time.perf_counter()
         runs, facts = students(args, kind, images)
@@ -103,19 +118,45 @@ def main() -> None:
             method=kind, classification=classification,
         ))  # fmt: skip
         print(f"{kind}: {time.perf_counter() - begin:.0f} s", flush=True)
-        checkpoint.write_text(done, "".join(json.dumps(row | facts) + "\n" for row in rows))
+        told = facts | stamp(args) | {"settings": same}
+        text = "".join(json.dumps(row | told) + "\n" for row in rows)
+        checkpoint.write_text(args.work / f"{short(kind)}.jsonl", text)
     if args.out:
-        write(args)
+        write(args.out, args.work)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What all rows of one table have in common."""
+    named = ("teacher", "student", "every", "epochs", "batch_size", "seeds", "labels")
+    found = {name: getattr(args, name) for name in named}
+    return found | {"images": str(args.images), "teacher_sha256": fingerprint(args.teacher)}
+
+
+def finished(path: Path, same: dict[str, Any]) -> bool:
+    """Whether the rows of a format are there.
+
+    Raises:
+        UserError: for rows of other settings, or that do not say of which.
+    """
+    rows = read_rows(path)
+    for row in rows:
+        told = row.get("settings")
+        changes = changed_keys(told, same) if isinstance(told, dict) else ["they do not say which"]
+        if changes:
+            raise UserError(
+                f"'{path}' holds rows of other settings: {shorten(changes)}.",
+                "Give the old settings, or another --work.",
+            )
+    return bool(rows)
 
 
 def thinned(folder: Path, place: Path, every: int) -> Path:
-    """A folder of links to every so many-th image of each class."""
+    """A folder of links to every so many-th image of each class, and to nothing else."""
+    shutil.rmtree(place, ignore_errors=True)
     for of_class in sorted(p for p in folder.iterdir() if p.is_dir()):
         (place / of_class.name).mkdir(parents=True, exist_ok=True)
         for path in find_images(of_class)[::every]:
-            link = place / of_class.name / path.name
-            if not link.exists():
-                link.symlink_to(path.resolve())
+            (place / of_class.name / path.name).symlink_to(path.resolve())
     return place
 
 
@@ -148,21 +189,25 @@ def students(args: argparse.Namespace, kind: str, images: Path) -> tuple[dict[in
     return runs, facts | {"images": count, "epochs": args.epochs, "steps": last["step"]}
 
 
-def write(args: argparse.Namespace) -> None:
+def stamp(args: argparse.Namespace) -> dict[str, Any]:
+    """Where and how rows are computed, now."""
     device = pick_device()
-    same = {
+    return {
         "student": args.student, "teacher": args.teacher, "batch": args.batch_size,
         "device": f"{device} x {torch.get_num_threads()} threads",
         "precision": str(resolve_precision(device, "auto")).removeprefix("torch."),
         "torch": torch.__version__, "version": __version__, "machine": platform.machine(),
         "command": "python benchmarks/features/accuracy.py " + shlex.join(sys.argv[1:]),
     }  # fmt: skip
-    found = [args.work / f"{short(kind)}.jsonl" for kind in FORMATS]
-    rows = [row for path in found if path.exists() for row in read_rows(path)]
-    with open(args.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *same], extrasaction="ignore")
+
+
+def write(out: Path, work: Path) -> None:
+    """The CSV of all rows in the working folder, as they were stamped."""
+    with open(out, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(row | same for row in rows)
+        for kind in FORMATS:
+            writer.writerows(read_rows(work / f"{short(kind)}.jsonl"))
 
 
 if __name__ == "__main__":

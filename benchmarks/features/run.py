@@ -7,7 +7,8 @@
 
 speed     in turn, on the same networks: steps that read a store, and steps on one batch that stays in memory. The claim
           is the median over rounds of (student-only time / time with the store), target 0.95. Beside it the time of
-          a batch when nothing else runs, and items a second after the disk's cache was dropped.
+          a batch when nothing else runs, and items a second after the disk's cache was dropped. One untimed step goes
+          before each window and one behind it, with which its reader ends: none reads on while another kind is timed.
 bytes     a store of the shapes of ADM-256's four levels at 256 px (the maps are noise), as it lies on the disk: target
           at most 0.35 MB an image and draw with the defaults.
 
@@ -25,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from dreamteacher import __version__, data, feature_dataset
 from dreamteacher.distributed import pick_device, resolve_precision
 from dreamteacher.feature_dataset import FeatureBatch
+from dreamteacher.feature_items import layout
 from dreamteacher.feature_store import FeatureStore
 from dreamteacher.features import FeatureSpec
 from dreamteacher.make_features import MakeFeaturesConfig, make_features
@@ -151,10 +154,16 @@ def cold_items_per_s(folder: Path, batch: int) -> float:
     return store.plan.images * store.plan.draws / (time.perf_counter() - begin)
 
 
+def settle(device: torch.device) -> None:
+    """Waits for what the device still does."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def timed_steps(
     args: argparse.Namespace, store: FeatureStore, images: data.ImageSet, device: torch.device
 ) -> dict[str, Any]:
-    """Steps from the store and steps without it, round by round."""
+    """Steps from the store, steps without it and reads alone, round by round."""
     config = PretrainConfig(
         images=images.folder,
         out=Path("-"),
@@ -166,30 +175,36 @@ def timed_steps(
     regressor = FeatureRegressor(student.specs, store.plan.specs, width=args.width).to(device)
     training = Training(config, student, regressor, steps=10**6)
 
-    def stream() -> Any:
-        return feature_dataset.stored(
-            store, images, batch_size=args.batch_size, first_step=0, last_step=10**6, seed=0, device=device
-        )
+    window = args.steps + 2  # the first and the last are not timed
 
-    reading, alone = stream(), stream()
-    batch: FeatureBatch = next(alone)
-    fixed = itertools.repeat(batch)
+    def stream(turn: int) -> Iterator[FeatureBatch]:
+        return feature_dataset.stored(
+            store, images, batch_size=args.batch_size, first_step=turn * window, last_step=(turn + 1) * window,
+            seed=0, device=device,
+        )  # fmt: skip
+
+    fixed = itertools.repeat(next(stream(0)))
     progress = Progress(10**6, 0, args.batch_size, "benchmark")
     kinds = {
-        "stored": lambda i: training.step(i, reading, progress),
-        "student": lambda i: training.step(i, fixed, progress),
-        "read": lambda i: next(alone),
+        "stored": lambda i, batches: training.step(i, batches, progress),
+        "student": lambda i, _: training.step(i, fixed, progress),
+        "read": lambda _, batches: next(batches),
     }
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    turns = itertools.count()
     for round_ in range(args.rounds + 2):
         for kind in list(kinds) if round_ % 2 else list(reversed(kinds)):
+            act, batches = kinds[kind], stream(next(turns))
+            act(0, batches)
+            settle(device)
             begin = time.perf_counter()
             for i in range(args.steps):
-                kinds[kind](i)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+                act(i, batches)
+            settle(device)
             if round_ >= 2:  # the first two warm up
                 times[kind].append((time.perf_counter() - begin) / args.steps)
+            act(0, batches)
+            settle(device)
     ratios = [b / a for a, b in zip(times["stored"], times["student"], strict=True)]
     middle = {kind: f"{1000 * statistics.median(values):.2f}" for kind, values in times.items()}
     return {
@@ -198,7 +213,7 @@ def timed_steps(
         "stored_ms": middle["stored"], "student_ms": middle["student"], "read_ms": middle["read"],
         "speed_median": f"{statistics.median(ratios):.4f}",
         "speed_quartiles": " ".join(f"{q:.4f}" for q in statistics.quantiles(ratios, n=4)[::2]),
-        "bytes": store.shard(0)["items"].shape[-1],
+        "bytes": layout(store.plan)[1],
     }  # fmt: skip
 
 

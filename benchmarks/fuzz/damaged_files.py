@@ -26,7 +26,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dreamteacher import checkpoint, feature_store, make_features, shards, students
+from dreamteacher import checkpoint, feature_store, feature_store_files, make_features, shards, students
+from dreamteacher.config import from_json
 from dreamteacher.fetch_archive import extract
 from dreamteacher.images import BadImageError, read_image
 from dreamteacher.interpreter import InterpreterSpec, load_interpreter, save_interpreter
@@ -356,21 +357,57 @@ def of_features(box: Sandbox) -> Reader:
         images=images, out=folder, teacher=str(teacher), batch_size=2, shard_mb=0.01, keep="random", channels=4,
         device="cpu", precision="float32", size=(32, 32),
     ))  # fmt: skip
-    sound = json.loads((folder / feature_store.MANIFEST).read_text())
+    sound = json.loads((folder / feature_store_files.MANIFEST).read_text())
     sound.pop("sha256")
 
     def read(rng: random.Random) -> bool:
         if rng.random() < 0.5:
             facts = changed(rng, sound)
-            signed = facts | {"sha256": feature_store._digest(facts)} if isinstance(facts, dict) else facts
+            signed = (
+                facts | {"sha256": feature_store_files._digest(facts)} if isinstance(facts, dict) else facts
+            )
             content = json.dumps(signed).encode("utf-8", "surrogatepass")
         else:
-            content = text_of(rng, sound | {"sha256": feature_store._digest(sound)})
-        (folder / feature_store.MANIFEST).write_bytes(content)
+            content = text_of(rng, sound | {"sha256": feature_store_files._digest(sound)})
+        (folder / feature_store_files.MANIFEST).write_bytes(content)
         store = feature_store.FeatureStore(folder)
         every = torch.arange(store.plan.images)
         rows, _ = store.rows(every, store.draws_of(every, 0, 0))
         return len(rows) == 5 and len(store.plan.specs) > 0
+
+    return read
+
+
+def of_stores(box: Sandbox) -> Reader:
+    """Any other file of stored features, by their reader, and by the writer that completes what lacks its manifest."""
+    of_features(box)
+    folder = box.inside / "features"
+    sound = {p.name: p.read_bytes() for p in folder.iterdir()}
+    asked = from_json(make_features.MakeFeaturesConfig, json.loads(sound["config.json"])["config"])
+    every = torch.arange(5)
+    rows, _ = feature_store.FeatureStore(folder).rows(every, every * 0)
+    names = sorted(set(sound) - {feature_store_files.MANIFEST})
+
+    def read(rng: random.Random) -> bool:
+        name = rng.choice(names)
+        raw = sound[name]
+        match Path(name).suffix:
+            case ".safetensors":
+                content = lying(rng, raw)
+            case ".json":
+                content = text_of(rng, json.loads(raw))
+            case _:
+                content = damaged(rng, raw)
+        shutil.rmtree(folder)
+        folder.mkdir()
+        for other, whole in (sound | {name: content}).items():
+            (folder / other).write_bytes(whole)
+        hashed = rng.random() < 0.5
+        if hashed:
+            (folder / feature_store_files.MANIFEST).unlink()
+            make_features.make_features(asked)
+        found, _ = feature_store.FeatureStore(folder, hash_gb=hashed).rows(every, every * 0)
+        return torch.equal(found, rows) if hashed else found.shape == rows.shape
 
     return read
 
@@ -577,5 +614,6 @@ def of_archives(box: Sandbox) -> Reader:
 KINDS: dict[str, Callable[[Sandbox], Reader]] = {
     "checkpoint": of_checkpoints, "weights, safetensors": of_weights, "weights, torch": of_torch_files,
     "StyleGAN2 pickle": of_pickles, "teacher.json": of_teachers, "features.json": of_features,
+    "stored features": of_stores,
     "run folder": of_runs, "interpreter.json": of_interpreters, "tar shard": of_shards, "archive": of_archives,
 }  # fmt: skip
