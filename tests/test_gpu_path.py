@@ -158,7 +158,7 @@ def test_a_step_out_of_memory_is_repeated_in_smaller_parts_as_if_it_had_begun_so
 
     def begun_in_parts(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        self.split = 4
+        self.parts.count = 4
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "__init__", begun_in_parts)
@@ -209,7 +209,7 @@ def test_gradients_of_parts_add_up_to_those_of_the_batch(split, tiny_teacher):
             for name, child in module.named_children():
                 if isinstance(child, nn.BatchNorm2d):
                     setattr(module, name, nn.Identity())
-        trained.split = parts
+        trained.parts.count = parts
         trained.undo = training.Undo([trained.sums])
         trained._gradients(stream, Progress(1, 0, 8, "test"))
         found.append([p.grad for p in trained.trained.parameters() if p.grad is not None] + [trained.sums])
