@@ -761,3 +761,51 @@ def test_a_checkpoint_says_how_it_was_split(config, monkeypatch):
     hungry_student(monkeypatch, 4)
     pretrain(config)
     assert checkpoint.load(checkpoint.latest(config.out))[1]["split"] == 2
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@needs_gpu
+def test_a_run_on_a_gpu_resumes_up_to_rounding(config):
+    """In the precision that the GPU has; torch's backward of pooling and resizing adds there in any order."""
+    config = dataclasses.replace(config, device="cuda", precision="auto", epochs=2, ema=0.9)
+    whole = pretrain(config)
+    resumed = shutil.copytree(whole, config.out.with_name("resumed"))
+    checkpoint.checkpoint_path(resumed, 4).unlink()
+    (resumed / "backbone.safetensors").unlink()
+    pretrain(dataclasses.replace(config, out=resumed))
+    rows = [read_rows(run / "metrics.jsonl") for run in (whole, resumed)]
+    assert [row["step"] for row in rows[1]] == [1, 2, 3, 4]
+    for a, b in zip(*rows, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.02)
+    states = [checkpoint.load(checkpoint.checkpoint_path(run, 4))[0] for run in (whole, resumed)]
+    assert states[0].keys() == states[1].keys()
+    for key, expected in states[0].items():
+        if key.startswith(("trained/", "ema/")):
+            distance = float((states[1][key].double() - expected.double()).norm())
+            assert distance <= 0.05 * max(1.0, float(expected.double().norm())), key
+
+
+@needs_gpu
+def test_a_gpu_that_runs_out_of_memory_goes_on_in_smaller_parts(config, capsys):
+    """A real lack of it: torch may take seven tenths of what the same run took before."""
+    config = dataclasses.replace(
+        config, device="cuda", student="resnet18", size=(256, 256), width=32, batch_size=16, epochs=2
+    )
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    pretrain(dataclasses.replace(config, out=config.out.with_name("roomy")))
+    peak, total = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
+    assert "Out of memory" not in capsys.readouterr().out
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.7 * peak / total)
+    try:
+        pretrain(config)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "Out of memory at step 1" in capsys.readouterr().out
+    assert checkpoint.load(checkpoint.latest(config.out))[1]["split"] > 1
+    assert [row["accumulate"] > 1 for row in read_rows(config.out / "metrics.jsonl")] == [True, True]

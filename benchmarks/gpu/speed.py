@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dreamteacher import __version__, compiled, data, feature_dataset
 from dreamteacher.distributed import pick_device, resolve_precision
+from dreamteacher.errors import UserError
 from dreamteacher.pretrain import PretrainConfig, Training
 from dreamteacher.regressor import FeatureRegressor
 from dreamteacher.rundir import Progress
@@ -176,7 +177,7 @@ def measure(name: str, batch: int, compile: str, args: argparse.Namespace) -> di
 
     def step() -> None:
         if training.step(0, stream, progress) is None:
-            raise torch.OutOfMemoryError("a step")
+            raise torch.OutOfMemoryError("a step has too little memory")
 
     try:
         with FlopCounterMode(display=False) as counter:
@@ -196,7 +197,9 @@ def measure(name: str, batch: int, compile: str, args: argparse.Namespace) -> di
             torch.cuda.reset_peak_memory_stats(device)
         taken = seconds(lambda: [step() for _ in range(args.steps)], args.rounds, device) / args.steps
         peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else float("nan")
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError) as error:
+        if "memory" not in str(error):
+            raise
         return row | {"status": "out of memory"}
     best = matmul_rate(args.matmul, device)
     rate = gmacs * 2e9 * batch / taken / 1e12
