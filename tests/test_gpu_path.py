@@ -339,7 +339,7 @@ def test_what_one_of_several_processes_told_is_followed_by_the_next_start(config
         pretrain(config)
     assert failures == [8]
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 2)
-    pretrain(config)
+    pretrain(dataclasses.replace(config, teacher_batch=4))  # which errors advise, so that it may change
     assert failures == [8], "the same command tried the large parts again"
     assert [row.get("accumulate", 1) for row in read_rows(config.out / "metrics.jsonl")] == [1, 1, 2, 2, 2, 2]
     assert memory.told_parts(config.out) == 4

@@ -15,7 +15,7 @@ from dreamteacher.errors import UserError
 from dreamteacher.memory import ran_out, reason
 from dreamteacher.teachers.base import Teacher
 
-MOST_ON_GPU = 32  # images at once where no number is given: more fill memory, and are no faster
+MOST_ON_GPU = 32  # images at once where no number is given; a choice, not measured
 _DRAWS: tuple[Any, ...] = (torch.randn, torch.rand, torch.randint)
 
 
