@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
 from collections.abc import Callable
-from typing import Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 
@@ -47,7 +48,8 @@ def compiled(function: Callable[P, R], *, strict: bool) -> Callable[P, R]:
         if failed:
             return function(*args, **kwargs)
         try:
-            return fast(*args, **kwargs)
+            with _backward_at_once():
+                return fast(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join(str(error).split())[:120]
             if strict:
@@ -57,3 +59,16 @@ def compiled(function: Callable[P, R], *, strict: bool) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return run
+
+
+def _backward_at_once() -> Any:
+    """Within: a backward graph is compiled with its forward graph (where torch has the setting), not at the first
+    backward.
+
+    So one that cannot be compiled fails where there is a way back.
+    """
+    from torch._functorch import config
+
+    if not hasattr(config, "force_non_lazy_backward_lowering"):
+        return contextlib.nullcontext()
+    return config.patch(force_non_lazy_backward_lowering=True)

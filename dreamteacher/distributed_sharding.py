@@ -55,7 +55,7 @@ def shard(
     Units are modules that `run` calls, each of about a tenth of the parameters.
 
     Args:
-        network: on `device`; its weights become DTensors.
+        network: on `device`, or with `whole` on the CPU: a unit is moved when it is cut. Its weights become DTensors.
         run: runs the network on a small input.
         whole: what is in no unit becomes a unit too: for a network that is only ever called as a whole. Otherwise
             it stays replicated.
@@ -99,20 +99,31 @@ def shard(
 
 
 def gradients_stay(network: nn.Module, stay: bool) -> Any:
-    """A context in which backward only adds up gradients here (`stay`), to be averaged with those of a later one."""
-    if isinstance(network, DistributedDataParallel):
-        return network.no_sync() if stay else contextlib.nullcontext()
-    if launched().ranks > 1:
-        from torch.distributed.fsdp import FSDPModule
+    """A context in which backward only adds up gradients here (`stay`), to be averaged with those of a later one.
 
-        if isinstance(network, FSDPModule):
-            network.set_requires_gradient_sync(not stay)
+    Not so of a network that is cut: it averages at every backward, or each process would hold whole gradients.
+    """
+    if stay and isinstance(network, DistributedDataParallel):
+        return network.no_sync()
     return contextlib.nullcontext()
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor of which each process has a part, put together (all processes call it); others as they are."""
     return tensor.full_tensor() if _cut(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole_on_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor whole on the CPU of the first process, none in the others (all processes call it).
+
+    One after the other, so that no device holds more than one whole tensor.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        together = whole(tensor)
+        if launched().first:
+            found[name] = together.detach().cpu()
+    return found
 
 
 def _cut(tensor: Tensor) -> bool:

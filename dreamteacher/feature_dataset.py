@@ -56,6 +56,7 @@ class FeatureBatch(NamedTuple):
         return self._replace(images=self.images[at], maps=[m[at] for m in self.maps], kept=kept)
 
 
+# Each forgets a batch before it makes the next: else the maps of two would be in memory at once.
 Stream = Generator[FeatureBatch, None, None]
 
 
@@ -136,6 +137,7 @@ def encoded(
         with autocast(device, precision):
             maps = teacher.encode(images, generator=generator)
         yield FeatureBatch(images, maps, waited, step)
+        del sent, images, maps
 
 
 def synthesized(
@@ -151,6 +153,7 @@ def synthesized(
         with autocast(device, precision):
             images, maps = teacher.sample(share.of(batch_size), generator=generator)
         yield FeatureBatch(images.float(), maps, 0.0, step)
+        del images, maps
 
 
 def mixture(
@@ -166,7 +169,10 @@ def mixture(
         with autocast(device, precision):
             images, maps = teacher.sample(share.of(made), generator=generator)
         both = [torch.cat([a, b.to(a.dtype)]) for a, b in zip(real.maps, maps, strict=True)]
-        yield FeatureBatch(torch.cat([real.images, images.float()]), both, real.waited, real.step)
+        seen, waited, step = torch.cat([real.images, images.float()]), real.waited, real.step
+        del real, images, maps
+        yield FeatureBatch(seen, both, waited, step)
+        del seen, both
 
 
 def stored(
@@ -206,5 +212,7 @@ def stored(
             with autocast(device, precision):
                 maps = teacher.encode_latents(kept.maps[0], generator=generator)
             yield FeatureBatch(seen, maps, waited, step)
+            del maps
         else:
             yield FeatureBatch(seen, kept.maps, waited, step, None if store.plan.raw else kept)
+        del sent, pixels, rows, seen, kept

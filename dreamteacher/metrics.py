@@ -6,12 +6,14 @@ in float64 whatever comes in. Parity with scikit-learn and with plain loops: `te
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Elements that are converted to float64 at once in `r2` and `cosine`: bounds their memory.
+_ELEMENTS = 2**23
 # How many test rows meet the whole training set at once in `knn_predict`: bounds its memory.
 _KNN_ROWS = 1024
 
@@ -29,11 +31,11 @@ def r2(pred: Tensor, target: Tensor, average: Callable[[Tensor], Tensor] = torch
         average: mean over processes that have as many rows each.
     """
     _same_shape(pred, target)
-    pred, target = pred.detach().double(), target.detach().double()
     axes = [axis for axis in range(target.ndim) if axis != 1]
-    residual = float(average((target - pred).square().sum()))
-    mean = average(target.mean(axes, keepdim=True))
-    total = float(average((target - mean).square().sum()))
+    residual = float(average(_sum((t - p).square().sum() for p, t in _doubles(pred, target))))
+    sums = _sum(t.sum(axes, keepdim=True) for (t,) in _doubles(target))
+    mean = average(sums / (target.numel() // target.shape[1]))
+    total = float(average(_sum((t - mean).square().sum() for (t,) in _doubles(target))))
     if total == 0.0:
         return float(residual == 0.0)
     return 1.0 - residual / total
@@ -50,11 +52,20 @@ def cosine(pred: Tensor, target: Tensor, average: Callable[[Tensor], Tensor] = t
         average: mean over processes that have as many rows each.
     """
     _same_shape(pred, target)
-    return float(
-        average(
-            F.cosine_similarity(pred.detach().double(), target.detach().double(), dim=1, eps=1e-30).mean()
-        )
-    )
+    parts = _doubles(pred, target)
+    total = _sum(F.cosine_similarity(p, t, dim=1, eps=1e-30).sum() for p, t in parts)
+    return float(average(total / (target.numel() // target.shape[1])))
+
+
+def _doubles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape in float64, as many rows at a time as _ELEMENTS holds."""
+    rows = max(1, _ELEMENTS * len(tensors[0]) // max(1, tensors[0].numel()))
+    for parts in zip(*(t.detach().split(rows) for t in tensors), strict=True):
+        yield tuple(part.double() for part in parts)
+
+
+def _sum(parts: Iterator[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).sum(0)
 
 
 def rankme(features: Tensor) -> float:

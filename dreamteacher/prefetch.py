@@ -71,6 +71,7 @@ def ahead(items: Iterator[T], work: Callable[[T], R], *, threaded: bool) -> Iter
             if done is None:
                 return
             yield done[0], perf_counter() - begin
+            del done  # or its tensors would outlive their use
     with ThreadPoolExecutor(1) as pool:
         waiting: Future[tuple[R] | None] = pool.submit(one)
         while True:
@@ -80,3 +81,4 @@ def ahead(items: Iterator[T], work: Callable[[T], R], *, threaded: bool) -> Iter
                 return
             waiting = pool.submit(one)
             yield done[0], perf_counter() - begin
+            del done

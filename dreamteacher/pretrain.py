@@ -79,7 +79,8 @@ def pretrain(config: PretrainConfig) -> Path | None:
     steps = steps_of(config, epoch)
     if config.dataset == "encoded" or (config.dataset == "synthesized" and job is None):
         teacher.keep_only("encode" if config.dataset == "encoded" else "sample")
-    for module in (teacher, student, regressor):
+    cut = share.ranks > 1 and config.sharding in ("student", "both") and not config.dry_run
+    for module in (teacher,) if cut else (teacher, student, regressor):  # `shard` moves what it cuts
         module.to(device)
     if store and images:
         checked = store.verify(teacher, fingerprint(config.teacher), images, device)
@@ -116,19 +117,20 @@ def pretrain(config: PretrainConfig) -> Path | None:
         resume = run.open(resolved)
         interpreter = _interpreter(config, job, run.path)
         classes = resolved.get("labels", {}).get("classes", ())
-        training = Training(config, student, regressor, steps, interpreter, classes, share)
+        training = Training(config, student, regressor, steps, interpreter, classes, share, device)
         if (dtype := resolve_precision(device, config.precision)) != torch.float32:
             teacher.keep_in(dtype)
         if config.sharding == "none" and wants_compile(config.compile, device, steps):
             teacher.wrap_hot(functools.partial(compiled, strict=config.compile == "on"))
             training.compile()
-        first = training.restore(resume, run) if resume else 0
+        first = training.restore(resume, run)
         _list_skipped(run.path, images)
+        cut = share.ranks > 1 and config.sharding in ("teacher", "both") and not kept
         begin = functools.partial(
-            _stream, config, InParts(teacher, config.teacher_batch), images, store, steps=steps, device=device,
-            share=share,
+            _stream, config, InParts(teacher, config.teacher_batch, sharded=cut), images, store, steps=steps,
+            device=device, share=share,
         )  # fmt: skip
-        if share.ranks > 1 and config.sharding in ("teacher", "both") and not kept:
+        if cut:
             with contextlib.closing(begin(0)) as look:
                 shard(teacher, device, lambda: next(look), whole=False)
         progress = Progress(training.steps, first, config.batch_size, "pretrain")
@@ -158,6 +160,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
                 progress.close()
                 print(f"Stopped at step {step}: saved in '{run.path}'. The same command resumes.", flush=True)
                 raise SystemExit(128 + stop)
+            del batch  # or its maps would live on beside the next ones
 
         # --- what the user takes away --------------------------------------------------------------------
         progress.close()
@@ -352,7 +355,7 @@ def _check_numbers(config: PretrainConfig, share: Share) -> None:
             f"--compile on and --sharding {config.sharding} do not work together.", "Leave out one of them."
         )
     if config.teacher_batch < 0:
-        raise UserError("--teacher-batch is below 0.", "Give a number of images; 0: a whole part.")
+        raise UserError("--teacher-batch is below 0.", "Give a number of images, or leave it out.")
     for name in ("lr", "epochs", "log_every", "save_every", "keep", "tau"):
         if getattr(config, name) <= 0:
             raise UserError(

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dreamteacher import checkpoint
+from dreamteacher import checkpoint, memory
 from dreamteacher.config import changed_keys, parse_json
 from dreamteacher.distributed import ALONE, Share, launched
 from dreamteacher.distributed_group import from_first
@@ -25,6 +25,7 @@ from dreamteacher.errors import UserError, shorten
 # Settings that may differ between a run and its resumption: they do not change any number.
 FREE_TO_CHANGE = (
     "out", "workers", "dry_run", "strict", "device", "save_every", "keep", "cache_gb", "sharding",
+    "teacher_batch",
 )  # fmt: skip
 
 
@@ -113,6 +114,8 @@ class RunDir:
         checkpoint.sweep(self.path)
         resume = checkpoint.latest(self.path, whole=True)
         if resume is None:  # a run that goes on keeps the config that it was started with
+            if self.config() != json.loads(json.dumps(resolved)):
+                (self.path / memory.PARTS).unlink(missing_ok=True)
             checkpoint.write_text(self.path / "config.json", json.dumps(resolved, indent=2) + "\n")
             for name in ("metrics.jsonl", "timing.jsonl"):
                 (self.path / name).unlink(missing_ok=True)

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dreamteacher import checkpoint, data, metrics, optim
+from dreamteacher import checkpoint, data, memory, metrics, optim
 from dreamteacher.compiled import Compile, compiled
 from dreamteacher.distributed import ALONE, Precision, Share, autocast
-from dreamteacher.distributed_group import averaged, earliest
+from dreamteacher.distributed_group import averaged, earliest, from_first
 from dreamteacher.distributed_norm import BatchNorm, make_global
 from dreamteacher.distributed_sharding import (
     Sharding,
@@ -25,6 +25,7 @@ from dreamteacher.distributed_sharding import (
     replicate,
     shard,
     whole,
+    whole_on_first,
 )
 from dreamteacher.errors import UserError
 from dreamteacher.feature_dataset import DatasetKind, FeatureBatch, batch_loss
@@ -114,7 +115,7 @@ class PretrainConfig:
     accumulate: int = 1
     """Parts that a batch is split into to save memory; BatchNorm sees one part at a time. Doubled when memory runs out."""
     teacher_batch: int = 0
-    """Images that the teacher sees at once, to save memory; 0: a whole part. Halved when memory runs out."""
+    """Images that the teacher sees at once; 0: a whole part, on a GPU at most 32. Halved when memory runs out."""
     batch_norm: BatchNorm = "global"
     """Of several processes (torchrun): global: over the images of all, as in one process; local: each over its own."""
     sharding: Sharding = "none"
@@ -178,18 +179,15 @@ class Training:
         interpreter: Interpreter | None = None,
         classes: Sequence[str] = (),
         share: Share = ALONE,
+        device: torch.device | None = None,
     ) -> None:
-        self.config, self.student, self.regressor, self.steps, self.share = (
-            config,
-            student,
-            regressor,
-            steps,
-            share,
-        )
-        self.device = next(student.parameters()).device
+        self.config, self.student, self.regressor = config, student, regressor
+        self.steps, self.share = steps, share
+        begun_on = next(student.parameters()).device
+        self.device = device or begun_on
         self.interpreter, self.head, self.classes = interpreter, None, list(classes)
         if interpreter is not None:
-            self.head = label_head(config.seed, config.width, regressor, interpreter).to(self.device)
+            self.head = label_head(config.seed, config.width, regressor, interpreter).to(begun_on)
         if config.mode == "label":
             regressor.projections.requires_grad_(False)  # nothing is asked of them
         self.trained = Trained(student, regressor, self.head, project=config.mode != "label")
@@ -208,7 +206,8 @@ class Training:
         self.warmup = round(steps * config.warmup_epochs / config.epochs)
         self.forward: Callable[..., Any] = self.network
         self.batch_loss = batch_loss
-        self.split = 1  # of each of the `accumulate` parts: more once memory has run out
+        rows = share.of(config.batch_size // config.accumulate)
+        self.parts = memory.Parts(rows, config.accumulate, share, config.batch_norm, config.out)
         self.levels = [spec.name for spec in regressor.teacher_specs]
         # Sums since the last log line, on the device: total, gradient norm, count, label loss, its entropy,
         # MSE and AT of each level.
@@ -229,40 +228,30 @@ class Training:
     ) -> tuple[FeatureBatch, list[Tensor]] | None:
         """One optimizer step (number `index`, from 0); returns the last part's batch and the student's maps.
 
-        None when memory ran out: nothing has changed but `split`; repeat it with a stream that begins at this step.
+        None when memory ran out: nothing has changed but `parts`; repeat it with a stream that begins at this step.
 
         Raises:
-            UserError: when memory runs out and parts cannot be smaller.
+            UserError: when memory runs out and parts cannot be smaller, it is the optimizer that has none, or there are
+                several processes, which begin again together.
         """
         self.undo.note()
         try:
             batch, maps, seen = self._gradients(stream, progress)
-        except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0][:80]
+        except RuntimeError as error:
+            if not memory.ran_out(error):
+                raise
+            reason = memory.reason(error)
         else:
-            self._update(index, seen)
+            with memory.needed(
+                f"Step {index + 1} has no memory for the optimizer",
+                "Use a smaller --student or --width, or several GPUs with --sharding student.",
+            ):
+                self._update(index, seen)
             return batch, maps
         self.undo.undo()
         self.optimizer.zero_grad(set_to_none=True)
-        self._split_more(index, reason)
+        self.parts.add(index + 1, reason)
         return None
-
-    def _split_more(self, index: int, reason: str) -> None:
-        c = self.config
-        part = c.batch_size // c.accumulate
-        most = part // 2  # BatchNorm needs two images in each
-        if self.split >= most or self.share.ranks > 1:
-            raise UserError(
-                f"Step {index + 1} runs out of memory in parts of {part // self.split} images: {reason}",
-                f"Use --accumulate {2 * c.accumulate}." if self.share.ranks > 1 else
-                "Use --precision bfloat16, or a smaller --size, --student or --width.",
-            )  # fmt: skip
-        self.split = min(2 * self.split, most)
-        print(
-            f"Out of memory at step {index + 1}: repeated, and from now on, as --accumulate {c.accumulate * self.split}. "
-            f"BatchNorm sees parts of {part // self.split} images; nothing else changes.",
-            flush=True,
-        )
 
     def _gradients(
         self, stream: Iterator[FeatureBatch], progress: Progress
@@ -272,13 +261,15 @@ class Training:
         c = self.config
         self.trained.train()
         self.optimizer.zero_grad(set_to_none=True)
-        seen = []
+        seen, last = [], None
         for k in range(c.accumulate):
+            last = None  # one part's maps must not live through the next one's making
             part = next(stream)
             progress.wait(part.waited)
-            for i, batch in enumerate(part.split(self.split)):
+            for i, batch in enumerate(part.split(self.parts.count)):
+                last = None
                 share = c.accumulate * len(part.images) / len(batch.images)
-                with gradients_stay(self.network, (k + 1, i + 1) != (c.accumulate, self.split)):
+                with gradients_stay(self.network, (k + 1, i + 1) != (c.accumulate, self.parts.count)):
                     loss, parts, maps = self._loss(batch)
                     (loss / share).backward()
                 seen.append(
@@ -286,7 +277,11 @@ class Training:
                 )
                 self.sums[0] += loss.detach() / share
                 self.sums[3:] += parts / share
-        return batch, maps, torch.stack(seen).sum(0)
+                last = batch, maps
+                del batch, maps, loss
+            del part
+        assert last is not None
+        return *last, torch.stack(seen).sum(0)
 
     def _update(self, index: int, seen: Tensor) -> None:
         c = self.config
@@ -351,8 +346,8 @@ class Training:
         self.sums.zero_()
         row = {"step": step, "images_seen": step * self.config.batch_size, "loss": total / count}
         row |= {"grad_norm": norm / count, "lr": self.lr}
-        if self.split > 1:
-            row["accumulate"] = self.config.accumulate * self.split
+        if self.parts.count > 1:
+            row["accumulate"] = self.config.accumulate * self.parts.count
         if self.head is not None:  # the loss cannot fall below the entropy of the soft labels
             row |= {"label": label / count, "label_kl": (label - entropy) / count}
         n = len(self.levels)
@@ -396,17 +391,21 @@ class Training:
         tensors["sums"] = self.sums
         if self.ema:
             tensors |= {f"ema/{k}": v for k, v in self.ema.tensors.items()}
-        tensors = {k: whole(v) for k, v in tensors.items()}
+        tensors = whole_on_first(tensors)
         if not self.share.first:
             return
         meta = {"kind": "pretrain", "step": step, "optimizer": scalars}
         meta["ema_updates"] = self.ema.updates if self.ema else 0
-        meta["split"] = self.split
+        meta["split"] = self.parts.count
         checkpoint.save(checkpoint.checkpoint_path(folder, step), tensors, meta)
         checkpoint.prune(folder, self.config.keep)
 
-    def restore(self, path: Path, run: RunDir) -> int:
-        """Continues from a checkpoint, bitwise; returns its step."""
+    def restore(self, path: Path | None, run: RunDir) -> int:
+        """Continues from a checkpoint (None: there is none yet), bitwise on a CPU, and in the parts that fitted last;
+        returns its step."""
+        self.parts.follow(int(from_first(lambda: str(memory.told_parts(run.path)))))
+        if path is None:
+            return 0
         tensors, meta = checkpoint.load(path)
         if meta.get("kind") != "pretrain":
             raise UserError(f"'{path}' is a checkpoint of '{meta.get('kind')}'.", "Choose another --out.")
@@ -420,7 +419,7 @@ class Training:
                 mine = self.ema.tensors[key]
                 mine.copy_(part_of(value, mine))  # in place: the memory layout stays
             self.ema.updates = meta["ema_updates"]
-        self.split = meta.get("split", 1)
+        self.parts.at_least(meta.get("split", 1))
         checkpoint.unpack_optimizer(self.optimizer, tensors, meta["optimizer"])
         for name in ("metrics.jsonl", "timing.jsonl"):
             run.rewind(name, meta["step"])
@@ -429,7 +428,7 @@ class Training:
 
     def write_weights(self, folder: Path, teacher: Teacher) -> None:
         """backbone.safetensors (native timm names), regressor.safetensors (its neck), and head.safetensors."""
-        state = {k: whole(v) for k, v in self.state().items()}
+        state = whole_on_first(self.state())
         if not self.share.first:
             return
         about = {"format": "dreamteacher-backbone", "student": self.student.name, "teacher": teacher.name}
@@ -438,7 +437,7 @@ class Training:
             files["head"] = "head."
             about |= {"classes": json.dumps(self.classes), "pooled": "yes" if self.head.pooled else "no"}
         for name, prefix in files.items():
-            tensors = {k: v.detach().cpu().contiguous() for k, v in _under(prefix, state).items()}
+            tensors = {k: v.contiguous() for k, v in _under(prefix, state).items()}
             checkpoint.atomic_write(
                 folder / f"{name}.safetensors", lambda path, tensors=tensors: save_file(tensors, path, about)
             )

@@ -22,6 +22,7 @@ from dreamteacher.config import from_json
 from dreamteacher.distributed import ALONE, Share, launched
 from dreamteacher.distributed_group import from_first, join
 from dreamteacher.distributed_norm import make_global
+from dreamteacher.distributed_sharding import gradients_stay, shard, whole_on_first
 from dreamteacher.downstream.finetune import FinetuneConfig
 from dreamteacher.downstream.segmentation import SegmentConfig
 from dreamteacher.feature_dataset import FeatureBatch
@@ -128,6 +129,27 @@ def check_steps(share: Share, base: PretrainConfig) -> None:
             )
 
 
+def check_sharding(share: Share) -> None:
+    """A cut network has parts of gradients after every backward, and is put together in the first process alone."""
+    network, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), torch.ones(2, 8)
+    for number, parameter in enumerate(network.parameters()):
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    shard(network, torch.device("cpu"), lambda: network(x), whole=True)
+    parts = []
+    for stay in (True, False):
+        with gradients_stay(network, stay):
+            network(x).sum().backward()
+        parts.append([p.grad.to_local().clone() for p in network.parameters()])
+    for first, both in zip(*parts, strict=True):
+        torch.testing.assert_close(both, 2 * first)
+    found = whole_on_first(network.state_dict())
+    assert found.keys() == (before.keys() if share.first else set())
+    for key, value in found.items():
+        assert type(value) is torch.Tensor
+        assert torch.equal(value, before[key])
+
+
 def main(job: dict) -> None:
     """Everything that two processes show when nothing goes wrong; the last act is an error."""
     torch.set_num_threads(1)
@@ -138,6 +160,7 @@ def main(job: dict) -> None:
     assert share.ranks == 2
     check_batch_norm(share)
     check_steps(share, base)
+    check_sharding(share)
     root = base.out.parent
     pretrain(dataclasses.replace(base, out=root / "two"))
 
@@ -181,7 +204,7 @@ def cut(run: Path, step: int) -> str:
 
 
 def stumble(job: dict) -> None:
-    """One process is killed, or errs, on its way: in the first start of `pretrain` only."""
+    """One process is killed, errs or runs out of memory on its way: in the first start of `pretrain` only."""
     torch.set_num_threads(1)
     original, first = data.batches, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 
@@ -190,6 +213,8 @@ def stumble(job: dict) -> None:
             if first and launched().rank == 1 and batch.step == job["step"]:
                 if job["how"] == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
+                if job["how"] == "memory":
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
                 data.load_images(Path("nowhere"), (8, 8))
             yield batch
 

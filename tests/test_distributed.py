@@ -376,6 +376,21 @@ def test_a_killed_process_stops_the_others_and_a_restart_goes_on(runs, image_fol
 
 
 @pytest.mark.slow
+def test_a_process_out_of_memory_stops_all_and_a_restart_goes_on_in_smaller_parts(
+    image_folder, tiny_teacher, tmp_path
+):
+    config = config_of(image_folder, tiny_teacher, tmp_path / "run")
+    job = {"how": "memory", "step": 9, "arguments": ["pretrain", *flags(config)]}
+    done = torchrun("--max-restarts", "1", distributed_worker.__file__, json.dumps(job))
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert said.count("Step 5 runs out of memory in parts of 2 images") == 1, said
+    assert done.stdout.count("Resuming from step 4") == 1
+    rows = read_rows(config.out / "metrics.jsonl")
+    assert [row.get("accumulate", 2) for row in rows] == [2, 2, 2, 2, 4, 4, 4, 4]
+
+
+@pytest.mark.slow
 def test_an_error_of_one_process_stops_all(image_folder, tiny_teacher, tmp_path):
     """Started without torchrun, so that their exit codes are seen."""
     config = config_of(image_folder, tiny_teacher, tmp_path / "run")

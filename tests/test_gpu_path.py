@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dreamteacher import checkpoint, compiled, data, feature_dataset, prefetch, training
+from dreamteacher import checkpoint, compiled, data, feature_dataset, memory, prefetch, training
 from dreamteacher import pretrain as loop
+from dreamteacher.distributed import Share
 from dreamteacher.errors import UserError
 from dreamteacher.features import FeatureSpec
 from dreamteacher.losses import whitened_mse
@@ -130,18 +132,99 @@ def test_a_teacher_that_runs_out_of_memory_sees_half_as_many(capsys):
         InParts(Hungry(0)).encode(images, generator=generator())
 
 
+class OnGpu(torch.Generator):
+    """A CPU's, which says that it is a GPU's."""
+
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("most", "count", "generator", "parts"),
+    [
+        (4, 9, torch.Generator(), [3, 3, 3]), (4, 6, torch.Generator(), [3, 3]), (4, 8, torch.Generator(), [4, 4]),
+        (0, 40, torch.Generator(), [40]), (0, 40, OnGpu(), [20, 20]), (0, 32, OnGpu(), [32]), (64, 40, OnGpu(), [40]),
+        (4, 7, torch.Generator(), [4, 3]),
+    ],
+)  # fmt: skip
+def test_parts_are_equal_and_small_on_a_gpu(most, count, generator, parts):
+    """One size compiles once."""
+    images, teacher = torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(0)), Hungry(99)
+    found = InParts(teacher, most).encode(images, generator=generator.manual_seed(5))
+    assert teacher.seen == parts
+    assert torch.equal(found[0], Hungry(99).encode(images, generator=torch.Generator().manual_seed(5))[0])
+
+
+@pytest.mark.parametrize(
+    "message", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+                "Triton Error [CUDA]: out of memory"],
+)  # fmt: skip
+def test_libraries_that_run_out_of_memory_in_their_own_words(message, monkeypatch, config):
+    teacher, encode = Hungry(99), Hungry.encode
+
+    def fail(self, images, *, generator):
+        maps = encode(self, images, generator=generator)
+        if len(images) > 2:
+            raise RuntimeError(message)
+        return maps
+
+    monkeypatch.setattr(Hungry, "encode", fail)
+    InParts(teacher).encode(torch.rand(4, 3, 64, 64), generator=generator())
+    assert teacher.seen == [4, 2, 2]
+    trained, stream = small_training(Hungry(99))
+    forward = trained.forward
+
+    def forward_fails(images, sizes):
+        if len(images) > 4:
+            raise RuntimeError(message)
+        return forward(images, sizes)
+
+    trained.forward = forward_fails
+    assert trained.step(0, stream, Progress(9, 0, 8, "test")) is None
+    assert trained.parts.count == 2
+    assert trained.step(0, stream, Progress(9, 0, 8, "test")) is not None
+
+
+def test_other_errors_of_torch_are_no_lack_of_memory(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
+
+    monkeypatch.setattr(Hungry, "encode", fail)
+    with pytest.raises(RuntimeError, match="must match"):
+        InParts(Hungry(1)).encode(torch.rand(4, 3, 64, 64), generator=generator())
+    trained, _ = small_training(Hungry(1))
+    with pytest.raises(RuntimeError, match="must match"):
+        trained.step(0, iter(fail, None), Progress(9, 0, 8, "test"))
+
+
+def test_a_teacher_cut_over_processes_does_not_try_by_itself():
+    """Its passes are exchanges: a process that made more of them would wait for the others for ever."""
+    teacher = Hungry(3)
+    parts = InParts(teacher, 4, sharded=True)
+    with pytest.raises(UserError, match=r"on 4 images.*\n.*--teacher-batch 2"):
+        parts.encode(torch.rand(8, 3, 64, 64), generator=generator())
+    assert teacher.seen == [4]
+    assert parts.most == 4
+    with pytest.raises(UserError, match="one image"):
+        InParts(Hungry(0), 1, sharded=True).encode(torch.rand(8, 3, 64, 64), generator=generator())
+
+
 # --- a step that runs out of memory ---------------------------------------------------------------------------
 
 
-def hungry_student(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
-    """Students run out of memory in training above `most` images, deep inside: after BatchNorm has seen them."""
+def hungry_student(monkeypatch: pytest.MonkeyPatch, most: int, passes: int = 0) -> list[int]:
+    """Students run out of memory in training above `most` images, deep inside: after BatchNorm has seen them.
+
+    The first `passes` are let through.
+    """
     failures: list[int] = []
+    seen: list[int] = []
 
     def make(*args, **kwargs):
         student = create_student(*args, **kwargs)
 
         def check(module, inputs):
-            if module.training and len(inputs[0]) > most:
+            seen.extend([len(inputs[0])] if module.training else [])
+            if module.training and len(inputs[0]) > most and len(seen) > passes:
                 failures.append(len(inputs[0]))
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
@@ -158,7 +241,7 @@ def test_a_step_out_of_memory_is_repeated_in_smaller_parts_as_if_it_had_begun_so
 
     def begun_in_parts(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        self.split = 4
+        self.parts.count = 4
 
     with monkeypatch.context() as patch:
         patch.setattr(Training, "__init__", begun_in_parts)
@@ -199,6 +282,130 @@ def test_a_step_that_cannot_be_made_smaller_says_what_to_do(config, monkeypatch)
         pretrain(config)
 
 
+def parts_of(images: int, ranks: int, batch_norm: str, folder: Path) -> memory.Parts:
+    return memory.Parts(images, 1, Share(0, ranks), batch_norm, folder)
+
+
+@pytest.mark.parametrize(
+    ("images", "ranks", "batch_norm", "counts"),
+    [(8, 1, "global", [2, 4]), (6, 1, "global", [2, 3]), (8, 4, "local", [2, 4]), (3, 4, "global", [2, 3])],
+)
+def test_parts_are_doubled_as_long_as_batch_norm_has_two_images(images, ranks, batch_norm, counts, tmp_path):
+    parts = parts_of(images, ranks, batch_norm, tmp_path)
+    for count in counts:
+        with contextlib.nullcontext() if ranks == 1 else pytest.raises(UserError, match="The same command"):
+            parts.add(7, "CUDA out of memory")
+        assert parts.count == count
+        if ranks > 1:
+            assert memory.told_parts(tmp_path) == images // count
+    with pytest.raises(
+        UserError, match=r"Step 7 runs out of memory in parts of \d images: CUDA.*\n.*--width"
+    ):
+        parts.add(7, "CUDA out of memory")
+
+
+def test_parts_of_other_processes_are_followed_and_never_empty(tmp_path):
+    """A run that one process split in 4 goes on in 8 with one image each; and what one told, all follow."""
+    alone = parts_of(8, 1, "global", tmp_path)
+    alone.at_least(4)
+    assert alone.count == 4
+    eight = parts_of(1, 8, "global", tmp_path)
+    eight.at_least(4)
+    eight.follow(2)
+    assert eight.count == 1
+    two = parts_of(4, 2, "global", tmp_path)
+    two.follow(memory.told_parts(tmp_path))  # nothing was told
+    assert two.count == 1
+    two.follow(3)
+    assert two.count == 2
+    two.at_least(1)
+    assert two.count == 2
+    for damage in ("", "[]", '{"images": "2"}', '{"images": -1}', "{}"):
+        (tmp_path / memory.PARTS).write_text(damage)
+        assert memory.told_parts(tmp_path) == 0
+
+
+def test_what_one_of_several_processes_told_is_followed_by_the_next_start(config, monkeypatch):
+    """Here the one process believes that there is another; out of memory at the third step, behind a checkpoint."""
+    failures = hungry_student(monkeypatch, 4, passes=2)
+    init = memory.Parts.__init__
+
+    def two(self, *args):
+        init(self, *args)
+        self.share = Share(0, 2)
+
+    monkeypatch.setattr(memory.Parts, "__init__", two)
+    with pytest.raises(UserError, match=r"Step 3 runs .*\nThe same command goes on from the last checkpoint"):
+        pretrain(config)
+    assert failures == [8]
+    assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 2)
+    pretrain(dataclasses.replace(config, teacher_batch=4))  # which errors advise, so that it may change
+    assert failures == [8], "the same command tried the large parts again"
+    assert [row.get("accumulate", 1) for row in read_rows(config.out / "metrics.jsonl")] == [1, 1, 2, 2, 2, 2]
+    assert memory.told_parts(config.out) == 4
+
+
+def test_a_run_that_begins_anew_with_other_settings_forgets_what_fitted(config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory.Parts, "follow", lambda self, images: asked.append(images))
+    for width in (8, 8, 16):  # the same once more, then another
+        pretrain(dataclasses.replace(config, width=width, epochs=1))
+        for path in config.out.glob("*.safetensors"):
+            path.unlink()
+        checkpoint.write_text(config.out / memory.PARTS, '{"images": 2}')
+    assert asked == [0, 2, 0]
+
+
+def test_an_optimizer_without_memory_is_an_error_of_three_lines(config, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail)
+    with pytest.raises(
+        UserError, match="Step 1 has no memory for the optimizer: CUDA out of memory"
+    ) as caught:
+        pretrain(config)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+# --- what lives how long ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["encoded", "synthesized", "mixture"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_last_maps_are_gone_when_the_teacher_makes_the_next(kind, accumulate, config, monkeypatch):
+    """Images too: nothing of a part is left, whether the step was logged or not."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    found: list[int] = []
+
+    def watched(method):
+        def act(self, *args, **kwargs):
+            if not (kind == "mixture" and method is sample):  # the second half of a batch
+                found.append(sum(ref() is not None for ref in alive))
+                alive.clear()
+            made = method(self, *args, **kwargs)
+            alive.extend(weakref.ref(t) for t in ([made[0], *made[1]] if method is sample else made))
+            return made
+
+        return act
+
+    encode, sample = DiffusionTeacher.encode, DiffusionTeacher.sample
+    monkeypatch.setattr(DiffusionTeacher, "encode", watched(encode))
+    monkeypatch.setattr(DiffusionTeacher, "sample", watched(sample))
+    monkeypatch.setitem(DiffusionTeacher.__init__.__kwdefaults__, "sampling_steps", 2)
+    made = feature_dataset.FeatureBatch.__new__
+
+    def batch(cls, *args, **kwargs):
+        new = made(cls, *args, **kwargs)
+        alive.extend(weakref.ref(t) for t in [new.images, *new.maps])
+        return new
+
+    monkeypatch.setattr(feature_dataset.FeatureBatch, "__new__", batch)
+    pretrain(dataclasses.replace(config, dataset=kind, samples=16, accumulate=accumulate, log_every=2))
+    assert len(found) == 6 * accumulate
+    assert set(found) == {0}
+
+
 @pytest.mark.parametrize("split", [2, 3])
 def test_gradients_of_parts_add_up_to_those_of_the_batch(split, tiny_teacher):
     """Without BatchNorm, which sees parts: also when the parts differ in size."""
@@ -209,7 +416,7 @@ def test_gradients_of_parts_add_up_to_those_of_the_batch(split, tiny_teacher):
             for name, child in module.named_children():
                 if isinstance(child, nn.BatchNorm2d):
                     setattr(module, name, nn.Identity())
-        trained.split = parts
+        trained.parts.count = parts
         trained.undo = training.Undo([trained.sums])
         trained._gradients(stream, Progress(1, 0, 8, "test"))
         found.append([p.grad for p in trained.trained.parameters() if p.grad is not None] + [trained.sums])
@@ -230,10 +437,15 @@ def small_training(
     return Training(config, student, regressor, steps=100), small_stream(InParts(loaded), precision)
 
 
-def small_stream(teacher: InParts, precision: str = "float32", device: torch.device = CPU):
-    pixels = torch.randint(256, (16, 3, 64, 64), dtype=torch.uint8, generator=generator())
+def small_stream(
+    teacher: InParts,
+    precision: str = "float32",
+    device: torch.device = CPU,
+    size: tuple[int, int] = (64, 64),
+) -> feature_dataset.Stream:
+    pixels = torch.randint(256, (16, 3, *size), dtype=torch.uint8, generator=generator())
     images = data.ImageSet(
-        folder=Path(), paths=[Path(str(i)) for i in range(16)], size=(64, 64), labels=None, classes=(),
+        folder=Path(), paths=[Path(str(i)) for i in range(16)], size=size, labels=None, classes=(),
         cache=pixels, bad=(),
     )  # fmt: skip
     batches = data.batches(images, batch_size=8, seed=0, first_step=0, last_step=9, flip=True, raw=True)
@@ -274,6 +486,29 @@ def test_what_cannot_be_compiled_runs_as_it_is_or_is_an_error(monkeypatch, capsy
     assert capsys.readouterr().out.count("Not compiled") == 1
     with pytest.raises(UserError, match="no compiler found"):
         strict(torch.ones(1))
+
+
+@compiles
+@pytest.mark.skipif(
+    not hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"), reason="torch is older"
+)
+def test_a_backward_pass_that_cannot_be_compiled_has_the_same_way_back(monkeypatch, capsys):
+    from functorch.compile import nop
+    from torch._dynamo.backends.common import aot_autograd
+
+    def broken(graph, inputs):
+        raise RuntimeError("no kernel for this gradient")
+
+    monkeypatch.setattr(compiled, "BACKEND", aot_autograd(fw_compiler=nop, bw_compiler=broken))
+    torch._dynamo.reset()
+    soft, strict = (compiled.compiled(lambda x: (x * x).sum(), strict=s) for s in (False, True))
+    x = torch.ones(2, requires_grad=True)
+    soft(x).backward()
+    assert x.grad.tolist() == [2, 2]
+    assert capsys.readouterr().out.count("Not compiled") == 1
+    with pytest.raises(UserError, match="no kernel for this gradient"):
+        strict(x)
+    assert not torch._functorch.config.force_non_lazy_backward_lowering
 
 
 def test_auto_compiles_long_runs_on_a_gpu_with_triton_alone(monkeypatch):
@@ -443,10 +678,11 @@ def nothing_is_kept() -> Iterator[None]:
     data._epoch_order.cache_clear()
 
 
-@pytest.mark.usefixtures("nothing_is_kept")
-@pytest.mark.parametrize("noise", ["stochastic", "fixed"])
-def test_a_step_on_a_gpu_never_waits_and_normalises_in_float32(noise, tiny_spec, monkeypatch):
-    """The whole step on tensors that say they are on a GPU: devices, precision and copies as they would be there."""
+def step_on_fake_gpu(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
+    """Two whole steps on tensors that say they are on a GPU: devices, precision and copies as they would be there.
+
+    Returns the dtypes that came out of the teacher's norms.
+    """
     cuda = torch.device("cuda")
     for module in (feature_dataset, training):
         monkeypatch.setattr(module, "autocast", cuda_autocast)
@@ -458,9 +694,6 @@ def test_a_step_on_a_gpu_never_waits_and_normalises_in_float32(noise, tiny_spec,
         prefetch.Copies, "send",
         lambda self, tensors: prefetch.Sent([t.to(cuda, non_blocking=True) for t in tensors], None),
     )  # fmt: skip
-    teacher = DiffusionTeacher(
-        build_unet(tiny_spec), tiny_spec, name="t", licence="-", timesteps=(50, 150), noise=noise
-    )
     teacher.keep_in(torch.bfloat16)
     trained, _ = small_training(teacher)
 
@@ -482,13 +715,35 @@ def test_a_step_on_a_gpu_never_waits_and_normalises_in_float32(noise, tiny_spec,
         config = dataclasses.replace(trained.config, ema=0.9, clip=1.0)
         there = Training(config, trained.student, trained.regressor, steps=100)
         monkeypatch.setattr(there.optimizer, "step", lambda: None)
-        stream = small_stream(InParts(teacher), device=cuda)
+        if "encode" in teacher.modes:
+            stream = small_stream(InParts(teacher), device=cuda, size=teacher.size)
+        else:
+            common = {"seed": 0, "device": cuda, "precision": "float32"}
+            stream = feature_dataset.synthesized(
+                InParts(teacher), batch_size=8, first_step=0, last_step=9, **common
+            )
         there.step(0, stream, Progress(9, 0, 8, "test"))  # fixed noise is made once, for all steps
         with NoWaiting():
             batch, maps = there.step(1, stream, Progress(9, 0, 8, "test"))
     assert {m.device.type for m in [batch.images, *maps, *batch.maps, there.sums]} == {"cuda"}
     assert {m.dtype for m in maps} == {torch.bfloat16}
-    assert seen == {torch.float32}
+    return seen
+
+
+@pytest.mark.usefixtures("nothing_is_kept")
+@pytest.mark.parametrize("noise", ["stochastic", "fixed"])
+def test_a_step_on_a_gpu_never_waits_and_normalises_in_float32(noise, tiny_spec, monkeypatch):
+    teacher = DiffusionTeacher(
+        build_unet(tiny_spec), tiny_spec, name="t", licence="-", timesteps=(50, 150), noise=noise
+    )
+    assert step_on_fake_gpu(teacher, monkeypatch) == {torch.float32}
+
+
+@pytest.mark.usefixtures("nothing_is_kept")
+@pytest.mark.parametrize("kind", TINY)
+def test_a_step_with_any_family_on_a_gpu_never_waits(kind, tmp_path, monkeypatch):
+    teacher = load_teacher(build(kind, tmp_path / "teacher"))
+    assert step_on_fake_gpu(teacher, monkeypatch) <= {torch.float32}
 
 
 def test_the_watcher_sees_what_waits():
@@ -506,3 +761,51 @@ def test_a_checkpoint_says_how_it_was_split(config, monkeypatch):
     hungry_student(monkeypatch, 4)
     pretrain(config)
     assert checkpoint.load(checkpoint.latest(config.out))[1]["split"] == 2
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@needs_gpu
+def test_a_run_on_a_gpu_resumes_up_to_rounding(config):
+    """In the precision that the GPU has; torch's backward of pooling and resizing adds there in any order."""
+    config = dataclasses.replace(config, device="cuda", precision="auto", epochs=2, ema=0.9)
+    whole = pretrain(config)
+    resumed = shutil.copytree(whole, config.out.with_name("resumed"))
+    checkpoint.checkpoint_path(resumed, 4).unlink()
+    (resumed / "backbone.safetensors").unlink()
+    pretrain(dataclasses.replace(config, out=resumed))
+    rows = [read_rows(run / "metrics.jsonl") for run in (whole, resumed)]
+    assert [row["step"] for row in rows[1]] == [1, 2, 3, 4]
+    for a, b in zip(*rows, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.02)
+    states = [checkpoint.load(checkpoint.checkpoint_path(run, 4))[0] for run in (whole, resumed)]
+    assert states[0].keys() == states[1].keys()
+    for key, expected in states[0].items():
+        if key.startswith(("trained/", "ema/")):
+            distance = float((states[1][key].double() - expected.double()).norm())
+            assert distance <= 0.05 * max(1.0, float(expected.double().norm())), key
+
+
+@needs_gpu
+def test_a_gpu_that_runs_out_of_memory_goes_on_in_smaller_parts(config, capsys):
+    """A real lack of it: torch may take seven tenths of what the same run took before."""
+    config = dataclasses.replace(
+        config, device="cuda", student="resnet18", size=(256, 256), width=32, batch_size=16, epochs=2
+    )
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    pretrain(dataclasses.replace(config, out=config.out.with_name("roomy")))
+    peak, total = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
+    assert "Out of memory" not in capsys.readouterr().out
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.7 * peak / total)
+    try:
+        pretrain(config)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "Out of memory at step 1" in capsys.readouterr().out
+    assert checkpoint.load(checkpoint.latest(config.out))[1]["split"] > 1
+    assert [row["accumulate"] > 1 for row in read_rows(config.out / "metrics.jsonl")] == [True, True]

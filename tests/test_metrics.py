@@ -10,6 +10,7 @@ import sklearn.metrics as sk
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamteacher import metrics
 
@@ -71,6 +72,35 @@ def test_cosine_against_a_loop() -> None:
                 dot = sum(i * j for i, j in zip(a, b, strict=True))
                 values.append(dot / math.sqrt(sum(i * i for i in a) * sum(j * j for j in b)))
     assert metrics.cosine(pred, target) == pytest.approx(sum(values) / len(values), abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_in_pieces_give_the_same_numbers_without_whole_maps_in_float64(dtype, monkeypatch) -> None:
+    pred, target = (torch.randn(7, 6, 5, 4, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    pred, target = (pred + target).to(dtype), 2 * target + 1
+    numbers = metrics.r2, metrics.cosine
+    expected = [number(pred, target) for number in numbers]
+    assert expected[0] == 1 - float(
+        (target.double() - pred.double()).square().sum()
+        / (target.double() - target.double().mean((0, 2, 3), keepdim=True)).square().sum()
+    )
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+                largest = max(largest, made.numel())
+            return made
+
+    for elements, most in ((2 * 120, 240), (10, 120)):  # two images; less than one
+        monkeypatch.setattr(metrics, "_ELEMENTS", elements)
+        largest = 0
+        with Watch():
+            found = [number(pred, target) for number in numbers]
+        assert found == pytest.approx(expected, rel=1e-12)
+        assert largest == most
 
 
 @given(seeds)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamteacher.features import FeatureSpec
-from dreamteacher.regressor import FeatureRegressor, Neck, PyramidPooling
+from dreamteacher.regressor import FeatureRegressor, Neck, PyramidPooling, resize
 
 STUDENT = tuple(FeatureSpec(f"s{s}", c, s) for s, c in ((4, 6), (8, 8), (16, 10), (32, 12)))
 
@@ -168,3 +168,18 @@ def test_a_wrong_number_of_maps_or_sizes_is_refused() -> None:
         regressor(student_maps()[:3])
     with pytest.raises(ValueError, match="zip"):
         regressor(student_maps(), [(4, 4), (2, 2)])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (17, 31)])
+def test_one_value_spread_in_bfloat16_has_bilinear_s_bits_and_an_exact_gradient(size, layout) -> None:
+    x = torch.randn(4, 24, 1, 1, generator=torch.Generator().manual_seed(0))
+    x = x.bfloat16().to(memory_format=layout).requires_grad_()
+    found, expected = resize(x, size), F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()
+    towards = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found.backward(towards)
+    whole = towards.double().sum((2, 3), keepdim=True)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), whole, rtol=2**-8, atol=1e-3)

@@ -41,6 +41,7 @@ LAYERS = [
         "interpreter",
         "optim",
         "checkpoint",
+        "memory",
         "rundir",
         "data",
         "masks",

@@ -207,7 +207,7 @@ def measure(name: str, batch: int, compile: str, args: argparse.Namespace) -> di
 
     def step(stream: feature_dataset.Stream) -> None:
         if training.step(0, stream, progress) is None:
-            raise torch.OutOfMemoryError("a step")
+            raise torch.OutOfMemoryError("a step has too little memory")
 
     try:
         few = stream_of(2)
@@ -229,7 +229,9 @@ def measure(name: str, batch: int, compile: str, args: argparse.Namespace) -> di
             torch.cuda.reset_peak_memory_stats(device)
         taken = seconds(lambda: [step(stream) for _ in range(args.steps)], args.rounds, device) / args.steps
         peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else float("nan")
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError) as error:
+        if "memory" not in str(error):
+            raise
         return row | {"status": "out of memory"}
     except UserError as error:  # what cannot be compiled
         return row | {"status": f"failed: {str(error).splitlines()[0]}"}

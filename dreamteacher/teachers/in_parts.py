@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 from dreamteacher.distributed import share_of
 from dreamteacher.errors import UserError
+from dreamteacher.memory import ran_out, reason
 from dreamteacher.teachers.base import Teacher
 
+MOST_ON_GPU = 32  # images at once where no number is given; a choice, not measured
 _DRAWS: tuple[Any, ...] = (torch.randn, torch.rand, torch.randint)
 
 
@@ -69,20 +72,22 @@ class RowsOfDraws(TorchFunctionMode):
 class InParts:
     """A teacher that is shown at most `most` images at a time; it encodes and samples as `Teacher` does.
 
-    When even such a part does not fit in memory, the batch is begun again in parts of half the size, which stays for
-    the batches to come. A batch that fits is one call, bit for bit what the teacher alone gives.
+    Parts are as equal as can be. When even such a part does not fit in memory, the batch is begun again in parts of
+    half the size, which stays for the batches to come. A batch that fits is one call, bit for bit what the teacher
+    alone gives.
 
     Args:
-        most: images; 0: a whole batch.
+        most: images; 0: a whole batch, on a GPU MOST_ON_GPU.
+        sharded: its weights are spread over processes, which have to call it equally often: nothing is begun again.
 
     Raises:
-        UserError: when one image does not fit.
+        UserError: when one image does not fit; with `sharded` when a part does not.
 
     Test: rows and maps equal the whole batch's, for every family.
     """
 
-    def __init__(self, teacher: Teacher, most: int = 0) -> None:
-        self.teacher, self.most = teacher, most
+    def __init__(self, teacher: Teacher, most: int = 0, *, sharded: bool = False) -> None:
+        self.teacher, self.most, self.sharded = teacher, most, sharded
 
     def encode(self, images: Tensor, *, generator: torch.Generator) -> list[Tensor]:
         return self._run(
@@ -105,17 +110,22 @@ class InParts:
     def _run(self, n: int, generator: torch.Generator, act: Callable[[slice], list[Tensor]]) -> list[Tensor]:
         begin = generator.get_state()
         while True:
-            size = min(self.most or n, n)
+            most = self.most or (MOST_ON_GPU if generator.device.type == "cuda" else n)
+            size = math.ceil(n / math.ceil(n / most))
             try:
                 if size == n:
                     return act(slice(0, n))
                 return self._joined(n, size, generator, begin, act)
-            except torch.OutOfMemoryError as error:
-                if size == 1:
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+                if size == 1 or self.sharded:
                     raise UserError(
-                        f"The teacher '{self.teacher.name}' runs out of memory on one image: "
-                        f"{str(error).splitlines()[0][:80]}",
-                        "Use a smaller --size, --precision bfloat16, or a smaller teacher.",
+                        f"The teacher '{self.teacher.name}' runs out of memory on "
+                        f"{'one image' if size == 1 else f'{size} images'}: {reason(error)}",
+                        "Use a smaller --size, --precision bfloat16, or a smaller teacher."
+                        if size == 1
+                        else f"Use --teacher-batch {(size + 1) // 2}: processes that share its weights cannot try by themselves.",
                     ) from None
             # Only here, where the exception no longer holds the memory of what failed.
             self.most = (size + 1) // 2
