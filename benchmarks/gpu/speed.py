@@ -39,6 +39,7 @@ from dreamteacher.pretrain import PretrainConfig, Training
 from dreamteacher.regressor import FeatureRegressor
 from dreamteacher.rundir import Progress
 from dreamteacher.students import create_student
+from dreamteacher.teachers.in_parts import InParts
 
 ROOT = Path(__file__).parent
 NETWORKS = runpy.run_path(str(ROOT.parent / "teachers" / "run.py"))["NETWORKS"]
@@ -193,10 +194,10 @@ def measure(name: str, batch: int, compile: str, args: argparse.Namespace) -> di
     def stream_of(size: int) -> feature_dataset.Stream:
         steps = {"batch_size": size, "first_step": 0, "last_step": 10**6}
         if mode == "sample":
-            return feature_dataset.synthesized(teacher, **steps, **common)
+            return feature_dataset.synthesized(InParts(teacher), **steps, **common)
         images = random_images(4 * size, args.size)
         return feature_dataset.encoded(
-            teacher, data.batches(images, seed=0, flip=True, raw=True, **steps), **common
+            InParts(teacher), data.batches(images, seed=0, flip=True, raw=True, **steps), **common
         )
 
     progress = Progress(10**6, 0, batch, "benchmark")
@@ -229,12 +230,11 @@ def measure(name: str, batch: int, compile: str, args: argparse.Namespace) -> di
             torch.cuda.reset_peak_memory_stats(device)
         taken = seconds(lambda: [step(stream) for _ in range(args.steps)], args.rounds, device) / args.steps
         peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else float("nan")
-    except (torch.OutOfMemoryError, UserError) as error:
-        if "memory" not in str(error):
-            raise
+    except torch.OutOfMemoryError:
         return row | {"status": "out of memory"}
-    except UserError as error:  # what cannot be compiled
-        return row | {"status": f"failed: {str(error).splitlines()[0]}"}
+    except UserError as error:  # what needs too much memory, or cannot be compiled
+        line = str(error).splitlines()[0]
+        return row | {"status": "out of memory" if "memory" in line else f"failed: {line}"}
     best = matmul_rate(args.matmul, device)
     rate = gmacs * 2e9 * batch / taken / 1e12
     return row | {
