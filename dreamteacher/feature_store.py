@@ -8,8 +8,6 @@ they were projected by; `images.jsonl` the images' names and sizes. `make_featur
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -28,6 +26,7 @@ from dreamteacher.data import ImageSet, step_generator
 from dreamteacher.errors import UserError, shorten
 from dreamteacher.feature_items import Plan, encode_group, layout, part, project, unpack
 from dreamteacher.images import ImageFile, below, in_threads
+from dreamteacher.rundir import take_lock
 from dreamteacher.teachers import sha256
 from dreamteacher.teachers.base import Teacher
 
@@ -60,18 +59,7 @@ def claim(folder: Path, name: str) -> Iterator[bool]:
         except FileNotFoundError:  # whoever finished the store has just removed the folder of claims
             continue
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = True
-        except BlockingIOError:
-            mine = False
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
-                raise
-            raise UserError(
-                f"The disk of '{folder}' cannot lock files.", "Choose an --out on another disk."
-            ) from None
-        yield mine
+        yield take_lock(handle, folder)
     finally:
         os.close(handle)
 

@@ -387,10 +387,10 @@ class Training:
         """The trained tensors that are exported: the average where there is one."""
         return self.ema.tensors if self.ema else self.trained.state_dict()
 
-    def save(self, step: int, folder: Path) -> None:
-        """Writes everything that the rest of the run depends on, atomically."""
+    def save(self, step: int, folder: Path) -> bool:
+        """Writes everything that the rest of the run depends on, atomically; False where a sum is not finite."""
         if not bool(torch.isfinite(averaged(self.sums)).all()):
-            return  # never replace a good checkpoint: `log` stops the run at its next line
+            return False  # never replace a good checkpoint: `log` says what is wrong
         tensors, scalars = checkpoint.pack_optimizer(self.optimizer)
         tensors |= {f"trained/{k}": v for k, v in self.trained.state_dict().items()}
         tensors["sums"] = self.sums
@@ -398,12 +398,13 @@ class Training:
             tensors |= {f"ema/{k}": v for k, v in self.ema.tensors.items()}
         tensors = {k: whole(v) for k, v in tensors.items()}
         if not self.share.first:
-            return
+            return True
         meta = {"kind": "pretrain", "step": step, "optimizer": scalars}
         meta["ema_updates"] = self.ema.updates if self.ema else 0
         meta["split"] = self.split
         checkpoint.save(checkpoint.checkpoint_path(folder, step), tensors, meta)
         checkpoint.prune(folder, self.config.keep)
+        return True
 
     def restore(self, path: Path, run: RunDir) -> int:
         """Continues from a checkpoint, bitwise; returns its step."""
