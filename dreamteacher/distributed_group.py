@@ -11,6 +11,8 @@ import contextlib
 import functools
 import hashlib
 import os
+import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -65,33 +67,38 @@ def _server() -> dist.Store:
     )  # fmt: skip
 
 
-_door: dist.Store | None = None  # the first process's own, as long as it lives
-
-
 def _name_of_start() -> str:
     """A name that the processes of this start share, and none of an earlier one knows.
 
     Each agent counts restarts by itself, and not those for which another one is the cause: so the first process makes
-    a name, and gives it at a port of its own, where an earlier one does not answer any more.
+    a name, and says it to all who come to a port of its own. There an earlier one does not answer any more.
     """
-    global _door
-    host, where = os.environ["MASTER_ADDR"], "dreamteacher/door"
+    where = "dreamteacher/door"
     if launched().first:
         name = uuid.uuid4().hex
-        _door = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        _door.set("name", name)
-        _server().set(where, str(_door.port))
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        door = socket.create_server(("", 0), family=family, dualstack_ipv6=dual)
+        threading.Thread(target=_answer, args=(door, name.encode()), daemon=True).start()
+        _server().set(f"dreamteacher/{name}", "")
+        _server().set(where, str(door.getsockname()[1]))
         return name
     end = time.monotonic() + timeout().total_seconds()
+    while time.monotonic() < end:
+        address = os.environ["MASTER_ADDR"], int(_server().get(where))
+        with contextlib.suppress(OSError), socket.create_connection(address, DOOR_S) as caller:
+            name = caller.recv(32, socket.MSG_WAITALL).decode("ascii", "replace")
+            if len(name) == 32 and _server().check([f"dreamteacher/{name}"]):  # and no stranger's greeting
+                return name
+        time.sleep(POLL_S)
+    raise RuntimeError(f"the first one does not answer at {address[0]}:{address[1]}")
+
+
+def _answer(door: socket.socket, name: bytes) -> None:
     while True:
-        port = int(_server().get(where))
-        try:
-            door = dist.TCPStore(host, port, timeout=timedelta(seconds=DOOR_S), wait_for_workers=False)
-            return door.get("name").decode()
-        except RuntimeError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(POLL_S)
+        caller, _ = door.accept()
+        with contextlib.suppress(OSError), caller:
+            caller.sendall(name)
 
 
 _met: dist.Store | Exception | None = None

@@ -135,7 +135,7 @@ class RunDir:
                         "Wait for it, or choose another --out.",
                     )
                 time.sleep(0.1)
-        except UserError:
+        except BaseException:
             lock.close()
             raise
         self._lock = lock
