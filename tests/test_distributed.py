@@ -357,7 +357,9 @@ def test_the_demo_in_two_processes_is_that_of_one(runs):
     root, _ = runs
     one, two = losses(root / "recipe"), losses(root / "recipe-two")
     assert len(one) == len(two) == 4
-    for a, b in zip(one, two, strict=True):  # at the demo's learning rate, rounding grows tenfold at each step
+    for a, b in zip(
+        one, two, strict=True
+    ):  # at the demo's learning rate, rounding grows tenfold at each step
         for key in (key for key in a if key.startswith("loss")):
             assert b[key] == pytest.approx(a[key], rel=1e-6 * 10 ** a["step"]), (key, a["step"])
     rows = read_rows(root / "demo" / "results.jsonl")
