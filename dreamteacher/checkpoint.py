@@ -154,6 +154,11 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, parse_json(facts["dreamteacher"])
 
 
+def before(folder: Path) -> str:
+    """For the error that stops a run: what there is to go back to."""
+    return "The last checkpoint is from before." if latest(folder) else "No checkpoint was written yet."
+
+
 def latest(folder: Path, *, whole: bool = False) -> Path | None:
     """The newest checkpoint of a run folder that can be read, or None when there is none at all.
 

@@ -22,13 +22,17 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def wants_compile(choice: Compile, device: torch.device, steps: int) -> bool:
-    """Whether to compile: auto is on a GPU, for a long run, where Triton and the C compiler that it needs are found."""
+def wants_compile(choice: Compile, device: torch.device, steps: int, *, whole: bool = True) -> bool:
+    """Whether to compile: auto is on a GPU, for a long run, where Triton and the C compiler that it needs are found.
+
+    Args:
+        whole: a step is one graph; auto is off where something breaks it at every layer.
+    """
     if choice != "auto":
         return choice == "on"
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     has_tools = importlib.util.find_spec("triton") is not None and compiler is not None
-    return device.type == "cuda" and steps >= WORTHWHILE_STEPS and has_tools
+    return device.type == "cuda" and whole and steps >= WORTHWHILE_STEPS and has_tools
 
 
 def compiled(function: Callable[P, R], *, strict: bool) -> Callable[P, R]:

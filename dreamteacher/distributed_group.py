@@ -11,7 +11,10 @@ import contextlib
 import functools
 import hashlib
 import os
+import socket
+import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import ParamSpec, TypeVar
@@ -20,22 +23,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dreamteacher.distributed import Share, launched
+from dreamteacher.distributed import Share, launched, pick_device
 from dreamteacher.errors import UserError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 POLL_S = 0.05  # between two looks at what another process may have said
+DOOR_S = 5.0  # for an answer at the first process's own port
 
 
 class LostError(UserError):
-    """Another process has stopped or does not answer. Told once, by whichever finds it first."""
+    """Another process has stopped, does not answer or cannot be reached. Told once, by whichever finds it first.
 
-    def __init__(self) -> None:
+    Args:
+        cause: what torch says of it, one line.
+    """
+
+    def __init__(self, cause: str) -> None:
         super().__init__(
-            f"Another of the {launched().ranks} processes has stopped (or did not answer for {timeout().total_seconds():g} s): "
-            "this one stops too.",
-            "Its own message says why, where it had time for one; a kill leaves none (out of memory?).\n"
+            f"Another of the {launched().ranks} processes has stopped or cannot be reached: {cause}",
+            "Its own message says more, where it had time for one; a kill leaves none (out of memory?).\n"
             "The same command goes on from the last checkpoint, with as many processes or others.",
         )
 
@@ -45,16 +52,75 @@ def timeout() -> timedelta:
     return timedelta(seconds=float(os.environ.get("DREAMTEACHER_TIMEOUT", "600")))
 
 
+def _agents_serve() -> bool:
+    """Whether torchrun's agents keep the store, and not the first process."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 @functools.cache
-def _store() -> dist.Store:
-    """The key-value store that all processes of this start share."""
+def _server() -> dist.Store:
+    """The key-value store at MASTER_ADDR and MASTER_PORT. That of torchrun's agents survives a restart."""
     share = launched()
-    ours = share.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), share.ranks, ours,
-        timeout=timeout(), wait_for_workers=False,
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), share.ranks,
+        share.first and not _agents_serve(), timeout=timeout(), wait_for_workers=False,
     )  # fmt: skip
-    return dist.PrefixStore(f"dreamteacher/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _name_of_start() -> str:
+    """A name that the processes of this start share, and none of an earlier one knows.
+
+    Each agent counts restarts by itself, and not those for which another one is the cause: so the first process makes
+    a name, and says it to all who come to a port of its own. There an earlier one does not answer any more.
+    """
+    where = "dreamteacher/door"
+    if launched().first:
+        name = uuid.uuid4().hex
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        door = socket.create_server(("", 0), family=family, dualstack_ipv6=dual)
+        threading.Thread(target=_answer, args=(door, name.encode()), daemon=True).start()
+        _server().set(f"dreamteacher/{name}", "")
+        _server().set(where, str(door.getsockname()[1]))
+        return name
+    end = time.monotonic() + timeout().total_seconds()
+    while time.monotonic() < end:
+        address = os.environ["MASTER_ADDR"], int(_server().get(where))
+        with contextlib.suppress(OSError), socket.create_connection(address, DOOR_S) as caller:
+            name = caller.recv(32, socket.MSG_WAITALL).decode("ascii", "replace")
+            if len(name) == 32 and _server().check([f"dreamteacher/{name}"]):  # and no stranger's greeting
+                return name
+        time.sleep(POLL_S)
+    raise RuntimeError(f"the first one does not answer at {address[0]}:{address[1]}")
+
+
+def _answer(door: socket.socket, name: bytes) -> None:
+    while True:
+        caller, _ = door.accept()
+        with contextlib.suppress(OSError), caller:
+            caller.sendall(name)
+
+
+_met: dist.Store | Exception | None = None
+
+
+def _store() -> dist.Store:
+    """The part of the store that all processes of this start share, and no other start.
+
+    Raises:
+        KeyError, ValueError: the environment does not say where it is.
+        RuntimeError: nobody answers there; at once, when that was found before.
+    """
+    global _met
+    if _met is None:
+        try:
+            name = _name_of_start() if _agents_serve() else "start"
+            _met = dist.PrefixStore(f"dreamteacher/{name}", _server())
+        except (KeyError, ValueError, RuntimeError) as error:
+            _met = error
+    if isinstance(_met, Exception):
+        raise _met
+    return _met
 
 
 def join(device: str) -> Share:
@@ -64,7 +130,7 @@ def join(device: str) -> Share:
         device: as in a config; each process has a GPU of its own.
 
     Raises:
-        UserError: when the others cannot be found.
+        UserError: when the others cannot be found, or this process has no GPU of its own.
     """
     share = launched()
     if share.ranks == 1 or dist.is_initialized():
@@ -76,7 +142,7 @@ def join(device: str) -> Share:
             "Leave out --device: each process takes its own GPU.",
         )
     if gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(pick_device("cuda"))
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo", store=dist.PrefixStore("group", _store()), rank=share.rank,
@@ -84,7 +150,7 @@ def join(device: str) -> Share:
         )  # fmt: skip
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{share.ranks} processes could not meet: {str(error).splitlines()[0][:100]}.",
+            f"{share.ranks} processes could not meet: {_cause(error)}",
             "Start them with torchrun, and check that its machines reach each other (--rdzv-endpoint).",
         ) from error
     atexit.register(_leave)
@@ -106,13 +172,15 @@ def together(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except BaseException as error:
-            with contextlib.suppress(KeyError, RuntimeError):
-                _store().set("over", "")  # whoever waits for this process reads it
+            if _met is not None:
+                speaks()  # claimed before the others hear of it, for this process knows the cause
+                with contextlib.suppress(KeyError, ValueError, RuntimeError):
+                    _store().set("over", "")  # whoever waits for this process reads it
             if not isinstance(error, RuntimeError) or not (
                 isinstance(error, dist.DistError) or any(w in str(error) for w in _LOST)
             ):
                 raise
-            raise LostError from error
+            raise LostError(_cause(error)) from error
 
     return run
 
@@ -120,16 +188,28 @@ def together(function: Callable[P, R]) -> Callable[P, R]:
 _LOST = ("gloo", "NCCL", "Connection closed by peer", "Timed out waiting")
 
 
+def _cause(error: Exception) -> str:
+    """What torch says is wrong, in one line: NCCL's own words where it has some, else the first line."""
+    text = str(error)
+    said = " ".join(text.partition("Last error:")[2].split()) or text.strip().partition("\n")[0]
+    return said if len(said) <= 200 else said[:197] + "..."
+
+
+@functools.cache
 def speaks() -> bool:
     """Whether this process tells of the error that ends them all: the first one to ask does."""
     share = launched()
     if share.ranks == 1:
         return True
-    if not dist.is_initialized() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return share.first  # there is no store yet
+    if _met is None and not _agents_serve():
+        return share.first  # they have not met: an error that all of them find
     try:
-        return _store().add("told", 1) == 1
-    except (KeyError, RuntimeError):  # nobody keeps the store any more: rather twice than never
+        early = f"dreamteacher/early/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        store = dist.PrefixStore(early, _server()) if _met is None else _store()
+        return store.add("told", 1) == 1
+    except (KeyError, ValueError):  # what is missing here is missing in all of them
+        return share.first
+    except RuntimeError:  # nobody keeps the store: rather twice than never
         return True
 
 
@@ -171,7 +251,7 @@ def _numbered(kind: str) -> str:
 def _read(name: str) -> str:
     while not _store().check([name]):
         if _store().check(["over"]):
-            raise LostError
+            raise LostError("it says that it ends.")
         time.sleep(POLL_S)
     return _store().get(name).decode()
 

@@ -8,8 +8,6 @@ the images' names and sizes.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +25,7 @@ from dreamteacher.data import ImageSet
 from dreamteacher.errors import UserError
 from dreamteacher.feature_items import Plan, layout
 from dreamteacher.images import ImageFile, below
+from dreamteacher.rundir import take_lock
 
 FORMAT, VERSION = "dreamteacher-features", 1
 MANIFEST, BASIS, IMAGES, CLAIMS = "features.json", "basis.safetensors", "images.jsonl", ".claims"
@@ -55,18 +54,7 @@ def claim(folder: Path, name: str) -> Iterator[bool]:
         except FileNotFoundError:  # whoever finished the store has just removed the folder of claims
             continue
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = True
-        except BlockingIOError:
-            mine = False
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
-                raise
-            raise UserError(
-                f"The disk of '{folder}' cannot lock files.", "Choose an --out on another disk."
-            ) from None
-        yield mine
+        yield take_lock(handle, folder)
     finally:
         os.close(handle)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from dreamteacher import __version__, checkpoint, data
 from dreamteacher.config import describe, to_json
 from dreamteacher.distributed import Precision, pick_device, resolve_precision
+from dreamteacher.distributed_group import join
 from dreamteacher.errors import UserError
 from dreamteacher.feature_dataset import check_mode
 from dreamteacher.feature_items import (
@@ -101,6 +102,7 @@ def make_features(config: MakeFeaturesConfig) -> Path | None:
             leaves what is finished.
         SystemExit: 128 + n after SIGINT or SIGTERM; finished shards stay.
     """
+    join(config.device)  # only to tell an error once: each writer takes the shards that nobody holds
     device = pick_device(config.device)
     _check_numbers(config)
     teacher = load_teacher(config.teacher, timesteps=config.t, blocks=config.blocks, noise=config.noise)

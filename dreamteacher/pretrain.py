@@ -120,7 +120,10 @@ def pretrain(config: PretrainConfig) -> Path | None:
         training = Training(config, student, regressor, steps, interpreter, classes, share, device)
         if (dtype := resolve_precision(device, config.precision)) != torch.float32:
             teacher.keep_in(dtype)
-        if config.sharding == "none" and wants_compile(config.compile, device, steps):
+        whole = (
+            share.ranks == 1 or config.batch_norm == "local"
+        )  # a global BatchNorm breaks the graph each time
+        if config.sharding == "none" and wants_compile(config.compile, device, steps, whole=whole):
             teacher.wrap_hot(functools.partial(compiled, strict=config.compile == "on"))
             training.compile()
         first = training.restore(resume, run)
@@ -153,8 +156,8 @@ def pretrain(config: PretrainConfig) -> Path | None:
                 if writer:
                     for key, value in row.items():
                         writer.add_scalar(key, value, step)
-            if step % config.save_every == 0 or last or stop:
-                training.save(step, run.path)
+            if (step % config.save_every == 0 or last or stop) and not training.save(step, run.path):
+                training.log(step, batch)  # says what is not finite
             if stop and not last:
                 told.close()
                 progress.close()
@@ -277,8 +280,13 @@ def _interpreter(config: PretrainConfig, job: InterpreterJob | None, folder: Pat
     device = pick_device(config.device)
     if job is None:
         return load_interpreter(config.interpreter)[0].to(device) if config.interpreter else None
-    if not (folder / "interpreter" / "interpreter.json").is_file():
-        from_first(lambda: str(job.run()))  # a signal saves it and ends the process
+
+    def make() -> str:
+        if not (folder / "interpreter" / "interpreter.json").is_file():
+            job.run()  # a signal saves it and ends the process
+        return ""
+
+    from_first(make)
     return load_interpreter(folder / "interpreter")[0].to(device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -27,6 +28,27 @@ FREE_TO_CHANGE = (
     "out", "workers", "dry_run", "strict", "device", "save_every", "keep", "cache_gb", "sharding",
     "teacher_batch",
 )  # fmt: skip
+# What a process that was killed leaves behind, workers that decode images, ends by itself within 5 s.
+PATIENCE_S = 10.0
+
+
+def take_lock(file: int, place: Path) -> bool:
+    """Locks an open file for this process; False when another one holds it.
+
+    Raises:
+        UserError: when the disk of `place` cannot lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+            raise
+        raise UserError(
+            f"The disk of '{place}' cannot lock files.", "Choose an --out on another disk."
+        ) from None
+    return True
 
 
 class RunDir:
@@ -39,6 +61,7 @@ class RunDir:
     def __init__(self, path: Path, share: Share = ALONE) -> None:
         self.path, self.share = path, share
         self._lock: Any = None
+        self._owner = os.getpid()
 
     @staticmethod
     def check(path: Path, resolved: Mapping[str, Any], needed_bytes: int = 0) -> None:
@@ -103,13 +126,19 @@ class RunDir:
     def _open(self, resolved: Mapping[str, Any]) -> Path | None:
         self.path.mkdir(parents=True, exist_ok=True)
         lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until `close` or the end of the process
+        patience = PATIENCE_S if "TORCHELASTIC_RUN_ID" in os.environ else 0.0  # it may be a restart
+        end = time.monotonic() + patience
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            while not take_lock(lock.fileno(), self.path):
+                if time.monotonic() >= end:
+                    raise UserError(
+                        f"Another process is writing to '{self.path}'.",
+                        "Wait for it, or choose another --out.",
+                    )
+                time.sleep(0.1)
+        except BaseException:
             lock.close()
-            raise UserError(
-                f"Another process is writing to '{self.path}'.", "Wait for it, or choose another --out."
-            ) from None
+            raise
         self._lock = lock
         checkpoint.sweep(self.path)
         resume = checkpoint.latest(self.path, whole=True)
@@ -128,6 +157,8 @@ class RunDir:
         would both hold "the" lock.
         """
         if self._lock is not None:
+            if self._owner == os.getpid():  # at once: workers that were forked hold the same open file
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
             self._lock.close()
             self._lock = None
 

@@ -295,7 +295,7 @@ class InterpreterJob:
         if not math.isfinite(value):
             raise UserError(
                 f"The interpreter's loss is {value} at step {index + 1}.",
-                f"Lower --lr (now {c.lr:g}), or use --precision float32. The last checkpoint is from before.",
+                f"Lower --lr (now {c.lr:g}), or use --precision float32. {checkpoint.before(c.out)}",
             )
         warmup = round(self.steps * c.warmup_epochs / c.epochs)
         optim.set_lr(self.optimizer, optim.lr_at(index, total=self.steps, warmup=warmup, peak=c.lr))

@@ -137,7 +137,8 @@ class PretrainConfig:
     precision: Precision = "auto"
     """Autocast dtype; auto: bfloat16 where the hardware has it."""
     compile: Compile = "auto"
-    """torch.compile of teacher, student and losses; auto: on a GPU with Triton, for 1000 steps and more. Moves last bits."""
+    """torch.compile of teacher, student and losses; auto: on a GPU with Triton, for 1000 steps and more,
+    in several processes with --batch-norm local. Moves last bits."""
     log_every: int = 20
     """Steps between lines in metrics.jsonl."""
     probe_every: int = 500
@@ -331,7 +332,7 @@ class Training:
 
         Raises:
             UserError: when a map of the teacher, the loss or its gradient was not finite: which, and at which
-                step; the last checkpoint is from before.
+                step; no checkpoint is of after it.
         """
         total, norm, count, label, entropy, *parts = averaged(self.sums).tolist()
         bad = earliest(self.first_bad).tolist()
@@ -341,7 +342,7 @@ class Training:
             ours = f"Lower --lr (now {self.config.lr:g}), set --clip 1, or use --precision float32. "
             raise UserError(
                 f"The {cause} is not finite at step {min(bad)}.",
-                (theirs if "teacher" in cause else ours) + "The last checkpoint is from before.",
+                (theirs if "teacher" in cause else ours) + checkpoint.before(self.config.out),
             )
         self.sums.zero_()
         row = {"step": step, "images_seen": step * self.config.batch_size, "loss": total / count}
@@ -382,10 +383,10 @@ class Training:
         """The trained tensors that are exported: the average where there is one."""
         return self.ema.tensors if self.ema else self.trained.state_dict()
 
-    def save(self, step: int, folder: Path) -> None:
-        """Writes everything that the rest of the run depends on, atomically."""
+    def save(self, step: int, folder: Path) -> bool:
+        """Writes everything that the rest of the run depends on, atomically; False where a sum is not finite."""
         if not bool(torch.isfinite(averaged(self.sums)).all()):
-            return  # never replace a good checkpoint: `log` stops the run at its next line
+            return False  # never replace a good checkpoint: `log` says what is wrong
         tensors, scalars = checkpoint.pack_optimizer(self.optimizer)
         tensors |= {f"trained/{k}": v for k, v in self.trained.state_dict().items()}
         tensors["sums"] = self.sums
@@ -393,12 +394,13 @@ class Training:
             tensors |= {f"ema/{k}": v for k, v in self.ema.tensors.items()}
         tensors = whole_on_first(tensors)
         if not self.share.first:
-            return
+            return True
         meta = {"kind": "pretrain", "step": step, "optimizer": scalars}
         meta["ema_updates"] = self.ema.updates if self.ema else 0
         meta["split"] = self.parts.count
         checkpoint.save(checkpoint.checkpoint_path(folder, step), tensors, meta)
         checkpoint.prune(folder, self.config.keep)
+        return True
 
     def restore(self, path: Path | None, run: RunDir) -> int:
         """Continues from a checkpoint (None: there is none yet), bitwise on a CPU, and in the parts that fitted last;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import itertools
 import json
 import operator
 import os
@@ -10,6 +12,7 @@ import runpy
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dreamteacher import cli, data
+from dreamteacher import cli, data, training
 from dreamteacher.config import from_json
 from dreamteacher.distributed import ALONE, Share, launched
 from dreamteacher.distributed_group import from_first, join
@@ -28,7 +31,7 @@ from dreamteacher.downstream.segmentation import SegmentConfig
 from dreamteacher.feature_dataset import FeatureBatch
 from dreamteacher.pretrain import PretrainConfig, Training, pretrain
 from dreamteacher.regressor import FeatureRegressor
-from dreamteacher.rundir import Progress
+from dreamteacher.rundir import Progress, RunDir
 from dreamteacher.students import create_student
 from dreamteacher.teachers import train
 from dreamteacher.teachers.diffusion import DiffusionTeacher
@@ -89,7 +92,7 @@ def check_batch_norm(share: Share) -> None:
 
 
 def check_steps(share: Share, base: PretrainConfig) -> None:
-    """Gradients of each of three steps of two parts, and the weights after them, equal those of one process, in float64.
+    """Gradients of three steps of two parts, and the weights after them, equal those of one process, in float64.
 
     The student is an EfficientNet: norms with activations, and layers that nothing trains.
     """
@@ -159,7 +162,8 @@ def main(job: dict) -> None:
     assert share == launched()
     assert share.ranks == 2
     check_batch_norm(share)
-    check_steps(share, base)
+    for optimizer in ("adamw", "lamb"):
+        check_steps(share, dataclasses.replace(base, optimizer=optimizer))
     check_sharding(share)
     root = base.out.parent
     pretrain(dataclasses.replace(base, out=root / "two"))
@@ -185,11 +189,13 @@ def main(job: dict) -> None:
         config = from_json(train.TrainTeacherConfig, teacher)
         train.train_teacher(dataclasses.replace(config, out=config.out.with_name(config.out.name + "-two")))
     os.environ.pop("DREAMTEACHER_TRACEBACK", None)
+    pretrain(from_json(PretrainConfig, job["recipe"]))
     assert cli.main(["demo", *job["demo"]]) == 0
     assert cli.main(["make-features", *job["features"]]) == 0
     sys.argv = ["run.py", *job["benchmark"]]
     runpy.run_path(job["script"], run_name="__main__")
-    cli.main(["pretrain", "--images", str(base.images), "--out", str(root / "no"), "--batch-size", "7"])
+    spoil(5)
+    cli.main(["pretrain", *job["spoiled"]])
     raise AssertionError("the error should have ended this process")
 
 
@@ -204,24 +210,55 @@ def cut(run: Path, step: int) -> str:
 
 
 def stumble(job: dict) -> None:
-    """One process is killed, errs or runs out of memory on its way: in the first start of `pretrain` only."""
+    """What happens to one process at a batch; of several events, each in a start of its own."""
     torch.set_num_threads(1)
-    original, first = data.batches, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    original, rank = data.batches, launched().rank
+    starts = Path(job["starts"]) / f"rank-{rank}"  # what torchrun counted at each start of this process
+    before = len(starts.read_text()) if starts.exists() else 0
+    with open(starts, "a") as file:
+        file.write(os.environ.get("TORCHELASTIC_RESTART_COUNT", "-"))
+    what, at = [*job["events"], (None, None)][before]
 
     def batches(*args, **kwargs):
         for batch in original(*args, **kwargs):
-            if first and launched().rank == 1 and batch.step == job["step"]:
-                if job["how"] == "kill":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if job["how"] == "memory":
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-                data.load_images(Path("nowhere"), (8, 8))
+            if batch.step == at:
+                happen(what, rank)
             yield batch
 
     data.batches = batches
     sys.exit(cli.main(job["arguments"]))
 
 
+def happen(what: str, rank: int) -> None:
+    """Does to this process what the event means for its rank."""
+    if what == "kill":
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(4)  # its own agent hears of it meanwhile, restarts it, and counts no restart
+    if what == "signal" and rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    if what == "memory" and rank == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+    if what == "full" and rank == 0:
+        RunDir.append = full
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def spoil(call: int) -> None:
+    """In one process of two, a loss is not a number."""
+    original, calls = training.batch_loss, itertools.count(1)
+
+    def spoiled(*args: Any, **options: Any) -> Any:
+        found = original(*args, **options)
+        ruined = launched().rank == 1 and next(calls) == call
+        return found._replace(total=found.total * float("nan")) if ruined else found
+
+    training.batch_loss = spoiled
+
+
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    stumble(given) if "how" in given else main(given)
+    stumble(given) if "events" in given else main(given)

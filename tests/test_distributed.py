@@ -9,10 +9,13 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from safetensors.torch import load_file
 
 from dreamteacher import checkpoint, cli, data, feature_dataset
 from dreamteacher.config import to_json
+from dreamteacher.demo import DemoConfig, demo_recipe
 from dreamteacher.distributed import ALONE, Draws, Share, check_batch, launched, rand, randint, randn
 from dreamteacher.errors import UserError
 from dreamteacher.feature_store import FeatureStore
@@ -171,7 +175,7 @@ def environment(**more: str) -> dict[str, str]:
 def config_of(images: Path, teacher: Path, out: Path) -> PretrainConfig:
     return PretrainConfig(
         images=images, out=out, teacher=str(teacher), student="test_resnet", width=8, batch_size=8, epochs=4,
-        warmup_epochs=2, lr=1e-5, device="cpu", precision="float32", log_every=1, save_every=2, probe_every=4,
+        warmup_epochs=2, lr=1e-5, device="cpu", precision="float32", log_every=1, save_every=1, probe_every=4,
         keep=100, accumulate=2, ema=0.9, clip=1.0,
     )  # fmt: skip
 
@@ -206,7 +210,10 @@ def assert_same_run(one: Path, other: Path, tolerance: float = 1e-6) -> None:
 
 def assert_equal(one: Path, other: Path) -> None:
     """Everything in the last checkpoint, bit for bit."""
-    a, b = whole_run(one), whole_run(other)
+    assert_same_tensors(whole_run(one), whole_run(other))
+
+
+def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     for key, value in a.items():
         assert torch.equal(value, b[key]), key
@@ -247,18 +254,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, tiny_teac
         mask.paste(255, (0, 0, mask.width // 2, mask.height))
         mask.save((masks / path.name).with_suffix(".png"))
     demo = ["--images", str(xrays), "--out", str(root / "demo"), "--teacher", str(tiny_teacher)]
-    demo += [
-        "--student",
-        "test_resnet",
-        "--epochs",
-        "1",
-        "--seeds",
-        "0",
-        "--labels",
-        "2",
-        "--mask-counts",
-        "4",
-    ]
+    demo += ["--student", "test_resnet", "--epochs", "1", "--seeds", "0", "--labels", "2"]
+    demo += ["--mask-counts", "4"]
+    settings = DemoConfig(out=root, teacher=str(tiny_teacher), student="test_resnet", epochs=4)
+    recipe = dataclasses.replace(
+        demo_recipe(settings, xrays / "train", 0), out=root / "recipe", device="cpu", precision="float32", log_every=1
+    )  # fmt: skip
+    pretrain(recipe)
+    recipe = dataclasses.replace(recipe, out=root / "recipe-two")
     benchmark = [
         "--out",
         str(root / "distributed.csv"),
@@ -278,7 +281,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, tiny_teac
     ]
     features += ["--keep", "random", "--channels", "4", "--shard-mb", "0.01", "--device", "cpu"]
     job = {
-        "features": features, "pretrain": to_json(config), "teachers": teachers, "demo": demo, "at": 4, "benchmark": benchmark,
+        "features": features, "pretrain": to_json(config), "recipe": to_json(recipe),
+        "spoiled": flags(dataclasses.replace(config, out=root / "spoiled")),
+        "teachers": teachers, "demo": demo, "at": 4, "benchmark": benchmark,
         "script": str(ROOT / "benchmarks" / "distributed" / "run.py"),
     }  # fmt: skip
     done = torchrun(distributed_worker.__file__, json.dumps(job))
@@ -348,11 +353,29 @@ def test_two_processes_write_one_store(runs):
 
 
 @pytest.mark.slow
+def test_the_demo_in_two_processes_is_that_of_one(runs):
+    root, _ = runs
+    one, two = losses(root / "recipe"), losses(root / "recipe-two")
+    assert len(one) == len(two) == 4
+    for a, b in zip(
+        one, two, strict=True
+    ):  # at the demo's learning rate, rounding grows tenfold at each step
+        for key in (key for key in a if key.startswith("loss")):
+            assert b[key] == pytest.approx(a[key], rel=1e-6 * 10 ** a["step"]), (key, a["step"])
+    rows = read_rows(root / "demo" / "results.jsonl")
+    tasks = ("knn", "linear", "finetune", "segment-frozen", "segment-finetune")
+    assert {(row["method"], row["task"]) for row in rows} == {
+        (method, task) for method in ("random init", "DreamTeacher") for task in tasks
+    }
+
+
+@pytest.mark.slow
 def test_an_error_is_told_once_and_ends_all_with_2(runs):
-    _, done = runs
+    root, done = runs
     said = done.stdout + done.stderr
-    assert said.count("error: ") - said.count("_error: ") >= 1
-    assert said.count("2 processes cannot share evenly") == 1
+    (told,) = re.findall("^error: (.*)", said, re.MULTILINE)
+    assert told == "The loss is not finite at step 3."
+    assert checkpoint.latest(root / "spoiled") == checkpoint.checkpoint_path(root / "spoiled", 2)
     assert "exitcode  : 2" in said
     assert "AssertionError" not in said
     assert done.stdout.count("make-features ") == 1  # on the command line the first process alone prints
@@ -363,15 +386,32 @@ def test_an_error_is_told_once_and_ends_all_with_2(runs):
 
 
 @pytest.mark.slow
-def test_a_killed_process_stops_the_others_and_a_restart_goes_on(runs, image_folder, tiny_teacher, tmp_path):
+def test_two_machines_go_on_after_a_kill_and_a_full_disk(runs, image_folder, tiny_teacher, tmp_path):
+    """An agent of torchrun for each process, as on two machines; they restart both after each of these.
+
+    After the kill their counts of restarts differ: the agent whose own process lives hears of it from the other one.
+    """
     root, _ = runs
     config = config_of(image_folder, tiny_teacher, tmp_path / "run")
-    job = {"how": "kill", "step": 9, "arguments": ["pretrain", *flags(config)]}
-    done = torchrun("--max-restarts", "1", distributed_worker.__file__, json.dumps(job))
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said
-    assert said.count("Another of the 2 processes has stopped") == 1, said
-    assert done.stdout.count("Resuming from step 4") == 1
+    job = {
+        "events": [("kill", 5), ("full", 9)],
+        "starts": str(tmp_path),
+        "arguments": ["pretrain", *flags(config)],
+    }
+    agent = [
+        "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}",
+    ]  # fmt: skip
+    codes, out, errors = both([*agent, distributed_worker.__file__, json.dumps(job)], {}, {})
+    assert codes == [0, 0], errors
+    counts = [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)]
+    assert [len(c) for c in counts] == [3, 3]
+    assert (counts[0][1], counts[1][1]) == ("0", "1")
+    assert re.findall("Resuming from step (.*) of 8", out) == ["2", "4"]
+    lost, full = re.findall("^error: (.*)", errors, re.MULTILINE)
+    assert lost.startswith("Another of the 2 processes has stopped or cannot be reached: ")
+    assert "Connection closed by peer" in lost
+    assert full.startswith("The disk is full")
     assert_equal(root / "two", config.out)
 
 
@@ -380,7 +420,7 @@ def test_a_process_out_of_memory_stops_all_and_a_restart_goes_on_in_smaller_part
     image_folder, tiny_teacher, tmp_path
 ):
     config = config_of(image_folder, tiny_teacher, tmp_path / "run")
-    job = {"how": "memory", "step": 9, "arguments": ["pretrain", *flags(config)]}
+    job = {"events": [("memory", 9)], "starts": str(tmp_path), "arguments": ["pretrain", *flags(config)]}
     done = torchrun("--max-restarts", "1", distributed_worker.__file__, json.dumps(job))
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
@@ -391,24 +431,37 @@ def test_a_process_out_of_memory_stops_all_and_a_restart_goes_on_in_smaller_part
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_stops_all(image_folder, tiny_teacher, tmp_path):
+def test_a_signal_to_one_process_saves_once_and_ends_all(runs, image_folder, tiny_teacher, tmp_path):
     """Started without torchrun, so that their exit codes are seen."""
+    root, _ = runs
     config = config_of(image_folder, tiny_teacher, tmp_path / "run")
-    job = {"how": "error", "step": 5, "arguments": ["pretrain", *flags(config)]}
+    job = {"events": [("signal", 9)], "starts": str(tmp_path), "arguments": ["pretrain", *flags(config)]}
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    processes = [
+    each = [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    codes, out, errors = both([distributed_worker.__file__, json.dumps(job)], *each)
+    assert codes == [128 + signal.SIGTERM] * 2, errors
+    assert "error: " not in errors
+    (step,) = re.findall("Stopped at step (.*): saved", out)
+    assert 5 <= int(step) < 8
+    last = checkpoint.latest(config.out)
+    assert last == checkpoint.checkpoint_path(config.out, int(step))
+    expected = checkpoint.load(root / "two" / last.name)[0]
+    assert_same_tensors(checkpoint.load(last)[0], expected)
+
+
+def both(arguments: list[str], *each: dict[str, str]) -> tuple[list[int], str, str]:
+    """Python, started twice at once; exit codes, and what both wrote to stdout and stderr."""
+    started = [
         subprocess.Popen(
-            [sys.executable, distributed_worker.__file__, json.dumps(job)], stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **group),
+            [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(**more),
         )
-        for rank in range(2)
+        for more in each
     ]  # fmt: skip
-    said = [p.communicate(timeout=300) for p in processes]
-    assert [p.returncode for p in processes] == [2, 2], said
-    errors = said[0][1] + said[1][1]
-    assert errors.count("error: ") == 1
-    assert "nowhere" in errors
-    assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 2)
+    with ThreadPoolExecutor() as pool:
+        said = list(pool.map(lambda process: process.communicate(timeout=300), started))
+    out, errors = ("".join(texts) for texts in zip(*said, strict=True))
+    return [process.returncode for process in started], out, errors
 
 
 def flags(config: PretrainConfig) -> list[str]:
@@ -424,19 +477,26 @@ def flags(config: PretrainConfig) -> list[str]:
 @pytest.mark.slow
 def test_the_slurm_script_runs(image_folder, tiny_teacher, tmp_path):
     """With stand-ins for SLURM's two programs, one machine and one process."""
-    for name, text in (("srun", 'exec "$@"'), ("scontrol", "echo 127.0.0.1"), ("torchrun", TORCHRUN)):
+    for name, text in (("srun", SRUN), ("scontrol", "echo 127.0.0.1"), ("torchrun", TORCHRUN)):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     script, config = ROOT / "examples" / "slurm.sh", config_of(image_folder, tiny_teacher, tmp_path / "run")
     assert subprocess.run(["bash", "-n", script]).returncode == 0
-    slurm = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7"}
+    slurm = {
+        "SLURM_JOB_NODELIST": "here",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_CPUS_PER_TASK": "1",
+    }
     env = environment(PATH=f"{tmp_path}:{os.environ['PATH']}", PORT=free_port(), **slurm)
     settings = flags(dataclasses.replace(config, epochs=1, warmup_epochs=0))
     done = subprocess.run(["bash", script, *settings], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert "told srun: 1 CPUs, 110 s" in done.stdout
     assert (config.out / "report.html").exists()
 
 
+SRUN = 'echo "told srun: $SRUN_CPUS_PER_TASK CPUs, $TORCH_ELASTIC_SHUTDOWN_TIMEOUT s"; exec "$@"'
 TORCHRUN = f'exec "{sys.executable}" -m torch.distributed.run "$@"'
 
 

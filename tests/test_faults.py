@@ -9,6 +9,7 @@ import errno
 import itertools
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -275,6 +276,23 @@ def test_nan_is_named_with_its_step_and_cause(
     assert checkpoint.latest(config.out, whole=True) == checkpoint.checkpoint_path(config.out, 4)
     pretrain(config)
     assert_equal(whole, everything(config.out))
+
+
+def test_a_stop_after_a_loss_that_is_not_finite_says_so_and_saves_nothing(
+    config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison_loss(monkeypatch, 5)
+    poisoned, calls = training.batch_loss, itertools.count(1)
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        if next(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return poisoned(*args, **options)
+
+    monkeypatch.setattr(training, "batch_loss", stopped)
+    refused(lambda: pretrain(config), "The loss is not finite at step 5", "Lower --lr")
+    assert "saved in" not in capsys.readouterr().out
+    assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 4)
 
 
 # --- processes and clocks -----------------------------------------------------------------------------------

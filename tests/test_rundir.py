@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from dreamteacher import checkpoint
+from dreamteacher import checkpoint, rundir
 from dreamteacher.config import to_json
 from dreamteacher.errors import UserError
 from dreamteacher.pretrain import PretrainConfig
@@ -253,6 +256,59 @@ def test_one_writer_among_processes_until_it_is_killed(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.open(resolved())
     run.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_disk_that_cannot_lock(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match="cannot lock files"):
+        RunDir(tmp_path).open(resolved())
+    number = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        RunDir(tmp_path).open(resolved())
+
+
+def inherited(run: RunDir) -> subprocess.Popen[bytes]:
+    """Another process that has the lock's open file, as a worker that was forked has."""
+    command = [sys.executable, "-c", "input()"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[run._lock.fileno()])
+
+
+def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, next_ = RunDir(tmp_path), RunDir(tmp_path)
+    run.open(resolved())
+    with inherited(run) as worker:
+        run.close()
+        next_.open(resolved())
+        worker.kill()
+    with inherited(next_) as worker:
+        monkeypatch.setattr(next_, "_owner", 0)  # this copy of it is the worker's
+        next_.close()
+        with pytest.raises(UserError, match="Another process"):
+            run.open(resolved())
+        worker.kill()
+
+
+def test_a_restart_waits_for_what_the_killed_one_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rundir, "PATIENCE_S", 0.3)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    first, second = RunDir(tmp_path), RunDir(tmp_path)
+    first.open(resolved())
+    with pytest.raises(UserError, match="Another process"):
+        second.open(resolved())
+    monkeypatch.setattr(rundir, "PATIENCE_S", 30.0)
+    later = threading.Timer(0.3, first.close)
+    later.start()
+    second.open(resolved())
+    later.join()
+    second.close()
 
 
 def test_rows_survive_a_kill(tmp_path: Path) -> None:

@@ -278,11 +278,10 @@ class _Loop:
         newest: dict[str, float] = {}
         for (step, name), value in zip(names, values, strict=True):
             if not math.isfinite(value):
-                before = ", with another --out. The last checkpoint is from before."
                 raise UserError(
                     f"The {name} is {value} at step {step + 1}.",
-                    f"Lower --lr (now {self.plan.lr:g}), or use --precision float32"
-                    + (before if checkpoint.latest(self.run.path) else ". No checkpoint was written yet."),
+                    f"Lower --lr (now {self.plan.lr:g}), with another --out, or use --precision float32. "
+                    + checkpoint.before(self.run.path),
                 )
             self.losses.setdefault(name, []).append(value)
             newest[name] = value

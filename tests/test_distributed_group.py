@@ -1,0 +1,209 @@
+"""How processes meet, who tells what ends them, and what waits for whom: in one process that takes itself for one of two."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dreamteacher import cli, pretrain
+from dreamteacher import distributed_group as group
+from dreamteacher.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _second_of_two(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Rank 1 of 2, in a start of its own; nobody listens where the first one should be."""
+    environment = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": "1", "DREAMTEACHER_TIMEOUT": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(group, "_met", None)
+    caches = group.speaks, group._server
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def meet(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
+    store = dist.HashStore()
+    monkeypatch.setattr(group, "_met", store)
+    return store
+
+
+# --- who tells ---------------------------------------------------------------------------------------------
+
+
+def fail(error: BaseException) -> None:
+    @group.together
+    def run() -> None:
+        raise error
+
+    run()
+
+
+NCCL = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, invalid usage, NCCL version 2.27
+ncclInvalidUsage: This usually reflects invalid usage of NCCL library.
+Last error:
+Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 35000
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        (NCCL, "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 35000"),
+        ("NCCL error in: a.cpp:1, unhandled system error\nncclSystemError: ...", "NCCL error in: a.cpp:1, unhandled"),
+        ("[gloo/pair.cc:561] Connection closed by peer [127.0.0.1]:30902", "Connection closed by peer [127.0.0.1]"),
+        ("gloo " + "x" * 500, "gloo xxx"),
+    ],
+)  # fmt: skip
+def test_a_loss_says_what_torch_says(said: str, cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = meet(monkeypatch)
+    with pytest.raises(group.LostError) as found:
+        fail(RuntimeError(said))
+    lines = str(found.value).splitlines()
+    assert len(lines) == 3
+    assert cause in lines[0]
+    assert len(lines[0]) < 280
+    assert store.check(["over"])
+    assert group.speaks()
+
+
+def test_who_fails_claims_to_tell_before_the_others_hear_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = meet(monkeypatch)
+    order: list[str] = []
+    other = SimpleNamespace(
+        add=lambda key, n: order.append(key) or store.add(key, n), set=lambda key, _: order.append(key)
+    )
+    monkeypatch.setattr(group, "_met", other)
+    with pytest.raises(ValueError, match="mine"):
+        fail(ValueError("mine"))
+    assert order == ["told", "over"]
+    assert group.speaks()
+    assert order == ["told", "over"]  # it is asked once
+
+
+def test_who_comes_second_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    meet(monkeypatch).add("told", 1)
+    with pytest.raises(group.LostError):
+        fail(RuntimeError("Connection closed by peer"))
+    assert not group.speaks()
+
+
+def test_who_waits_for_one_that_ended_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    meet(monkeypatch).set("over", "")
+    with pytest.raises(group.LostError, match="it says that it ends"):
+        group.from_first(lambda: "never made")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_before_they_meet_the_first_tells_and_nobody_connects(
+    rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("it connects")
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(dist, "TCPStore", never)
+    with pytest.raises(UserError, match="typo"):
+        fail(UserError("typo", "mend it"))
+    assert group.speaks() is (rank == "0")
+
+
+# --- how they meet -----------------------------------------------------------------------------------------
+
+
+def test_who_cannot_meet_tries_once_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, connect = [], dist.TCPStore
+    monkeypatch.setattr(dist, "TCPStore", lambda *a, **k: tried.append(a) or connect(*a, **k))
+    with pytest.raises(UserError, match=r"2 processes could not meet: .*127\.0\.0\.1"):
+        group.together(group.join)("cpu")
+    assert group.speaks()  # of two this one alone may know
+    assert len(tried) == 1
+
+
+def test_without_an_address_the_first_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(UserError, match="2 processes could not meet: 'MASTER_ADDR'"):
+        group.together(group.join)("cpu")
+    assert not group.speaks()
+
+
+def test_writers_of_features_meet(image_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="2 processes could not meet"):
+        cli.run("make-features", ["--images", str(image_folder), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there is a second GPU")
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="Device 'cuda:1' cannot be used"):
+        group.join("auto")
+
+
+def test_a_start_has_a_name_of_its_own_whatever_an_earlier_one_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agents' store still names the port of the last start, at which others listen by now."""
+    agents = dist.HashStore()
+    monkeypatch.setattr(group, "_server", lambda: agents)
+    monkeypatch.setattr(group, "DOOR_S", 0.2)
+    monkeypatch.setenv("DREAMTEACHER_TIMEOUT", "30")
+    names: list[str] = []
+    second = threading.Thread(target=lambda: names.append(group._name_of_start()), daemon=True)
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as talks:
+        threading.Thread(target=group._answer, args=(talks, b"SSH-2.0-" + b"x" * 24), daemon=True).start()
+        agents.set("dreamteacher/door", str(silent.getsockname()[1]))
+        second.start()
+        for port in (talks.getsockname()[1], "1"):
+            second.join(0.4)
+            agents.set("dreamteacher/door", str(port))
+        second.join(0.2)
+        assert second.is_alive()
+        monkeypatch.setenv("RANK", "0")
+        first = group._name_of_start()
+        second.join(20)
+        assert names == [first]
+        assert group._name_of_start() != first
+
+
+def test_a_first_one_that_never_comes_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    agents = dist.HashStore()
+    agents.set("dreamteacher/door", "1")
+    monkeypatch.setattr(group, "_server", lambda: agents)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(UserError, match=r"could not meet: the first one does not answer at 127\.0\.0\.1:1"):
+        group.join("cpu")
+
+
+# --- what all of them do -----------------------------------------------------------------------------------
+
+
+def test_all_wait_for_the_interpreter_that_one_of_them_already_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a shared disk a file that the first one has just written may show earlier in one process than in another."""
+    asked: list[Any] = []
+    monkeypatch.setattr(pretrain, "from_first", asked.append)
+    monkeypatch.setattr(pretrain, "load_interpreter", lambda folder: [torch.nn.Identity()])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    (tmp_path / "interpreter").mkdir()
+    runs: list[str] = []
+    job: Any = SimpleNamespace(run=lambda: runs.append("run"))
+    config = pretrain.PretrainConfig(out=tmp_path, device="cpu")
+    for there in (False, True):
+        if there:
+            (tmp_path / "interpreter" / "interpreter.json").write_text(json.dumps({}))
+        pretrain._interpreter(config, job, tmp_path)
+        assert asked.pop()() == ""
+        assert runs == ["run"]
