@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from dreamteacher.errors import UserError, shorten
+from dreamteacher.fetch_archive import Tar
 from dreamteacher.fetch_objects import address_of, bring_shards, expand
 from dreamteacher.images import IMAGE_SUFFIXES, ImageFile, Packed
 from dreamteacher.layouts_files import ImageFiles
@@ -158,16 +159,16 @@ def _members(shard: Path) -> tuple[dict[str, TarImage], dict[str, str]]:
     """Images and class numbers by sample."""
     images: dict[str, TarImage] = {}
     classes: dict[str, str] = {}
-    with tarfile.open(shard, "r:") as tar:
+    with Tar.open(shard, "r:") as tar:
         for info in tar:
             name = PurePosixPath(info.name)
             if name.is_absolute() or ".." in name.parts:
                 raise UserError(f"'{shard}' holds '{info.name}', which leads out of it.", "Do not use it.")
             if info.isdir():
                 continue
-            if not info.isreg() or info.sparse is not None:
+            if not info.isreg():
                 raise UserError(
-                    f"'{shard}' holds '{info.name}', which is a link, a device or sparse.",
+                    f"'{shard}' holds '{info.name}', which is a link or a device.",
                     "Pack the files themselves.",
                 )
             stem, _, part = name.name.partition(".")

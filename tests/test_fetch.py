@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gzip
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ import socket
 import sys
 import tarfile
 import threading
+import tracemalloc
 import types
 import zipfile
 from collections import namedtuple
@@ -567,6 +569,55 @@ def test_bombs_are_refused_by_what_they_declare(kind: str, tmp_path: Path) -> No
     assert archive.stat().st_size < 10_000
     with pytest.raises(UserError, match="declares more than"):
         extract(archive, tmp_path / "out", WANTED, most=2_000_000)
+    assert names(tmp_path) == [archive.name]
+
+
+def header_bombs(count: int) -> dict[str, bytes]:
+    """Uncompressed tar files whose headers have `count` bytes of zeros or more, or an end that is none."""
+
+    def head(kind: bytes, size: int, name: str = "x") -> bytes:
+        info = tarfile.TarInfo(name)
+        info.type, info.size = kind, size
+        return info.tobuf(tarfile.GNU_FORMAT)
+
+    def note(*texts: bytes) -> bytes:
+        record = b"".join(b"%d %s\n" % (len(text) + 4, text) for text in texts)
+        return head(tarfile.XHDTYPE, len(record)) + record.ljust(512, b"\0")
+
+    gaps = bytearray(head(tarfile.GNUTYPE_SPARSE, 0))
+    gaps[482] = 1  # more gaps follow
+    gaps[148:156] = b" " * 8
+    gaps[148:156] = b"%06o\0 " % sum(gaps)
+    keys = b"".join(b"%d %06d=\n" % (len("10 000000=") + 1, i) for i in range(count // 11))
+    common = head(tarfile.XGLTYPE, 512) + keys[:512]
+    member = head(tarfile.REGTYPE, 0)
+    return {
+        **{kind: head(kind.encode(), count) + bytes(count) for kind in "LKxgX"},
+        "a chain": (head(tarfile.GNUTYPE_LONGNAME, 512) + bytes(512)) * (count // 1024),
+        "notes for all": (common + member) * (count // 1536),
+        "old gaps": bytes(gaps) + bytes([1] * 512) * (count // 512),
+        "new gaps": note(b"GNU.sparse.major=1", b"GNU.sparse.minor=0") + member + b"%d\n" % count + b"0\n" * (count // 2),
+        "a negative name": member + head(tarfile.GNUTYPE_LONGNAME, -1024) + bytes(count),
+        "back for ever": member * 4 + head(tarfile.REGTYPE, -1024) + bytes(1024),
+        "back by a note": member * 4 + note(b"size=-2048") + member + bytes(1024),
+    }
+
+
+COUNT = 2_000_000
+
+
+@pytest.mark.parametrize("name", header_bombs(0))
+def test_bombs_in_headers(name: str, tmp_path: Path) -> None:
+    """tarfile reads them whole before it shows a member: 10 MB packed would take 10 GB."""
+    archive = tmp_path / "a.tar.gz"
+    archive.write_bytes(gzip.compress(header_bombs(COUNT)[name] + bytes(1024), 1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"cannot be taken apart: (more than 65536|a member decl|.*--sparse)"):
+            extract(archive, tmp_path / "out", WANTED, most=10**9)
+        assert tracemalloc.get_traced_memory()[1] < COUNT / 4
+    finally:
+        tracemalloc.stop()
     assert names(tmp_path) == [archive.name]
 
 

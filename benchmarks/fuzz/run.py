@@ -3,8 +3,8 @@
 `images`: generated pictures of every format, broken in every way (damaged_pictures.py), through the reader that pretraining
 uses. `files`: checkpoints, weights, manifests, shards and archives (damaged_files.py), with pickles that would make a canary
 and names that lead out of their folder. Each case runs in a child process with a limit of time and memory. A defect is
-an exception that is none of ours, wrong content, a crash, a hang, code of a file that ran, or a file outside of the
-target's folder.
+an exception that is none of ours, wrong content (bytes and pixels of what is undamaged are compared, and all that has a
+checksum), a crash, a hang, code of a file that ran, or a file outside of the target's folder.
 
     python benchmarks/fuzz/run.py images --count 10000 --out benchmarks/fuzz/images.csv
     python benchmarks/fuzz/run.py files --count 10000 --out benchmarks/fuzz/files.csv
