@@ -39,11 +39,13 @@ class Server(ThreadingHTTPServer):
 
     content = CONTENT
     ranges = True
+    unwilling = False  # says of every range that it lies behind the end
     tag = '"one"'
     kind = "application/octet-stream"
     status = 200
     declare = True
     cuts: list[int]  # bytes after which the next connections break off
+    most: int | None = None  # bytes after which every connection breaks off
     asked: list[tuple[str, str | None]]  # path and Range of every request
 
     def handle_error(self, *_: Any) -> None:
@@ -64,8 +66,14 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Location", "/file.bin")
             self.end_headers()
             return
+        if len(server.asked) > 50:  # a client that would never end
+            return
         if server.status != 200:
             self.send_error(server.status)
+            return
+        if wanted and server.unwilling:
+            self.send_response(416)
+            self.end_headers()
             return
         body, first = server.content, 0
         if wanted and server.ranges and self.headers.get("If-Range") == server.tag:
@@ -85,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
         if server.declare:
             self.send_header("Content-Length", str(len(body) - first))
         self.end_headers()
-        count = server.cuts.pop(0) if server.cuts else len(body)
+        count = server.cuts.pop(0) if server.cuts else server.most or len(body)
         self.wfile.write(body[first : first + count])
 
 
@@ -155,6 +163,17 @@ def test_a_connection_that_breaks_is_taken_up(server: Server, target: Path) -> N
     download(address(server), target, sha256=DIGEST)
     assert [wanted for _, wanted in server.asked] == [None, "bytes=1000-", "bytes=1500-"]
     assert names(target.parent) == ["file.bin"]
+
+
+@pytest.mark.parametrize(("how", "asked"), [("no parts", fetch.TRIES + 2), ("no range", 2 * fetch.TRIES + 3)])
+def test_the_same_first_bytes_are_no_progress(how: str, asked: int, server: Server, target: Path) -> None:
+    """A server that always begins anew, behind a proxy that always cuts at one place."""
+    server.most, server.unwilling = 700, how == "no range"
+    server.tag = "" if how == "no parts" else server.tag
+    with pytest.raises(UserError, match=r"ended after 0\.0 MB of 0\.0 MB") as error:
+        download(address(server), target)
+    refusal(error)
+    assert len(server.asked) == asked
 
 
 def test_the_next_command_goes_on(server: Server, target: Path) -> None:
@@ -596,7 +615,10 @@ def header_bombs(count: int) -> dict[str, bytes]:
         "a chain": (head(tarfile.GNUTYPE_LONGNAME, 512) + bytes(512)) * (count // 1024),
         "notes for all": (common + member) * (count // 1536),
         "old gaps": bytes(gaps) + bytes([1] * 512) * (count // 512),
-        "new gaps": note(b"GNU.sparse.major=1", b"GNU.sparse.minor=0") + member + b"%d\n" % count + b"0\n" * (count // 2),
+        "new gaps": note(b"GNU.sparse.major=1", b"GNU.sparse.minor=0")
+        + member
+        + b"%d\n" % count
+        + b"0\n" * (count // 2),
         "a negative name": member + head(tarfile.GNUTYPE_LONGNAME, -1024) + bytes(count),
         "back for ever": member * 4 + head(tarfile.REGTYPE, -1024) + bytes(1024),
         "back by a note": member * 4 + note(b"size=-2048") + member + bytes(1024),
@@ -613,7 +635,9 @@ def test_bombs_in_headers(name: str, tmp_path: Path) -> None:
     archive.write_bytes(gzip.compress(header_bombs(COUNT)[name] + bytes(1024), 1))
     tracemalloc.start()
     try:
-        with pytest.raises(UserError, match=r"cannot be taken apart: (more than 65536|a member decl|.*--sparse)"):
+        with pytest.raises(
+            UserError, match=r"cannot be taken apart: (more than 65536|a member decl|.*--sparse)"
+        ):
             extract(archive, tmp_path / "out", WANTED, most=10**9)
         assert tracemalloc.get_traced_memory()[1] < COUNT / 4
     finally:
