@@ -127,15 +127,21 @@ def alone(part: Path) -> Iterator[IO[bytes]]:
                 notes_of(part).unlink(missing_ok=True)
 
 
-def size_of(url: str) -> int:
-    """The bytes of a file at an address, without bringing it; 0 where the server does not tell."""
+def size_of(url: str, target: Path) -> int:
+    """The bytes of the file at an address, which is not brought; 0 where the server does not tell.
+
+    Raises:
+        UserError: no connection, naming the place of the file.
+    """
     request = urllib.request.Request(url, headers=_PLAIN, method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             length = answer.headers.get("Content-Length", "")
             return int(length) if length.isdigit() else 0
-    except (OSError, HTTPException):
+    except (urllib.error.HTTPError, HTTPException):
         return 0
+    except OSError as error:
+        raise _unreachable(url, target, str(getattr(error, "reason", error)) or type(error).__name__) from None
 
 
 def part_of(target: Path) -> Path:

@@ -121,7 +121,7 @@ def _name(address: str) -> str:
 def _left(address: str, target: Path) -> int:
     """Bytes that are still to be brought; 0 where the server does not tell."""
     if address.startswith(("https://", "http://")):
-        size = fetch.size_of(address)
+        size = fetch.size_of(address, target)
     else:
         size = _found(address)[2]["size"]
     part = fetch.part_of(target)

@@ -361,6 +361,11 @@ def test_a_server_that_tells_no_sizes(server: Server, monkeypatch: pytest.Monkey
     assert len(tar_images(Path(str(at(server))[7:])).paths) == SHARDS * PER_SHARD
 
 
+def test_a_server_that_is_not_there() -> None:
+    addresses = expand("http://127.0.0.1:9/{00..99}.tar")
+    assert "/00.tar' cannot be downloaded" in refused(lambda: bring_shards(addresses), "Connection refused")
+
+
 def test_braces_on_this_machine(files: Path) -> None:
     found = tar_images(files / "train-{01..03}.tar")
     assert [path.name for path in found.paths] == [f"{i:03}.png" for i in range(3, 12)]  # type: ignore[union-attr]
