@@ -141,7 +141,9 @@ def size_of(url: str, target: Path) -> int:
     except (urllib.error.HTTPError, HTTPException):
         return 0
     except OSError as error:
-        raise _unreachable(url, target, str(getattr(error, "reason", error)) or type(error).__name__) from None
+        raise _unreachable(
+            url, target, str(getattr(error, "reason", error)) or type(error).__name__
+        ) from None
 
 
 def part_of(target: Path) -> Path:

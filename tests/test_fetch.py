@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import fill_disk
 
 from dreamteacher import fetch, fetch_archive
 from dreamteacher.errors import UserError
@@ -296,6 +297,32 @@ def test_a_disk_that_becomes_full_is_no_broken_connection(
     monkeypatch.setattr(fetch, "_copy", full)
     with pytest.raises(OSError, match="No space left"):
         download(address(server), target)
+
+
+def test_a_disk_that_is_really_full_keeps_a_part_that_goes_on(
+    server: Server, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "_SPARE", 0)
+    server.content = CONTENT * 300
+    target, copy = small_disk / "file.bin", fetch._copy
+
+    def filling(*args: Any) -> None:
+        fill_disk(small_disk)
+        (small_disk / "room").unlink()
+        copy(*args)
+
+    with monkeypatch.context() as patch:
+        (small_disk / "room").write_bytes(bytes(500_000))
+        patch.setattr(fetch, "_copy", filling)
+        with pytest.raises(OSError, match="No space left"):
+            download(address(server), target)
+    part = target.with_name("file.bin.part").read_bytes()
+    assert len(part) >= 400_000
+    assert server.content.startswith(part)
+    (small_disk / "filler").unlink()
+    assert download(address(server), target).read_bytes() == server.content
+    assert server.asked[-1] == ("/file.bin", f"bytes={len(part)}-")
+    assert names(small_disk) == ["file.bin"]
 
 
 def test_two_processes_do_not_write_into_one_file(server: Server, target: Path) -> None:

@@ -297,7 +297,9 @@ def test_decoders_that_need_more_have_a_limit_of_their_own(tmp_path: Path) -> No
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16", "P", "1"])
 def test_strips_change_nothing(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = noise(0, 33, 50)
-    image = Image.frombytes("I;16", (50, 33), bytes(range(220)) * 15) if mode == "I;16" else image.convert(mode)
+    image = (
+        Image.frombytes("I;16", (50, 33), bytes(range(220)) * 15) if mode == "I;16" else image.convert(mode)
+    )
     if mode in ("RGBA", "LA"):
         image.putalpha(noise(1, 33, 50).convert("L"))
     image.save(tmp_path / "x.png", transparency=3 if mode == "P" else None)

@@ -68,7 +68,11 @@ def image_case(folder: Path, seed: int) -> Case:
         if damage in ("none", "bomb"):
             if outcome == "refused" and kind not in ("TIFF", "PPM"):  # some of whose modes are
                 outcome = "wrong: a sound picture is refused"
-            elif damage == "none" and outcome == "read" and not torch.equal(read_image(path, None), _pixels(path)):
+            elif (
+                damage == "none"
+                and outcome == "read"
+                and not torch.equal(read_image(path, None), _pixels(path))
+            ):
                 outcome = "wrong: other pixels"
         return f"{kind}, {damage}", outcome
 

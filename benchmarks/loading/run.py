@@ -109,7 +109,10 @@ def measure(args: argparse.Namespace, folder: Path, size: tuple[int, int]) -> li
                 part = min(h / size[0], w / size[1])  # of the image, in pixels, for each of `size`
                 top, left = (h - part * size[0]) / 2, (w - part * size[1]) / 2
                 image.convert("RGB").resize(
-                    size[::-1], Image.Resampling.BILINEAR, box=(left, top, w - left, h - top), reducing_gap=2.0
+                    size[::-1],
+                    Image.Resampling.BILINEAR,
+                    box=(left, top, w - left, h - top),
+                    reducing_gap=2.0,
                 ).tobytes()
         return steps * batch / (time.perf_counter() - begin)
 
