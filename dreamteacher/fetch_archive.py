@@ -39,7 +39,7 @@ class _TarInfo(tarfile.TarInfo):
             tar.for_next += tarfile.BLOCKSIZE + self.size
         else:
             tar.for_next = 0
-            tar.members.clear()  # each keeps its notes, and none is needed again
+            tar.members.clear()  # type: ignore[attr-defined]  # each keeps its notes, and none is needed again
         if tar.for_all + tar.for_next > _MOST_NOTES:
             raise tarfile.TarError(f"more than {_MOST_NOTES} bytes of names and notes")
         return super()._proc_member(tar)._checked()  # type: ignore[misc]
