@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import fill_disk
 from hypothesis import given
 from hypothesis import strategies as st
-from conftest import fill_disk
 from pictures import refused
 from PIL import Image
 from torch import Tensor
