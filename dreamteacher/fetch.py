@@ -31,6 +31,7 @@ from dreamteacher.errors import UserError, shorten
 
 TIMEOUT = 30.0  # seconds without an answer
 TRIES, PAUSE = 4, 2.0  # connections in a row that bring nothing, and the seconds between two
+_PLAIN = {"User-Agent": "dreamteacher", "Accept-Encoding": "identity"}
 _PIECE = 1 << 20
 _SPARE = 64_000_000  # bytes that must stay free beside what is written
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -86,7 +87,7 @@ def download(url: str, target: Path, *, sha256: str | None = None, size: int | N
         return target
     if not url.startswith(("https://", "http://")):
         raise UserError(f"'{url}' is no address of a file.", "It must begin with https:// or http://.")
-    part = target.with_name(target.name + ".part")
+    part = part_of(target)
     with alone(part) as file:
         _fill(file, url, target, size)
         try:
@@ -126,6 +127,30 @@ def alone(part: Path) -> Iterator[IO[bytes]]:
                 notes_of(part).unlink(missing_ok=True)
 
 
+def size_of(url: str, target: Path) -> int:
+    """The bytes of the file at an address, which is not brought; 0 where the server does not tell.
+
+    Raises:
+        UserError: no connection, naming the place of the file.
+    """
+    request = urllib.request.Request(url, headers=_PLAIN, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            length = answer.headers.get("Content-Length", "")
+            return int(length) if length.isdigit() else 0
+    except (urllib.error.HTTPError, HTTPException):
+        return 0
+    except OSError as error:
+        raise _unreachable(
+            url, target, str(getattr(error, "reason", error)) or type(error).__name__
+        ) from None
+
+
+def part_of(target: Path) -> Path:
+    """Where the bytes of a file lie until it is whole."""
+    return target.with_name(target.name + ".part")
+
+
 def notes_of(part: Path) -> Path:
     """Where it is written which file a part is of."""
     return part.with_name(part.name + ".json")
@@ -134,13 +159,16 @@ def notes_of(part: Path) -> Path:
 def _fill(file: IO[bytes], url: str, target: Path, size: int | None) -> None:
     """Appends to the part until it is whole. A connection that breaks is opened anew, if it brought something."""
     barren = TRIES  # nothing has come yet: the first failure is the last
+    most: int | None = (
+        None  # bytes that the part ever had: a server without parts may send its first ones for ever
+    )
     while True:
         before = bytes_in(file)
         try:
             request = urllib.request.Request(url, headers=_headers(file, url))
             with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
                 total = _begin(file, answer, url, target, size)
-                before = bytes_in(file)
+                most = bytes_in(file) if most is None else most
                 _copy(file, answer, total, target.name)
             if total is None or bytes_in(file) >= total:
                 return
@@ -156,9 +184,11 @@ def _fill(file: IO[bytes], url: str, target: Path, size: int | None) -> None:
             if isinstance(error, OSError) and error.errno in FULL:
                 raise
             reason = str(getattr(error, "reason", error)) or type(error).__name__
-        barren = 0 if bytes_in(file) > before else barren + 1
+        have = bytes_in(file)
+        barren = 0 if most is not None and have > most else barren + 1
         if barren > TRIES:
             raise _unreachable(url, target, reason)
+        most = max(have, most or 0)
         time.sleep(PAUSE if barren else 0)
 
 
@@ -170,7 +200,7 @@ def bytes_in(file: IO[bytes]) -> int:
 
 def _headers(file: IO[bytes], url: str) -> dict[str, str]:
     """Asks for what follows the part, provided that the server's file is still the one that the part is of."""
-    headers = {"User-Agent": "dreamteacher", "Accept-Encoding": "identity"}
+    headers = dict(_PLAIN)
     try:
         notes = parse_json(notes_of(Path(file.name)).read_text("utf-8"))
         known = notes["url"] == url and notes["validator"]

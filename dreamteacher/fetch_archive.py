@@ -22,7 +22,48 @@ from dreamteacher.errors import UserError, shorten
 from dreamteacher.fetch import check_space
 
 MOST_MEMBERS = 20_000
+_MOST_NOTES = 1 << 16  # bytes of long names and notes before a member, and of those that hold for all
 _PIECE = 1 << 20
+
+
+class _TarInfo(tarfile.TarInfo):
+    """A header, of which nothing is read whole that has no bound: an entry of 10 GB of zeros packs into 10 MB."""
+
+    def _proc_member(self, tar: Tar) -> tarfile.TarInfo:
+        self._checked()
+        if self.type == tarfile.XGLTYPE:
+            tar.for_all += tarfile.BLOCKSIZE + self.size
+        elif self.type in (
+            tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE,
+        ):  # fmt: skip
+            tar.for_next += tarfile.BLOCKSIZE + self.size
+        else:
+            tar.for_next = 0
+            tar.members.clear()  # type: ignore[attr-defined]  # each keeps its notes, and none is needed again
+        if tar.for_all + tar.for_next > _MOST_NOTES:
+            raise tarfile.TarError(f"more than {_MOST_NOTES} bytes of names and notes")
+        return super()._proc_member(tar)._checked()  # type: ignore[misc]
+
+    def _checked(self) -> _TarInfo:
+        if self.size < 0:  # also by a note: it would be read to its end, or lead back for ever
+            raise tarfile.TarError(f"a member declares {self.size} bytes")
+        return self
+
+    def _sparse(self, *_: object) -> None:
+        """Lists of gaps have no bound either."""
+        raise tarfile.TarError("a file is packed with --sparse, which is not read")
+
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _sparse
+
+
+class Tar(tarfile.TarFile):
+    """A tar file, opened to be read from its first member to its last: neither needs much memory.
+
+    Raises tarfile.TarError where names and notes are too many, a size is below 0, or a file is sparse.
+    """
+
+    tarinfo = _TarInfo
+    for_next = for_all = 0  # bytes of names and notes so far
 
 
 class _Member(NamedTuple):
@@ -135,7 +176,7 @@ def _zip(archive: Path) -> Iterator[_Member]:
 
 
 def _tar(archive: Path) -> Iterator[_Member]:
-    with tarfile.open(archive, "r:*") as content:
+    with Tar.open(archive, "r:*") as content:
         for info in content:
             yield _Member(info.name, info.size, info.isreg(), partial(content.extractfile, info))
 

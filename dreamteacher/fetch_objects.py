@@ -94,7 +94,8 @@ def bring_shards(addresses: list[str]) -> list[Path]:
     address decides. A connection that breaks goes on where it broke.
 
     Raises:
-        UserError: no such shard, no connection, no library for the address, too little space.
+        UserError: no such shard, no connection, no library for the address; too little space for all of them, as
+            far as the servers tell their sizes, before the first is brought.
     """
     folder = fetch.cache_folder() / "shards"
     for address in addresses:
@@ -103,15 +104,28 @@ def bring_shards(addresses: list[str]) -> list[Path]:
                 f"'{address}' is no address of a .tar file.",
                 "Give one shard, or several as shard-{000..099}.tar: a folder at an address cannot be listed.",
             )
-    targets = [folder / _name(address) for address in addresses]
-    wanted = [pair for pair in zip(addresses, targets, strict=True) if not pair[1].is_file()]
-    in_threads(lambda pair: _bring(*pair), wanted, _PARALLEL)
-    return targets
+    targets = {address: folder / _name(address) for address in addresses}
+    wanted = [address for address, target in targets.items() if not target.is_file()]
+    if len(wanted) > 1:  # a single one is checked when it is begun
+        left = in_threads(lambda address: _left(address, targets[address]), wanted, _PARALLEL)
+        fetch.check_space(folder, sum(left))
+    in_threads(lambda address: _bring(address, targets[address]), wanted, _PARALLEL)
+    return [targets[address] for address in addresses]
 
 
 def _name(address: str) -> str:
     last = re.sub(r"[^A-Za-z0-9._-]", "_", urlsplit(address).path.rpartition("/")[2])
     return f"{hashlib.sha256(address.encode()).hexdigest()[:16]}-{last[-80:]}"
+
+
+def _left(address: str, target: Path) -> int:
+    """Bytes that are still to be brought; 0 where the server does not tell."""
+    if address.startswith(("https://", "http://")):
+        size = fetch.size_of(address, target)
+    else:
+        size = _found(address)[2]["size"]
+    part = fetch.part_of(target)
+    return max(0, size - (part.stat().st_size if part.is_file() else 0))
 
 
 def _bring(address: str, target: Path) -> None:
@@ -120,20 +134,12 @@ def _bring(address: str, target: Path) -> None:
             if not target.is_file():
                 fetch.download(address, target)
         return
-    system, path = _store(address)
-    try:
-        info = system.info(path)
-        size = int(info["size"])
-    except FileNotFoundError:
-        raise UserError(
-            f"There is no '{address}'.", "Check the address, and how many shards there are."
-        ) from None
-    except Exception as error:  # each library raises its own
-        raise _unreachable(address, error) from None
+    system, path, info = _found(address)
+    size = info["size"]
     with _sole(target):
         if target.is_file():
             return
-        with fetch.alone(target.with_name(target.name + ".part")) as file:
+        with fetch.alone(fetch.part_of(target)) as file:
             known = {"url": address, **{name: str(info.get(name)) for name in _VERSION}}
             _begin(file, json.dumps(known))
             fetch.check_space(target.parent, size - fetch.bytes_in(file))
@@ -202,6 +208,20 @@ def _fill(file: IO[bytes], system: Any, path: str, size: int, address: str) -> N
     if fetch.bytes_in(file) > size:
         file.truncate(0)
         raise UserError(f"'{address}' has grown while it was brought.", "Run the same command again.")
+
+
+def _found(address: str) -> tuple[Any, str, dict[str, Any]]:
+    """The file system of an object, its place there, and what is known of it: its "size" in bytes, and more."""
+    system, path = _store(address)
+    try:
+        info = dict(system.info(path))
+        return system, path, info | {"size": int(info["size"])}
+    except FileNotFoundError:
+        raise UserError(
+            f"There is no '{address}'.", "Check the address, and how many shards there are."
+        ) from None
+    except Exception as error:  # each library raises its own
+        raise _unreachable(address, error) from None
 
 
 def _store(address: str) -> tuple[Any, str]:

@@ -33,7 +33,10 @@ IMAGE_SUFFIXES = (
 # fmt: on
 # By content, whatever the suffix says; others are left out because their readers run other programs (EPS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-_MOST_PIXELS = 178_000_000
+# These decoders hold 16, 12 and 25 bytes of a pixel, and all that is done with others 8: 1.5 GB at most.
+_MOST_PIXELS = {"WEBP": 90_000_000, "AVIF": 120_000_000, "JPEG2000": 60_000_000}
+_MOST_PIXELS_ELSE = 178_000_000
+_STRIP = 1 << 20  # pixels of an image that are converted at a time
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -145,7 +148,8 @@ def read_image(path: ImageFile, size: Size | None) -> Tensor:
     image = _eight_bits(path, image)
     if size is not None:
         image = _scale(image, extent, turn, size, Image.Resampling.BILINEAR)
-    return _pixels(_turned(image, turn).convert("RGB"))
+    image = _turned(image, turn)
+    return _pixels(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def read_mask(path: ImageFile, size: Size | None, *, binary: bool = False) -> Tensor:
@@ -166,10 +170,10 @@ def read_mask(path: ImageFile, size: Size | None, *, binary: bool = False) -> Te
         raise BadImageError(path, f"{image.mode} colours instead of class ids")
     if size is not None:
         image = _scale(image, extent, turn, size, Image.Resampling.NEAREST)
+    image = _turned(image, turn)
     if binary and image.mode not in ("1", "L", "I"):
-        ground = Image.new("RGBA", image.size, "black")
-        image = Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
-    values = _pixels(_turned(image, turn)).long().amax(0)
+        image = _by_strips(image, "RGB", lambda strip: _laid_over(strip, "black"))
+    values = _pixels(image).amax(0).long()
     return (values + 128) // 257 if binary and values.max() > 255 else values
 
 
@@ -199,13 +203,14 @@ def read_channels(path: ImageFile) -> Tensor:
 
 def _pixels(image: Image.Image) -> Tensor:
     """The values of a picture, C x H x W: int32 of mode I, else uint8; mode 1 gives 0 and 1, P its indices."""
-    values = torch.frombuffer(
-        bytearray((image.convert("L") if image.mode == "1" else image).tobytes()),
-        dtype=torch.int32 if image.mode == "I" else torch.uint8,
-    )
-    if image.mode == "1":
-        values = values // 255
-    return values.view(image.height, image.width, -1).permute(2, 0, 1)
+    kind = torch.int32 if image.mode == "I" else torch.uint8
+    values = torch.empty(image.height, image.width, len(image.getbands()), dtype=kind)
+    for top, strip in _strips(image):
+        found = torch.frombuffer(
+            bytearray((strip.convert("L") if strip.mode == "1" else strip).tobytes()), dtype=kind
+        )
+        values[top : top + strip.height] = found.view(strip.height, strip.width, -1)
+    return (values // 255 if image.mode == "1" else values).permute(2, 0, 1)
 
 
 def _cover_box(have: tuple[float, float], want: Size) -> tuple[float, float, float, float]:
@@ -288,7 +293,7 @@ def _open(path: ImageFile, file: IO[bytes]) -> tuple[Image.Image, int]:
         Image.init()
         image = Image.open(file, formats=[f for f in _FORMATS if f in Image.OPEN])
         turn = _orientation(image) if image.format in ("JPEG", "MPO") else 1
-    if image.width * image.height > _MOST_PIXELS:
+    if image.width * image.height > _MOST_PIXELS.get(image.format or "", _MOST_PIXELS_ELSE):
         raise BadImageError(path, f"too large: {image.width} x {image.height} pixels")
     if image.mode in ("F", "LAB"):
         raise BadImageError(
@@ -348,13 +353,45 @@ def _reason(error: Exception) -> str:
 
 
 def _eight_bits(path: ImageFile, image: Image.Image) -> Image.Image:
-    """Mode L or RGB, transparency laid over white."""
+    """Mode L or RGB, transparency laid over white.
+
+    Raises:
+        BadImageError: values outside 16 bits.
+    """
     if image.mode.startswith("I"):
-        values = _pixels(image.convert("I"))
-        if values.min() < 0 or values.max() > 65535:
-            raise BadImageError(path, "grey values outside 16 bits")
-        return Image.fromarray(((values[0] + 128) // 257).to(torch.uint8).numpy())
+        return _by_strips(image, "L", lambda strip: _from_16_bits(path, strip))
     if image.has_transparency_data:
-        ground = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
-    return image if image.mode == "L" else image.convert("RGB")
+        return _by_strips(image, "RGB", lambda strip: _laid_over(strip, "white"))
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def _from_16_bits(path: ImageFile, image: Image.Image) -> Image.Image:
+    values = _pixels(image.convert("I"))
+    if values.min() < 0 or values.max() > 65535:
+        raise BadImageError(path, "grey values outside 16 bits")
+    return Image.fromarray(((values[0] + 128) // 257).to(torch.uint8).numpy())
+
+
+def _laid_over(image: Image.Image, colour: str) -> Image.Image:
+    ground = Image.new("RGBA", image.size, colour)
+    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+
+
+def _by_strips(image: Image.Image, mode: str, work: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """`work(image)`, which changes each pixel for itself and gives this mode; its copies are of a strip at a time."""
+    if image.width * image.height <= _STRIP:
+        return work(image)
+    whole = Image.new(mode, image.size)
+    for top, strip in _strips(image):
+        whole.paste(work(strip), (0, top))
+    return whole
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Parts of some rows and all columns, each with the number of its first row; a small image is one."""
+    rows = max(1, _STRIP // image.width)
+    if rows >= image.height:
+        yield 0, image
+        return
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from dreamteacher.errors import UserError, shorten
+from dreamteacher.fetch_archive import Tar
 from dreamteacher.fetch_objects import address_of, bring_shards, expand
 from dreamteacher.images import IMAGE_SUFFIXES, ImageFile, Packed
 from dreamteacher.layouts_files import ImageFiles
@@ -75,7 +76,7 @@ class _Window(io.RawIOBase):
         super().close()
 
 
-def tar_images(source: Path, *, rank: int = 0, world: int = 1) -> ImageFiles:
+def tar_images(source: Path) -> ImageFiles:
     """The images of tar shards, in the order of the shards' names and of the members in each.
 
     One pass over the headers notes where each image begins, so that any of them can be read at any time:
@@ -85,18 +86,16 @@ def tar_images(source: Path, *, rank: int = 0, world: int = 1) -> ImageFiles:
         source: a folder with shards (*.tar, not searched recursively); or one shard, or several by braces as in
             shard-{000..099}.tar, of this machine or at an address (https://, s3://, gs://, hf://), from where
             they are brought first, each once (see `fetch_objects.bring_shards`).
-        rank: of `world` processes: shards rank, rank + world ... are its own, and only these are brought.
-        world: number of processes that share the shards; with several, labels stay unknown.
 
     As in WebDataset (format: webdataset.github.io, "WebDataset format"), a member's name up to its first dot
     is the sample and the rest is its part: parts .jpg, .png ... are images, .cls holds the class as a number,
     and others (.json, .txt, .seg.png) are passed over. Labels are known if every image has a .cls.
 
     Raises:
-        UserError: no shards, fewer than processes, compressed or damaged ones, names that lead out of the archive, links, two
-            images in one sample, no images at all.
+        UserError: no shards, compressed or damaged ones, names that lead out of the archive, links, two images in
+            one sample, no images at all.
     """
-    shards, names = _shards(source, rank, world)
+    shards, names = _shards(source)
     paths: list[ImageFile] = []
     classes: list[str | None] = []
     for shard, name in zip(shards, names, strict=True):
@@ -118,15 +117,15 @@ def tar_images(source: Path, *, rank: int = 0, world: int = 1) -> ImageFiles:
             f"Members must be named SAMPLE.SUFFIX, with a suffix of {' '.join(IMAGE_SUFFIXES)}",
         )
     numbers = sorted({c for c in classes if c is not None}, key=int)
-    if None in classes or len(numbers) < 2 or world > 1:  # another process may know other classes
+    if None in classes or len(numbers) < 2:
         return ImageFiles(folder=folder, paths=paths)
     ids = {name: i for i, name in enumerate(numbers)}
     labels = [ids[c] for c in classes if c is not None]
     return ImageFiles(folder=folder, paths=paths, labels=labels, classes=tuple(numbers))
 
 
-def _shards(source: Path, rank: int, world: int) -> tuple[list[Path], list[str]]:
-    """A process's shards on this machine, and what they are called in messages."""
+def _shards(source: Path) -> tuple[list[Path], list[str]]:
+    """The shards on this machine, and what they are called in messages."""
     address = address_of(source)
     if address is not None:
         names = expand(address)
@@ -148,9 +147,6 @@ def _shards(source: Path, rank: int, world: int) -> tuple[list[Path], list[str]]
             f"No .tar files in '{source}'" + (f": {shorten(packed)} are compressed." if packed else "."),
             "Give shards as uncompressed tar: images are compressed already, and are read by their place.",
         )
-    if len(names) < world:
-        raise UserError(f"{len(names)} shards for {world} processes.", "Make more shards, or start fewer.")
-    names = names[rank::world]
     return (list(map(Path, names)) if address is None else bring_shards(names)), names
 
 
@@ -158,16 +154,16 @@ def _members(shard: Path) -> tuple[dict[str, TarImage], dict[str, str]]:
     """Images and class numbers by sample."""
     images: dict[str, TarImage] = {}
     classes: dict[str, str] = {}
-    with tarfile.open(shard, "r:") as tar:
+    with Tar.open(shard, "r:") as tar:
         for info in tar:
             name = PurePosixPath(info.name)
             if name.is_absolute() or ".." in name.parts:
                 raise UserError(f"'{shard}' holds '{info.name}', which leads out of it.", "Do not use it.")
             if info.isdir():
                 continue
-            if not info.isreg() or info.sparse is not None:
+            if not info.isreg():
                 raise UserError(
-                    f"'{shard}' holds '{info.name}', which is a link, a device or sparse.",
+                    f"'{shard}' holds '{info.name}', which is a link or a device.",
                     "Pack the files themselves.",
                 )
             stem, _, part = name.name.partition(".")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,31 @@ settings.load_profile("suite")
 
 CLASSES = ("bright", "dark")
 PER_CLASS = 8
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 4 MB of its own, which really gets full: needs the right to mount one."""
+    place = tmp_path / "small-disk"
+    place.mkdir()
+    try:
+        told = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        pytest.skip("there is no program 'mount'")
+    if told.returncode:
+        pytest.skip(f"no disk can be mounted: {told.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill_disk(place: Path) -> Path:
+    """Takes all space that is left on the disk of a folder, by one file."""
+    with open(place / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    return place / "filler"
 
 
 @pytest.fixture(scope="session")

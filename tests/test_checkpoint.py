@@ -106,6 +106,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     assert ("the disk is full" in text) == (number != errno.EIO)
 
 
+def test_a_disk_that_is_really_full(small_disk: Path) -> None:
+    path = small_disk / "checkpoint-00000003.safetensors"
+    checkpoint.save(path, {"x": torch.zeros(1000)}, {})
+    old = path.read_bytes()
+    with pytest.raises(UserError, match="the disk is full"):
+        checkpoint.save(path, {"x": torch.ones(2_000_000)}, {})
+    assert path.read_bytes() == old
+    assert os.listdir(small_disk) == [path.name]
+
+
 def test_an_interrupt_leaves_the_old_file_and_nothing_else(
     written: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

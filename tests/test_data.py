@@ -265,9 +265,31 @@ def test_damage_met_by_get(cut_stream: tuple[ImageSet, list[Path]]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_disk_that_goes_away(workers: int, tmp_path: Path) -> None:
+def test_the_damaged_only_image_of_its_class(workers: int, tmp_path: Path) -> None:
+    """Training goes on with any other, under that one's label; where labels are already known, it is refused."""
+    fill(tmp_path / "a", 3)
+    (alone,) = fill(tmp_path / "b", 1, start=3)
+    cut(alone, 0.8)
+    images = load_images(tmp_path, (24, 24), cache_gb=0)
+    found = run(images, 0, 2, batch_size=2, seed=0, flip=False, workers=workers)
+    shown = torch.cat([batch.index for batch in found])
+    assert sorted(shown.tolist()) == [0, 0, 1, 2]
+    for image, i in zip(torch.cat([batch.images for batch in found]), shown.tolist(), strict=True):
+        assert torch.equal(image, pixels(noise(i)).float() / 255)
+    assert images.bad == (BadImage(alone, "truncated"),)
+    said = refused(lambda: images.get(torch.tensor([3])), str(alone), "(truncated)", "Remove or replace it")
+    assert "the disk" not in said
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_goes_away(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = fill(tmp_path, 4)
     images = load_images(tmp_path, (8, 8), cache_gb=0)
     for path in paths:
         path.unlink()
-    refused(lambda: run(images, batch_size=2, workers=workers), "cannot be read", "missing file")
+    said = refused(lambda: run(images, batch_size=2, workers=workers), "cannot be read", "missing file")
+    assert "the disk" not in said
+    monkeypatch.setattr(data, "_MOST_TRIED", 4)
+    refused(
+        lambda: run(images, batch_size=2, workers=workers), "3 images before it", "the disk is still there"
+    )

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import fill_disk
 from hypothesis import given
 from hypothesis import strategies as st
 from pictures import refused
@@ -599,6 +600,25 @@ def test_a_full_disk_leaves_a_store_that_resumes(asked, monkeypatch):
     made(asked)
     assert files(asked.out) == files(asked.out.with_name("whole"))
     assert min(encoded) == 4  # the shards that were finished are not made again
+
+
+def test_a_disk_that_is_really_full_leaves_a_store_that_resumes(asked, small_disk, monkeypatch):
+    made(replace(asked, out=asked.out.with_name("whole")))
+    asked, pack = replace(asked, out=small_disk / "out"), make_features.pack
+
+    def filling(*args):
+        if len(list(asked.out.glob("shard-*.safetensors"))) == 2:
+            fill_disk(small_disk)
+        return pack(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(make_features, "pack", filling)
+        refused(lambda: make_features.make_features(asked), "the disk is full", "it resumes")
+    assert sorted(p.name for p in asked.out.glob("shard-*.safetensors")) == [shard_name(0), shard_name(1)]
+    assert not list(asked.out.glob(".*.tmp"))
+    (small_disk / "filler").unlink()
+    made(asked)
+    assert files(asked.out) == files(asked.out.parent.parent / "whole")
 
 
 def test_a_shard_whose_checksum_was_not_yet_written_is_made_again(asked):

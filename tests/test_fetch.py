@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gzip
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ import socket
 import sys
 import tarfile
 import threading
+import tracemalloc
 import types
 import zipfile
 from collections import namedtuple
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import fill_disk
 
 from dreamteacher import fetch, fetch_archive
 from dreamteacher.errors import UserError
@@ -37,11 +40,13 @@ class Server(ThreadingHTTPServer):
 
     content = CONTENT
     ranges = True
+    unwilling = False  # says of every range that it lies behind the end
     tag = '"one"'
     kind = "application/octet-stream"
     status = 200
     declare = True
     cuts: list[int]  # bytes after which the next connections break off
+    most: int | None = None  # bytes after which every connection breaks off
     asked: list[tuple[str, str | None]]  # path and Range of every request
 
     def handle_error(self, *_: Any) -> None:
@@ -62,8 +67,14 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Location", "/file.bin")
             self.end_headers()
             return
+        if len(server.asked) > 50:  # a client that would never end
+            return
         if server.status != 200:
             self.send_error(server.status)
+            return
+        if wanted and server.unwilling:
+            self.send_response(416)
+            self.end_headers()
             return
         body, first = server.content, 0
         if wanted and server.ranges and self.headers.get("If-Range") == server.tag:
@@ -83,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
         if server.declare:
             self.send_header("Content-Length", str(len(body) - first))
         self.end_headers()
-        count = server.cuts.pop(0) if server.cuts else len(body)
+        count = server.cuts.pop(0) if server.cuts else server.most or len(body)
         self.wfile.write(body[first : first + count])
 
 
@@ -153,6 +164,17 @@ def test_a_connection_that_breaks_is_taken_up(server: Server, target: Path) -> N
     download(address(server), target, sha256=DIGEST)
     assert [wanted for _, wanted in server.asked] == [None, "bytes=1000-", "bytes=1500-"]
     assert names(target.parent) == ["file.bin"]
+
+
+@pytest.mark.parametrize(("how", "asked"), [("no parts", fetch.TRIES + 2), ("no range", 2 * fetch.TRIES + 3)])
+def test_the_same_first_bytes_are_no_progress(how: str, asked: int, server: Server, target: Path) -> None:
+    """A server that always begins anew, behind a proxy that always cuts at one place."""
+    server.most, server.unwilling = 700, how == "no range"
+    server.tag = "" if how == "no parts" else server.tag
+    with pytest.raises(UserError, match=r"ended after 0\.0 MB of 0\.0 MB") as error:
+        download(address(server), target)
+    refusal(error)
+    assert len(server.asked) == asked
 
 
 def test_the_next_command_goes_on(server: Server, target: Path) -> None:
@@ -275,6 +297,32 @@ def test_a_disk_that_becomes_full_is_no_broken_connection(
     monkeypatch.setattr(fetch, "_copy", full)
     with pytest.raises(OSError, match="No space left"):
         download(address(server), target)
+
+
+def test_a_disk_that_is_really_full_keeps_a_part_that_goes_on(
+    server: Server, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "_SPARE", 0)
+    server.content = CONTENT * 300
+    target, copy = small_disk / "file.bin", fetch._copy
+
+    def filling(*args: Any) -> None:
+        fill_disk(small_disk)
+        (small_disk / "room").unlink()
+        copy(*args)
+
+    with monkeypatch.context() as patch:
+        (small_disk / "room").write_bytes(bytes(500_000))
+        patch.setattr(fetch, "_copy", filling)
+        with pytest.raises(OSError, match="No space left"):
+            download(address(server), target)
+    part = target.with_name("file.bin.part").read_bytes()
+    assert len(part) >= 400_000
+    assert server.content.startswith(part)
+    (small_disk / "filler").unlink()
+    assert download(address(server), target).read_bytes() == server.content
+    assert server.asked[-1] == ("/file.bin", f"bytes={len(part)}-")
+    assert names(small_disk) == ["file.bin"]
 
 
 def test_two_processes_do_not_write_into_one_file(server: Server, target: Path) -> None:
@@ -567,6 +615,60 @@ def test_bombs_are_refused_by_what_they_declare(kind: str, tmp_path: Path) -> No
     assert archive.stat().st_size < 10_000
     with pytest.raises(UserError, match="declares more than"):
         extract(archive, tmp_path / "out", WANTED, most=2_000_000)
+    assert names(tmp_path) == [archive.name]
+
+
+def header_bombs(count: int) -> dict[str, bytes]:
+    """Uncompressed tar files whose headers have `count` bytes of zeros or more, or an end that is none."""
+
+    def head(kind: bytes, size: int, name: str = "x") -> bytes:
+        info = tarfile.TarInfo(name)
+        info.type, info.size = kind, size
+        return info.tobuf(tarfile.GNU_FORMAT)
+
+    def note(*texts: bytes) -> bytes:
+        record = b"".join(b"%d %s\n" % (len(text) + 4, text) for text in texts)
+        return head(tarfile.XHDTYPE, len(record)) + record.ljust(512, b"\0")
+
+    gaps = bytearray(head(tarfile.GNUTYPE_SPARSE, 0))
+    gaps[482] = 1  # more gaps follow
+    gaps[148:156] = b" " * 8
+    gaps[148:156] = b"%06o\0 " % sum(gaps)
+    keys = b"".join(b"%d %06d=\n" % (len("10 000000=") + 1, i) for i in range(count // 11))
+    common = head(tarfile.XGLTYPE, 512) + keys[:512]
+    member = head(tarfile.REGTYPE, 0)
+    return {
+        **{kind: head(kind.encode(), count) + bytes(count) for kind in "LKxgX"},
+        "a chain": (head(tarfile.GNUTYPE_LONGNAME, 512) + bytes(512)) * (count // 1024),
+        "notes for all": (common + member) * (count // 1536),
+        "old gaps": bytes(gaps) + bytes([1] * 512) * (count // 512),
+        "new gaps": note(b"GNU.sparse.major=1", b"GNU.sparse.minor=0")
+        + member
+        + b"%d\n" % count
+        + b"0\n" * (count // 2),
+        "a negative name": member + head(tarfile.GNUTYPE_LONGNAME, -1024) + bytes(count),
+        "back for ever": member * 4 + head(tarfile.REGTYPE, -1024) + bytes(1024),
+        "back by a note": member * 4 + note(b"size=-2048") + member + bytes(1024),
+    }
+
+
+COUNT = 2_000_000
+
+
+@pytest.mark.parametrize("name", header_bombs(0))
+def test_bombs_in_headers(name: str, tmp_path: Path) -> None:
+    """tarfile reads them whole before it shows a member: 10 MB packed would take 10 GB."""
+    archive = tmp_path / "a.tar.gz"
+    archive.write_bytes(gzip.compress(header_bombs(COUNT)[name] + bytes(1024), 1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            UserError, match=r"cannot be taken apart: (more than 65536|a member decl|.*--sparse)"
+        ):
+            extract(archive, tmp_path / "out", WANTED, most=10**9)
+        assert tracemalloc.get_traced_memory()[1] < COUNT / 4
+    finally:
+        tracemalloc.stop()
     assert names(tmp_path) == [archive.name]
 
 

@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 import threading
+from collections import namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +28,7 @@ from dreamteacher.report_maps import _pick_images
 from dreamteacher.shards import tar_images
 
 SHARDS, PER_SHARD = 5, 3
+Disk = namedtuple("Disk", "total used free")
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class Server(ThreadingHTTPServer):
     contents: dict[str, bytes]
     asked: list[tuple[str, str | None]]
+    sizes: list[str]  # paths whose size was asked for
     cuts: dict[str, list[int]]  # bytes after which the next connections to a path break off
 
     def handle_error(self, *_: Any) -> None:
@@ -65,6 +68,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Says nothing."""
+
+    def do_HEAD(self) -> None:
+        self.server.sizes.append(self.path)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.server.contents.get(self.path, b""))))
+        self.end_headers()
 
     def do_GET(self) -> None:
         wanted = self.headers.get("Range")
@@ -88,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(files: Path) -> Iterator[Server]:
     server = Server(("127.0.0.1", 0), Handler)
     server.contents = {f"/{p.name}": p.read_bytes() for p in files.glob("*.tar")}
-    server.asked, server.cuts = [], {}
+    server.asked, server.sizes, server.cuts = [], [], {}
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
@@ -315,25 +324,46 @@ def test_little_space_is_seen_first(
     assert not everything(cache)
 
 
-# --- parts of several processes -----------------------------------------------------------------------------
+@pytest.mark.parametrize("place", ["http", "memory"])
+def test_the_disk_must_hold_all_shards(
+    place: str,
+    server: Server,
+    bucket: MemoryFileSystem,
+    files: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each alone would fit: it is refused before any is brought. What is here, or begun, is not counted."""
+    sizes = [path.stat().st_size for path in sorted(files.glob("*.tar"))]
+    root = (
+        "memory://bucket/"
+        if place == "memory"
+        else str(at(server, ""))[7:].replace("http:/", "http://") + "/"
+    )
+    addresses = expand(f"{root}train-{{00..04}}.tar")
+    free = [sum(sizes) - 1]
+    monkeypatch.setattr(fetch, "_SPARE", 0)
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: Disk(10**9, 0, free[0]))
+    refused(lambda: bring_shards([*addresses, addresses[0]]), f"'{cache}' needs 0.1 MB more", "Free space")
+    assert not server.asked
+    assert not everything(cache)
+    assert sorted(server.sizes) == ([] if place == "memory" else [f"/train-{i:02}.tar" for i in range(5)])
+    free[0] = sum(sizes)
+    (first,) = bring_shards(addresses[:1])
+    name = hashlib.sha256(addresses[1].encode()).hexdigest()[:16]
+    first.with_name(f"{name}-train-01.tar.part").write_bytes(bytes(500))
+    free[0] = sum(sizes[1:]) - 500
+    assert len(bring_shards(addresses)) == SHARDS
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_every_image_belongs_to_one_process(server: Server, world: int) -> None:
-    source = Path(str(at(server))[7:])
-    seen: list[str] = []
-    for rank in range(world):
-        server.asked.clear()
-        found = tar_images(source, rank=rank, world=world)
-        assert sorted(path for path, _ in server.asked) == [
-            f"/train-{i:02}.tar" for i in range(rank, SHARDS, world)
-        ]
-        assert found.labels is None if world > 1 else found.labels == [0, 1] * 7 + [0]
-        names = [path.name for path in found.paths]  # type: ignore[union-attr]
-        assert names == [p.name for p in tar_images(source, rank=rank, world=world).paths]  # type: ignore[union-attr]
-        seen += names
-    assert sorted(seen) == [f"{i:03}.png" for i in range(SHARDS * PER_SHARD)]
-    refused(lambda: tar_images(source, world=6), "5 shards for 6 processes")
+def test_a_server_that_tells_no_sizes(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Handler, "do_HEAD")
+    assert len(tar_images(Path(str(at(server))[7:])).paths) == SHARDS * PER_SHARD
+
+
+def test_a_server_that_is_not_there() -> None:
+    addresses = expand("http://127.0.0.1:9/{00..99}.tar")
+    assert "/00.tar' cannot be downloaded" in refused(lambda: bring_shards(addresses), "Connection refused")
 
 
 def test_braces_on_this_machine(files: Path) -> None:

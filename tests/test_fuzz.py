@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from dreamteacher import checkpoint
 from dreamteacher.config import parse_json
 from dreamteacher.errors import UserError
+from dreamteacher.images import read_image
 
 FUZZ = Path(__file__).parent.parent / "benchmarks" / "fuzz"
 JSON = st.recursive(
@@ -53,6 +55,15 @@ def test_damaged_pictures_are_read_or_refused(fuzz: dict[str, Any], tmp_path: Pa
     counts = outcomes(fuzz, fuzz["image_case"](tmp_path, 1), 400)
     assert counts.total() == 400
     assert min(counts["read"], counts["refused"]) > 80
+
+
+def test_the_bombs_are_sound_pictures(fuzz: dict[str, Any], tmp_path: Path) -> None:
+    pictures = fuzz["damaged_pictures"]
+    for mode, seen in (("RGBA", 255), ("I;16", 0)):
+        (tmp_path / "x").write_bytes(pictures.bomb(mode, 60))
+        assert torch.equal(read_image(tmp_path / "x", None), torch.full((3, 60, 60), seen, dtype=torch.uint8))
+        assert torch.equal(read_image(tmp_path / "x", None), fuzz["_pixels"](tmp_path / "x"))
+    assert set(pictures.BOMBS) < set(range(10_000))
 
 
 KINDS = (

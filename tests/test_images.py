@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
+from dreamteacher import images
 from dreamteacher.images import (
     BadImageError,
     Size,
@@ -251,6 +254,64 @@ def test_a_large_image_below_the_limit_gives_no_warning(tmp_path: Path) -> None:
     with pytest.raises(BadImageError, match="too large: 178000001 x 1"):
         read_header(tmp_path / "x.png")
     assert limit == Image.MAX_IMAGE_PIXELS
+
+
+PEAK = """
+import os, resource, sys
+from pathlib import Path
+from dreamteacher.images import read_image
+for path in map(Path, sys.argv[1:]):
+    for size in ((64, 48), None):
+        if not os.fork():
+            begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            read_image(path, size)
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begin, flush=True)
+            os._exit(0)
+        os.wait()
+"""
+
+
+def test_small_files_of_large_images_need_little_memory(tmp_path: Path) -> None:
+    """About 9 bytes of a pixel: at the limit of 178 megapixels 1.5 GB, and not 3."""
+    side = 4000
+    for mode in ("RGBA", "I;16"):
+        path = tmp_path / f"{mode}.png"
+        Image.new(mode, (side, side)).save(path)
+        assert path.stat().st_size < 70_000
+    told = subprocess.run(
+        [sys.executable, "-c", PEAK, *sorted(map(str, tmp_path.iterdir()))], capture_output=True, text=True,
+        check=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )  # fmt: skip
+    peaks = [int(line) * 1024 / side**2 for line in told.stdout.split()]
+    assert len(peaks) == 4
+    assert max(peaks) < 12, peaks
+
+
+def test_decoders_that_need_more_have_a_limit_of_their_own(tmp_path: Path) -> None:
+    with Image.new("RGB", (9500, 9500)) as image:  # a kilobyte, which libwebp decodes in 1.4 GB
+        image.save(tmp_path / "x.webp", lossless=True, method=0)
+    with pytest.raises(BadImageError, match="too large: 9500 x 9500"):
+        read_image(tmp_path / "x.webp", (8, 8))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16", "P", "1"])
+def test_strips_change_nothing(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = noise(0, 33, 50)
+    image = (
+        Image.frombytes("I;16", (50, 33), bytes(range(220)) * 15) if mode == "I;16" else image.convert(mode)
+    )
+    if mode in ("RGBA", "LA"):
+        image.putalpha(noise(1, 33, 50).convert("L"))
+    image.save(tmp_path / "x.png", transparency=3 if mode == "P" else None)
+
+    def found() -> list[Tensor]:
+        read = [read_image(tmp_path / "x.png", size) for size in (None, (20, 16))]
+        return [*read, read_mask(tmp_path / "x.png", (20, 16), binary=True)]
+
+    whole = found()
+    for pixels_ in (1, 120, 1000):
+        monkeypatch.setattr(images, "_STRIP", pixels_)
+        assert all(torch.equal(a, b) for a, b in zip(whole, found(), strict=True))
 
 
 def test_what_pil_would_warn_of_is_no_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:

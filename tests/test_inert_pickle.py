@@ -37,6 +37,8 @@ def pack(value: Any) -> bytes:
         case None | True | False:
             return {None: b"N", True: b"\x88", False: b"\x89"}[value]
         case int():
+            if not -(2**31) <= value < 2**31:
+                return b"\x8a\x0a" + value.to_bytes(10, "little", signed=True)
             return b"J" + struct.pack("<i", value)
         case str():
             text = value.encode()
@@ -277,6 +279,10 @@ ODD: dict[str, tuple[Any, str]] = {
     # tensors
     "beyond the bytes": (tensor(offset=1), "larger than its bytes"),
     "far beyond the bytes": (tensor(stride=(1 << 30, 1)), "larger than its bytes"),
+    "a wide step to one value": (tensor(size=(1,), stride=(1 << 70,)), "odd size"),
+    "none of very many": (tensor(size=(0, 1 << 70), stride=(1, 1)), "odd size"),
+    "nothing far away": (tensor(offset=1 << 70, size=(0,), stride=(1,)), "odd size"),
+    "none of many times many": (tensor(size=(1 << 61, 1 << 61, 0), stride=(1, 1, 1)), "odd size"),
     "backwards": (tensor(stride=(-4, 1)), "odd size"),
     "before the bytes": (tensor(offset=-1), "odd size"),
     "a truth as size": (tensor(size=(True, 4)), "odd size"),

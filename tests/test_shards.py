@@ -176,6 +176,13 @@ def linked(path: Path, kind: bytes) -> None:
         put(tar, "1.png", b"", kind)
 
 
+def named(path: Path, kind: bytes, size: int, count: int) -> None:
+    """The first header says that a name or a note of so many bytes follows; so many are there."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, size
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(count) + path.read_bytes())
+
+
 def cut_at(path: Path, after: str) -> None:
     """Cuts where a member ends: tarfile alone takes that for the end of the archive."""
     with tarfile.open(path) as tar:
@@ -204,7 +211,11 @@ WRONG: list[tuple[str, Callable[[Path], object], tuple[str, ...]]] = [
     ("absolute", lambda p: shard(p, [("/etc/x.png", encoded(0, ".png"))]), ("'/etc/x.png', which leads out of it",)),
     ("a link", lambda p: linked(p, tarfile.SYMTYPE), ("'1.png', which is a link",)),
     ("a hard link", lambda p: linked(p, tarfile.LNKTYPE), ("'1.png', which is a link",)),
-    ("a pipe", lambda p: linked(p, tarfile.FIFOTYPE), ("'1.png', which is a link, a device",)),
+    ("a pipe", lambda p: linked(p, tarfile.FIFOTYPE), ("'1.png', which is a link or a device",)),
+    ("a name of 9 GB", lambda p: named(p, tarfile.GNUTYPE_LONGNAME, 9 * 10**9, 512), ("65536 bytes of names",)),
+    ("notes of 1 MB", lambda p: named(p, tarfile.XHDTYPE, 2**20, 2**20), ("65536 bytes of names",)),
+    ("a name of -1 kB", lambda p: named(p, tarfile.GNUTYPE_LONGNAME, -1024, 512), ("declares -1024 bytes",)),
+    ("a sparse file", lambda p: linked(p, tarfile.GNUTYPE_SPARSE), ("packed with --sparse",)),
     ("two images", lambda p: shard(p, [("0.png", b"x"), ("0.jpg", b"x")]), ("'0.png' and '0.jpg': two images of one",)),
     ("a class by name", lambda p: shard(p, [("0.png", b"x"), ("0.cls", b"cat")]), ("'0.cls'", "no class number")),
 ]  # fmt: skip

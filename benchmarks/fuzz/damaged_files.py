@@ -7,6 +7,7 @@ whether what it got is right. A UserError is a right answer too; anything else i
 from __future__ import annotations
 
 import copy
+import gzip
 import io
 import json
 import os
@@ -512,7 +513,12 @@ def of_shards(box: Sandbox) -> Reader:
     def read(rng: random.Random) -> bool:
         raw = sound(rng)
         path.write_bytes(retold(rng, raw) if rng.random() < 0.5 else damaged(rng, raw))
+        chance = rng.random()
+        if chance < 0.15:
+            path.write_bytes(bomb(rng) + raw if chance < 0.05 else raw)
         images = shards.tar_images(path)
+        if 0.05 <= chance < 0.15 and [i.open().read() for i in images.paths[:3]] != pictures:
+            return False
         for image in images.paths:
             try:
                 read_image(image, (8, 8))
@@ -545,6 +551,19 @@ def retold(rng: random.Random, raw: bytes) -> bytes:
     head[148:156] = b" " * 8
     head[148:156] = b"%06o\0 " % sum(head)
     return raw[:at] + bytes(head) + raw[at + 512 :]
+
+
+def bomb(rng: random.Random) -> bytes:
+    """A header whose name, notes or gaps are some megabytes, or are said to be, before what it belongs to."""
+    info = tarfile.TarInfo("x")
+    info.type = rng.choice((b"L", b"K", b"x", b"g", b"X", b"S"))
+    info.size = rng.choice((-1024, 70_000, 3_000_000, 2**33))
+    head = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    head[482] = 1  # of gaps (S): more follow
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    body = b"\1" * 3_000_064 if info.type == b"S" else bytes(3_000_064)
+    return bytes(head) + rng.choice((body, body[:512]))
 
 
 def odd_member(rng: random.Random, name: str, outside: Path) -> tarfile.TarInfo:
@@ -603,10 +622,14 @@ def of_archives(box: Sandbox) -> Reader:
             path.write_bytes(damaged(rng, path.read_bytes()))
         elif chance < 0.5 and path.suffix == ".tar":
             path.write_bytes(retold(rng, path.read_bytes()))
+        elif chance < 0.6 and path.suffix != ".zip":
+            raw = bomb(rng)
+            path.write_bytes((gzip.compress(raw, 1) if path.suffix == ".gz" else raw) + path.read_bytes())
         shutil.rmtree(target, ignore_errors=True)
         found = extract(path, target, ["*.pth"], most=2_000_000)
         inside = all(p.is_file() and not p.is_symlink() and p.resolve().is_relative_to(target) for p in found)
-        return inside and not [p for p in box.inside.iterdir() if p.name.endswith(".tmp")]
+        right = chance < 0.6 or all(p.read_bytes() == content for p in found if p.name == "good.pth")
+        return inside and right and not [p for p in box.inside.iterdir() if p.name.endswith(".tmp")]
 
     return read
 

@@ -30,6 +30,9 @@ SIZES = [
     (9, 0),
 ]
 JUST_ALLOWED = (12000, 14000)
+# Cases that are PNGs of zeros: a megabyte and less, which are decoded to 177 million pixels.
+BOMBS = {5000: "RGBA", 5001: "I;16"}
+BOMB_SIDE = 13300
 
 
 def formats() -> list[str]:
@@ -203,8 +206,22 @@ DAMAGE: dict[str, Callable[[random.Random, str, bytes], bytes]] = {
 }  # fmt: skip
 
 
+def bomb(mode: str, side: int) -> bytes:
+    """A sound PNG of side x side zeros."""
+    bits, colour, count = {"RGBA": (8, 6, 4), "I;16": (16, 0, 2)}[mode]
+    packer, row = zlib.compressobj(1), bytes(1 + side * count)
+    body = b"".join([packer.compress(row) for _ in range(side)] + [packer.flush()])
+    head = struct.pack(">IIBBBBB", side, side, bits, colour, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", body), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(c)) + name + c + struct.pack(">I", zlib.crc32(name + c)) for name, c in chunks
+    )
+
+
 def case(number: int, seed: int) -> tuple[str, str, bytes]:
     """Case `number`: its format, its damage, its bytes."""
+    if number in BOMBS:
+        return "PNG", "bomb", bomb(BOMBS[number], BOMB_SIDE)
     rng, kinds = random.Random(f"{seed} {number}"), formats()
     kind = kinds[number % len(kinds)]
     damage = list(DAMAGE)[number // len(kinds) % len(DAMAGE)]

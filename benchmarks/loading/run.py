@@ -1,13 +1,14 @@
 """How fast do images come, when nothing is done with them?
 
 Five ways to read the same images, in turn, round by round, in one process; the ratio is to the first in the same round:
-  PIL alone       open, decode to RGB, nothing else: one thread
+  PIL alone       open, decode to RGB, scale and crop by the same filter, its bytes: one thread, nothing else
   folder          `data.batches`, decoded and scaled on the way, in this process
   folder, 2 proc  the same with two worker processes
   tar shards      the same images in uncompressed tar files, in this process
   cached          decoded once and kept in memory, as sets of up to 2 GB are
-Batches come out as pretraining takes them: float32, scaled to `--size`, half of them mirrored. Their time runs from the
-first batch to the last: a run starts its worker processes once.
+Batches come out as pretraining takes them: float32, scaled to `--size`, half of them mirrored. `--batches` of them are
+timed, over as many epochs as that takes, after two for each worker process: a run starts its processes once, and what
+they had made before the clock started must not count.
 
     python benchmarks/loading/run.py --jpeg /data/camvid/images/train --out benchmarks/loading/loading.csv
 
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--jpeg", type=Path, help="folder of photographs; none: made of noise")
     parser.add_argument("--images", type=int, default=320, help="of each set")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batches", type=int, default=50, help="that are timed in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--png-size", type=int, default=64)
     parser.add_argument("--size", type=int, default=256, help="height and width of a batch of photographs")
@@ -103,23 +105,33 @@ def measure(args: argparse.Namespace, folder: Path, size: tuple[int, int]) -> li
         begin = time.perf_counter()
         for path in paths[: steps * batch]:
             with Image.open(path) as image:
-                image.convert("RGB").load()
+                h, w = image.height, image.width
+                part = min(h / size[0], w / size[1])  # of the image, in pixels, for each of `size`
+                top, left = (h - part * size[0]) / 2, (w - part * size[1]) / 2
+                image.convert("RGB").resize(
+                    size[::-1],
+                    Image.Resampling.BILINEAR,
+                    box=(left, top, w - left, h - top),
+                    reducing_gap=2.0,
+                ).tobytes()
         return steps * batch / (time.perf_counter() - begin)
 
     def stream(images: data.ImageSet, workers: int) -> Callable[[], float]:
-        epoch = itertools.count()
+        ahead = max(1, 2 * workers)  # torch's loader keeps two batches of each process
+        starts = itertools.count(step=ahead + args.batches)
 
         def act() -> float:
-            first = next(epoch) * steps
+            first = next(starts)
             batches = data.batches(
-                images, batch_size=batch, seed=0, first_step=first, last_step=first + steps, flip=True,
-                workers=workers,
+                images, batch_size=batch, seed=0, first_step=first, last_step=first + ahead + args.batches,
+                flip=True, workers=workers,
             )  # fmt: skip
-            next(batches)
+            for _ in range(ahead):
+                next(batches)
             begin = time.perf_counter()
             for _ in batches:
                 pass
-            return (steps - 1) * batch / (time.perf_counter() - begin)
+            return args.batches * batch / (time.perf_counter() - begin)
 
         return act
 

@@ -58,12 +58,12 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder to pretrain on; none: the demo's X-rays")
     parser.add_argument("--teacher", default="chest-xray-64")
     parser.add_argument("--student", default="resnet18")
-    parser.add_argument("--only", nargs="+", choices=WHAT, default=WHAT)
+    parser.add_argument("--only", nargs="+", choices=WHAT, default=WHAT, help="these, beside 'import torch'")
     args = parser.parse_args()
 
     images = args.images or xray_folders(None)[0]
     count = len(find_images(images))
-    commands = {k: v for k, v in all_commands(args, images, count).items() if k in args.only}
+    commands = {k: v for k, v in all_commands(args, images, count).items() if k in (WHAT[0], *args.only)}
     taken: dict[str, list[Taken]] = {what: [] for what in commands}
     for round_ in range(args.rounds + 1 if args.rounds > 1 else 1):
         for what, command in commands.items():

@@ -394,12 +394,15 @@ class Tensors:
         storage, offset, size, stride = args[:4]
         if type(size) is not tuple or type(stride) is not tuple or len(size) != len(stride) or len(size) > 8:
             raise ValueError("a tensor without a size")
-        if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
+        if any(type(n) is not int or not 0 <= n < 1 << 62 for n in (offset, *size, *stride)):
             raise ValueError("a tensor with an odd size")
         last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
         if math.prod(size) > storage.flat.numel() or (math.prod(size) and last >= storage.flat.numel()):
             raise ValueError("a tensor larger than its bytes")
-        found = storage.flat.as_strided(size, stride, offset)
+        try:
+            found = storage.flat.as_strided(size, stride, offset)
+        except RuntimeError:  # of no values, by sizes whose product is beyond 64 bits
+            raise ValueError("a tensor with an odd size") from None
         last_channels = len(size) == 4 and found.is_contiguous(memory_format=torch.channels_last)
         if not (found.is_contiguous() or last_channels):
             raise ValueError("a tensor whose values overlap or lie apart")
