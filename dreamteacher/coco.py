@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dreamteacher.coco_masks import Rle, decode_counts, polygon_mask, rle_mask
 from dreamteacher.errors import UserError, shorten
-from dreamteacher.images import BadImage, BadImageError, Header, Size, in_threads, read_header
+from dreamteacher.images import BadImage, BadImageError, Header, Size, read_header
+from dreamteacher.threads import in_threads
 
 Box: TypeAlias = tuple[float, float, float, float]
 Polygons: TypeAlias = tuple[tuple[float, ...], ...]

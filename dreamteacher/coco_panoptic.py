@@ -10,9 +10,10 @@ from torch import Tensor
 
 from dreamteacher.coco_segments import Scene, parse_panoptic, read_segments
 from dreamteacher.errors import UserError, shorten
-from dreamteacher.images import BadImage, BadImageError, in_threads, read_header, read_image
+from dreamteacher.images import BadImage, BadImageError, read_header, read_image
 from dreamteacher.layouts_objects import PanopticFiles
 from dreamteacher.metrics_panoptic import Segments
+from dreamteacher.threads import in_threads
 
 
 @dataclass(frozen=True, kw_only=True)

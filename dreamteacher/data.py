@@ -23,11 +23,11 @@ from dreamteacher.images import (
     ImageFile,
     Size,
     below,
-    in_threads,
     read_header,
     read_image,
 )
 from dreamteacher.layouts import Part, image_files
+from dreamteacher.threads import in_threads
 
 _MOST_TRIED = 1000
 

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dreamteacher.distributed import launched
 
 Sharding = Literal["none", "student", "teacher", "both"]
+WHOLE_MB = 1 << 20  # more than any network here: its gradients are one bucket
 UNITS = 10  # a network is cut into about so many units, of which two are whole in memory at a time
 
 
@@ -22,7 +23,8 @@ def replicate(network: nn.Module, device: torch.device, look: Callable[[nn.Modul
 
     Weights that `look` leaves without a gradient (layers behind a student's last map) are excluded. One backward
     pass is made before the first step, as DDP puts its buckets in order after it: a run that was resumed then sums in
-    the same order as one that was not.
+    the same order as one that was not. On the CPU all gradients are exchanged at once, after backward: beside it their
+    exchange would take cores from it, and from each BatchNorm that waits for the other processes.
 
     Args:
         look: runs a network on a small input, and gives a scalar.
@@ -40,6 +42,8 @@ def replicate(network: nn.Module, device: torch.device, look: Callable[[nn.Modul
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     )  # torch < 2.13
     options: dict[str, Any] = {at_forward: False, "gradient_as_bucket_view": True}
+    if device.type == "cpu":
+        options["bucket_cap_mb"] = WHOLE_MB
     replica = DistributedDataParallel(network, ids, **options)
     look(replica).backward()
     network.zero_grad(set_to_none=True)

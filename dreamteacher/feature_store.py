@@ -30,9 +30,10 @@ from dreamteacher.feature_store_files import (
     read_manifest,
     shard_name,
 )
-from dreamteacher.images import BadImageError, ImageFile, in_threads, read_image
+from dreamteacher.images import BadImageError, ImageFile, read_image
 from dreamteacher.teachers import sha256
 from dreamteacher.teachers.base import Teacher
+from dreamteacher.threads import helpers, in_threads
 
 _READERS = 4  # threads that read items: a disk, above all a distant one, serves several at once
 # What a recomputation may differ by, as a part of a map's norm: other batch sizes and kernels round differently.
@@ -105,6 +106,7 @@ class FeatureStore:
         self.plan, basis, self._shards = read_manifest(folder)
         self._known: dict[int, Shard] = {}
         self._files: dict[int, int] = {}
+        self._readers = helpers(_READERS)
         weakref.finalize(self, _close, self._files)
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most_open = math.inf if most == resource.RLIM_INFINITY else most // 2
@@ -233,7 +235,7 @@ class FeatureStore:
                 self._read(i, into[j * size : (j + 1) * size], at)
                 flips[j] = shard.flip[within, k]
 
-        in_threads(read, range(min(_READERS, len(found))), _READERS)
+        list(self._readers.map(read, range(min(_READERS, len(found)))))
         return rows, flips
 
     def draws_of(self, places: Tensor, epoch: int, seed: int) -> Tensor:

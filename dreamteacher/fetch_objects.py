@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from dreamteacher import fetch
 from dreamteacher.errors import UserError
-from dreamteacher.images import in_threads
+from dreamteacher.threads import in_threads
 
 # http and https are ours; the others are fsspec's, each with a library of its own. memory is for tests.
 SCHEMES = ("https", "http", "s3", "gs", "hf", "memory")

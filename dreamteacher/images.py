@@ -5,11 +5,9 @@ from __future__ import annotations
 import abc
 import math
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, TypeAlias, TypeVar
@@ -17,7 +15,6 @@ from typing import IO, NamedTuple, TypeAlias, TypeVar
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
 from dreamteacher.errors import UserError
 
@@ -118,17 +115,6 @@ def _walk(folder: Path, above: frozenset[str], suffixes: Sequence[str]) -> Itera
 def below(folder: Path, path: ImageFile) -> str:
     """The path as seen from the folder, with forward slashes: a/1.png."""
     return path.relative_to(folder).as_posix()
-
-
-def in_threads(function: Callable[[T], R], items: Sequence[T], workers: int, what: str = "") -> list[R]:
-    """[function(x) for x in items] in threads; a long list with a name (`what`) shows a bar on a terminal."""
-    quiet = not what or len(items) <= 2000 or not sys.stderr.isatty()
-    results: list[R] = []
-    with ThreadPoolExecutor(max(1, workers)) as pool, tqdm(total=len(items), desc=what, disable=quiet) as bar:
-        for start in range(0, len(items), 256):  # in parts: a million futures would take a gigabyte
-            results += pool.map(function, items[start : start + 256])
-            bar.update(len(results) - bar.n)
-    return results
 
 
 def read_image(path: ImageFile, size: Size | None) -> Tensor:

@@ -20,7 +20,6 @@ from dreamteacher.images import (
     Size,
     below,
     find_images,
-    in_threads,
     read_image,
     read_mask,
     scale_mask,
@@ -34,6 +33,7 @@ from dreamteacher.masks import (
     refuse_bad,
     say_unpaired,
 )
+from dreamteacher.threads import in_threads
 
 
 class _Labels(NamedTuple):

@@ -14,7 +14,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,7 @@ from dreamteacher.feature_store_files import (
 from dreamteacher.losses import whiten
 from dreamteacher.rundir import Progress, RunDir, Signals
 from dreamteacher.teachers.base import Teacher
+from dreamteacher.threads import helpers
 
 _POLL = 0.5  # seconds between looks at what other writers have claimed
 _SUM = re.compile(r"([0-9a-f]{64})  \S+\n# ([0-9]{1,18}) bytes\n")  # what sha256sum reads, and the length
@@ -253,7 +253,7 @@ class Writer:
         def read(start: int) -> Tensor:
             return read_exactly(self.images, range(start, min(start + plan.group, last)))
 
-        with ThreadPoolExecutor(1) as ahead:
+        with helpers(1) as ahead:
             pixels = ahead.submit(read, first)
             for start in starts:
                 now = pixels.result()

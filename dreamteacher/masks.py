@@ -19,7 +19,6 @@ from dreamteacher.images import (
     Size,
     below,
     find_images,
-    in_threads,
     read_header,
     read_image,
     read_mask,
@@ -27,6 +26,7 @@ from dreamteacher.images import (
 )
 from dreamteacher.labelled_npy import read_npy, read_npy_header
 from dreamteacher.layouts import Part, mask_files
+from dreamteacher.threads import in_threads
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from dreamteacher.errors import UserError
-from dreamteacher.images import BadImage, BadImageError, in_threads, read_image, read_mask
+from dreamteacher.images import BadImage, BadImageError, read_image, read_mask
 from dreamteacher.labelled_npy import read_npy
 from dreamteacher.layouts import MaskFiles, Part, mask_files
 from dreamteacher.masks import check_pairs, count_classes, find_pairs, label_header, refuse_bad, say_unpaired
+from dreamteacher.threads import in_threads
 
 
 @dataclass(frozen=True, kw_only=True)

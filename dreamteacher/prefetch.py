@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from time import perf_counter
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from dreamteacher.threads import helpers
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -72,7 +74,7 @@ def ahead(items: Iterator[T], work: Callable[[T], R], *, threaded: bool) -> Iter
                 return
             yield done[0], perf_counter() - begin
             del done  # or its tensors would outlive their use
-    with ThreadPoolExecutor(1) as pool:
+    with helpers(1) as pool:
         waiting: Future[tuple[R] | None] = pool.submit(one)
         while True:
             begin = perf_counter()

@@ -612,7 +612,7 @@ def test_a_disk_that_is_really_full_leaves_a_store_that_resumes(asked, small_dis
         return pack(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(make_features, "pack", filling)
+        patch.setattr(make_features_writer, "pack", filling)
         refused(lambda: make_features.make_features(asked), "the disk is full", "it resumes")
     assert sorted(p.name for p in asked.out.glob("shard-*.safetensors")) == [shard_name(0), shard_name(1)]
     assert not list(asked.out.glob(".*.tmp"))

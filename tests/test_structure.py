@@ -33,7 +33,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 LAYERS = [
     {"dreamteacher"},
     {"errors"},
-    {"config", "features", "distributed", "metrics", "images", "compiled", "prefetch"},
+    {"config", "features", "distributed", "metrics", "images", "compiled", "prefetch", "threads"},
     {
         "losses",
         "pyramid",

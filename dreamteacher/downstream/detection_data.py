@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +20,10 @@ from torchvision.transforms.v2.functional import resize
 from dreamteacher.coco import CocoImage, Rle, instance_mask, read_coco
 from dreamteacher.data import step_generator
 from dreamteacher.errors import UserError, shorten
-from dreamteacher.images import BadImageError, Size, below, in_threads, read_header, read_image, read_mask
+from dreamteacher.images import BadImageError, Size, below, read_header, read_image, read_mask
 from dreamteacher.layouts import InstanceFiles, instance_files, layout_of
 from dreamteacher.masks import find_pairs
+from dreamteacher.threads import helpers, in_threads
 
 # Batches that are decoded ahead of the one that is trained on.
 _AHEAD = 2
@@ -413,7 +414,7 @@ def example_batches(
         workers: threads; change speed only.
     """
     waiting: deque[list[Future[Example]]] = deque()
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    with helpers(workers) as pool:
         for batch in draws:
             waiting.append([pool.submit(example, data, draw, longest) for draw in batch])
             if len(waiting) > _AHEAD:
