@@ -6,9 +6,12 @@ the same images and networks; in all of them a process has --batch-size images a
   apart    - all work at once, each on a run of its own, and exchange nothing: what the cores share anyway (memory)
   together - all work on one run: gradients averaged, BatchNorm over the images of all
   local    - together, but with --batch-norm local: gradients alone are exchanged
+  exchange - what `together` exchanges in a step, one after the other, and no work between
 The claim is the median over rounds of apart / together, target 0.95: the speed per process that is left by exchanging
 and waiting. What is exchanged depends on the student alone, so the share of it falls with the images of a process and
-with what the teacher costs. A teacher is a name or folder, or a network of `benchmarks/teachers` with random weights.
+with what the teacher costs. Beside it apart / (apart + exchange): what would be left if the processes never waited for
+each other, as they do at each BatchNorm for the one whose core was the slower one since the last.
+A teacher is a name or folder, or a network of `benchmarks/teachers` with random weights.
 
     torchrun --nproc-per-node 2 benchmarks/distributed/run.py --out benchmarks/distributed/distributed.csv
     torchrun --nproc-per-node 2 benchmarks/distributed/run.py --teacher ADM-256 --student resnet50 --width 256 \
@@ -27,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,7 +49,7 @@ BENCHMARKS = Path(__file__).parent.parent
 # Real files of random pixels, decoded as a user's are.
 noise_images = runpy.run_path(str(BENCHMARKS / "step" / "run.py"))["noise_images"]
 NETWORKS = runpy.run_path(str(BENCHMARKS / "teachers" / "run.py"))["NETWORKS"]
-KINDS = ("alone", "apart", "together", "local")
+STEPS = ("alone", "apart", "together", "local")
 
 
 def main() -> None:
@@ -68,8 +72,10 @@ def main() -> None:
     teacher = NETWORKS[args.teacher][1](256) if args.teacher in NETWORKS else load_teacher(args.teacher)
     teacher.keep_only("encode")
     teacher.to(device)
-    acts = {kind: stepper(kind, args, share, teacher) for kind in KINDS}
-    times: dict[str, list[list[float]]] = {kind: [] for kind in KINDS}
+    steps = {kind: stepper(kind, args, share, teacher) for kind in STEPS}
+    acts = {kind: act for kind, (act, _) in steps.items()}
+    acts["exchange"] = exchanger(*steps["together"], device)
+    times: dict[str, list[list[float]]] = {kind: [] for kind in acts}
     for round_ in range(args.rounds + args.warm):
         for kind, act in acts.items():
             if share.ranks > 1:
@@ -105,8 +111,10 @@ def bind(share: Share) -> str:
     return f"{share.ranks} of {len(cores)} cores, one each"
 
 
-def stepper(kind: str, args: argparse.Namespace, share: Share, teacher: Teacher) -> Callable[[], None]:
-    """One pretraining step after the other, of this kind."""
+def stepper(
+    kind: str, args: argparse.Namespace, share: Share, teacher: Teacher
+) -> tuple[Callable[[], None], int]:
+    """One pretraining step after the other, of this kind; and how many numbers it trains."""
     who = share if kind in ("together", "local") else ALONE
     config = PretrainConfig(
         images=Path("-"), out=Path("-"), teacher=args.teacher, student=args.student, width=args.width,
@@ -127,6 +135,29 @@ def stepper(kind: str, args: argparse.Namespace, share: Share, teacher: Teacher)
     def act() -> None:
         training.step(next(index), stream, progress)
 
+    return act, sum(p.numel() for p in training.trained.parameters() if p.requires_grad)
+
+
+def exchanger(together: Callable[[], None], trained: int, device: torch.device) -> Callable[[], None]:
+    """What a step of `together` exchanges: the sums of each BatchNorm, and behind them the gradients."""
+    sizes: list[int] = []
+    original = torch.distributed.all_reduce
+
+    def noted(tensor: torch.Tensor, *more: Any, **options: Any) -> Any:
+        sizes.append(tensor.numel())
+        return original(tensor, *more, **options)
+
+    torch.distributed.all_reduce = noted
+    together()
+    torch.distributed.all_reduce = original
+    sums = [torch.zeros(size, dtype=torch.float64, device=device) for size in sizes]
+    gradients = torch.zeros(trained, device=device)
+
+    def act() -> None:
+        for tensor in [*sums, gradients]:
+            if torch.distributed.is_initialized():
+                original(tensor)
+
     return act
 
 
@@ -143,6 +174,7 @@ def report(
         "apart_over_together": list(zip(mean["apart"], mean["together"], strict=True)),
         "apart_over_local": list(zip(mean["apart"], mean["local"], strict=True)),
         "alone_over_together": list(zip(mean["alone"], mean["together"], strict=True)),
+        "apart_over_exchanged": [(a, a + e) for a, e in zip(mean["apart"], mean["exchange"], strict=True)],
     }
     row: dict[str, object] = {
         "student": args.student, "teacher": args.teacher, "processes": share.ranks,
