@@ -417,6 +417,7 @@ TABLES = {
     "startup": lambda: unless_missing(startup_table, HERE / "startup" / "startup.csv"),
     "loading": lambda: unless_missing(loading_table, HERE / "loading" / "loading.csv"),
     "distributed": lambda: unless_missing(distributed_table, HERE / "distributed" / "distributed.csv"),
+    "distributed_demo": lambda: unless_missing(results_table, HERE / "distributed" / "demo.csv"),
     **PLAN["TEXTS"],
     "gpu_speed": lambda: gpu_speed_table(HERE / "gpu"),
     "gpu_train": lambda: gpu_train_table(HERE / "gpu" / "results.csv"),

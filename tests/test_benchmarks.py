@@ -287,6 +287,24 @@ def test_vit_benchmark_runs(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
+def test_demos_of_one_and_two_processes_side_by_side(tmp_path, monkeypatch):
+    for name, score, loss in (("one", 0.8, 2.0), ("two", 0.9, 2.1)):
+        folder = tmp_path / name / "pretrain-0"
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 10, "loss": loss}) + "\n")
+        row = {"task": "knn", "metric": "accuracy", "labels": None, "seed": 0}
+        rows = [row | {"method": m, "value": v} for m, v in (("random init", 0.5), ("DreamTeacher", score))]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name / "results.jsonl").write_text(text)
+    out = tmp_path / "demo.csv"
+    script = BENCHMARKS / "distributed" / "demo.py"
+    run(script, str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(out), monkeypatch=monkeypatch)
+    found = list(csv.DictReader(out.read_text().splitlines()))
+    assert [(r["method"], r["task"], float(r["value"])) for r in found] == [
+        ("one process", "knn", 0.8), ("two processes", "knn", 0.9), ("two processes", "loss", 0.05),
+    ]  # fmt: skip
+
+
 def test_documents_show_what_the_benchmarks_hold(monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run(BENCHMARKS / "tables.py", "--check", monkeypatch=monkeypatch)

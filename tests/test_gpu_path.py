@@ -689,6 +689,7 @@ def step_on_fake_gpu(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> set[t
     for module in (feature_dataset, training):
         monkeypatch.setattr(module, "autocast", cuda_autocast)
     monkeypatch.setattr(feature_dataset, "device_generator", lambda *_: torch.Generator().manual_seed(0))
+    monkeypatch.setattr(data, "flip_images", lambda images, _: images)  # on the host, before the copy
     here = functools.partial(prefetch.ahead, threaded=False)  # what watches, watches one thread
     monkeypatch.setattr(feature_dataset, "ahead", lambda items, work, *, threaded: here(items, work))
     monkeypatch.setattr(prefetch.Copies, "__init__", lambda self, device: None)
