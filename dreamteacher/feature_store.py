@@ -106,7 +106,7 @@ class FeatureStore:
         self.plan, basis, self._shards = read_manifest(folder)
         self._known: dict[int, Shard] = {}
         self._files: dict[int, int] = {}
-        self._readers = helpers(_READERS)
+        self._readers, self._of = helpers(_READERS), os.getpid()
         weakref.finalize(self, _close, self._files)
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most_open = math.inf if most == resource.RLIM_INFINITY else most // 2
@@ -235,6 +235,8 @@ class FeatureStore:
                 self._read(i, into[j * size : (j + 1) * size], at)
                 flips[j] = shard.flip[within, k]
 
+        if self._of != os.getpid():  # a fork has no threads but the one that made it
+            self._readers, self._of = helpers(_READERS), os.getpid()
         list(self._readers.map(read, range(min(_READERS, len(found)))))
         return rows, flips
 

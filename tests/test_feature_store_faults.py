@@ -155,6 +155,16 @@ def test_threads_share_a_store_and_no_more_files_stay_open_than_may(asked, monke
     assert open_shards() == before
 
 
+def test_a_fork_reads_with_threads_of_its_own(asked):
+    store = made(asked)
+    whole = everything(store)  # the readers of this process have begun
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        os._exit(int(not torch.equal(everything(store), whole)))
+    assert os.waitpid(child, 0)[1] == 0
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 
 import torch
 
+from dreamteacher import threads
 from dreamteacher.prefetch import ahead
 from dreamteacher.threads import helpers, in_threads
 
@@ -44,3 +48,23 @@ def test_helpers_compute_alone_and_change_nothing_for_others():
 def test_results_keep_their_order():
     assert in_threads(lambda x: x * x, range(600), 4) == [x * x for x in range(600)]
     assert in_threads(str, [], 4) == []
+
+
+def test_a_fork_while_a_helper_starts_has_helpers_of_its_own(monkeypatch):
+    """As the workers of a DataLoader are made."""
+    begun, original = threading.Event(), torch.set_num_threads
+
+    def slow(count: int) -> None:
+        begun.set()
+        time.sleep(0.2)
+        original(count)
+
+    monkeypatch.setattr(threads.torch, "set_num_threads", slow)
+    with helpers(1) as pool:
+        pool.submit(int)
+        assert begun.wait(30)
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            os._exit(int(in_threads(abs, [-3], 1) != [3]))
+        assert os.waitpid(child, 0)[1] == 0

@@ -206,9 +206,10 @@ def main() -> None:
                 )
         else:
             kinds, found = [args.only] if args.only else list(damaged_files.KINDS), []
-            for kind in kinds:
+            for i, kind in enumerate(kinds):
                 case = file_case(folder, args.seed, kind)
-                for row in in_child(case, range(args.count // len(kinds)), log):
+                share = args.count * (i + 1) // len(kinds) - args.count * i // len(kinds)
+                for row in in_child(case, range(share), log):
                     row[1] = kind
                     found.append(row)
     rows = table(found)
