@@ -268,7 +268,7 @@ def wait(child: int, board: Board, draw: random.Random, aim: str, seconds: float
     if aim == "any moment":
         time.sleep(draw.uniform(0.0, 0.5 * seconds))
     else:
-        skipped, within = draw.randrange(1, 8), draw.uniform(0.0, 0.02)
+        skipped, within = draw.randrange(1, 8), draw.uniform(0.0, 0.005)
         while not (board.read().saving and board.saves >= skipped):
             if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 return
