@@ -159,9 +159,8 @@ def notes_of(part: Path) -> Path:
 def _fill(file: IO[bytes], url: str, target: Path, size: int | None) -> None:
     """Appends to the part until it is whole. A connection that breaks is opened anew, if it brought something."""
     barren = TRIES  # nothing has come yet: the first failure is the last
-    most: int | None = (
-        None  # bytes that the part ever had: a server without parts may send its first ones for ever
-    )
+    # Bytes that the part ever had: a server without parts may send its first ones for ever.
+    most: int | None = None
     while True:
         before = bytes_in(file)
         try:

@@ -120,9 +120,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
         training = Training(config, student, regressor, steps, interpreter, classes, share, device)
         if (dtype := resolve_precision(device, config.precision)) != torch.float32:
             teacher.keep_in(dtype)
-        whole = (
-            share.ranks == 1 or config.batch_norm == "local"
-        )  # a global BatchNorm breaks the graph each time
+        whole = share.ranks == 1 or config.batch_norm == "local"  # a global one breaks the graph
         if config.sharding == "none" and wants_compile(config.compile, device, steps, whole=whole):
             teacher.wrap_hot(functools.partial(compiled, strict=config.compile == "on"))
             training.compile()

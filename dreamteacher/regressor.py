@@ -30,9 +30,8 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear to `size` = (height, width), corners not aligned; the map itself when it has that size."""
     if x.shape[-2:] == size:
         return x
-    if (
-        x.shape[-2:] == (1, 1) and x.dtype == torch.bfloat16
-    ):  # the same bits; bilinear's backward adds in bfloat16
+    if x.shape[-2:] == (1, 1) and x.dtype == torch.bfloat16:
+        # The same bits; but bilinear's backward adds in bfloat16.
         return F.interpolate(x, size=size, mode="nearest")
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 

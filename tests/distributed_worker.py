@@ -85,10 +85,16 @@ def check_batch_norm(share: Share) -> None:
         torch.testing.assert_close(norms[0].eval()(whole), norms[1].eval()(whole), rtol=1e-12, atol=1e-12)
     half = nn.Sequential(nn.BatchNorm2d(5))
     make_global(half, torch.device("cpu"))
-    came = half(x[share.rows].bfloat16())
+    mine = x[share.rows].bfloat16().requires_grad_()
+    came = half(mine)
     assert came.dtype == torch.bfloat16
-    expected = nn.BatchNorm2d(5)(x.bfloat16().float())[share.rows]
-    torch.testing.assert_close(came.float(), expected, rtol=1e-2, atol=1e-2)
+    whole = x.bfloat16().float().requires_grad_()
+    expected = nn.BatchNorm2d(5)(whole)
+    torch.testing.assert_close(came.float(), expected[share.rows], rtol=1e-2, atol=1e-2)
+    towards = (1 + whole.detach() / 2 + towards).bfloat16()  # so that both means of the backward pass count
+    came.backward(towards[share.rows])
+    expected.backward(towards.float())
+    torch.testing.assert_close(mine.grad.float(), whole.grad[share.rows], rtol=2e-2, atol=2e-2)
 
 
 def check_steps(share: Share, base: PretrainConfig) -> None:
