@@ -17,8 +17,8 @@ import timm
 import torch
 
 from dreamteacher import __version__
-from dreamteacher.distributed import pick_device, resolve_precision
-from dreamteacher.rundir import read_rows
+from dreamteacher.runtime.distributed.share import pick_device, resolve_precision
+from dreamteacher.runtime.run_folder import read_rows
 
 COLUMNS = ("method", "student", "task", "metric", "value", "labels", "seed", "seconds")
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from dreamteacher.cli import main
+from dreamteacher.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

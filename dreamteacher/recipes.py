@@ -14,24 +14,24 @@ from pathlib import Path
 import torch
 from tyro.conf import Positional
 
-from dreamteacher import layouts
+from dreamteacher.data.labelled import read_labelled
+from dreamteacher.data.layouts import table as layouts_table
+from dreamteacher.distill.estimate import millions
+from dreamteacher.distill.step import PretrainConfig
+from dreamteacher.distill.train_interpreter import TrainInterpreterConfig
+from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.evaluate import check_config
-from dreamteacher.downstream.evaluate_config import EvaluateConfig
 from dreamteacher.downstream.presets import check_preset
-from dreamteacher.errors import UserError, did_you_mean
-from dreamteacher.estimate import millions
-from dreamteacher.features import FeatureSpec
-from dreamteacher.labels import read_labelled
+from dreamteacher.models.regressor import FeatureRegressor
+from dreamteacher.models.student import Student, create_student
 from dreamteacher.recipes_cost import gpu_hours, shape_of
 from dreamteacher.recipes_downstream import downstream_recipes
 from dreamteacher.recipes_pretraining import pretraining_recipes
 from dreamteacher.recipes_row import DATA, Config, Places, Recipe, command_line, shell, words
-from dreamteacher.regressor import FeatureRegressor
-from dreamteacher.students import Student, create_student
+from dreamteacher.runtime.errors import UserError, did_you_mean
+from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.known import KNOWN, SWAV, fetched
-from dreamteacher.teachers.train import TrainTeacherConfig
-from dreamteacher.train_interpreter import TrainInterpreterConfig
-from dreamteacher.training import PretrainConfig
+from dreamteacher.teachers.training.train import TrainTeacherConfig
 
 RECIPES: dict[str, Recipe] = {r.name: r for r in (*pretraining_recipes(), *downstream_recipes())}
 
@@ -198,7 +198,7 @@ def _check(step: Recipe, config: Config) -> str:
 def _images(step: Recipe, images: Path | None) -> str:
     if images is None:
         return "samples of the teacher"
-    (count,) = layouts.check(images, "images", ("train",))
+    (count,) = layouts_table.check(images, "images", ("train",))
     expected = DATA[step.data[0]].images
     return f"{count:,} images" + (f" (of {expected:,} published)" if count != expected else "")
 

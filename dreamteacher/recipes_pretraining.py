@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dreamteacher.distill.step import Mode, PretrainConfig
+from dreamteacher.distill.train_interpreter import TrainInterpreterConfig
 from dreamteacher.recipes_row import DATA, Places, Recipe
-from dreamteacher.teachers.train import PresetName, TrainTeacherConfig
-from dreamteacher.train_interpreter import TrainInterpreterConfig
-from dreamteacher.training import Mode, PretrainConfig
+from dreamteacher.teachers.training.train import PresetName, TrainTeacherConfig
 
 WORKERS = 16  # processes that decode, for a machine with a GPU
 # Of ImageNet: teacher -> (name in recipes, what is not stated of it).

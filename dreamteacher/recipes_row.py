@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from dreamteacher.downstream.evaluate_config import EvaluateConfig
+from dreamteacher.distill.step import PretrainConfig
+from dreamteacher.distill.train_interpreter import TrainInterpreterConfig
+from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.presets import preset_config
-from dreamteacher.errors import UserError
-from dreamteacher.teachers.train import TrainTeacherConfig
-from dreamteacher.train_interpreter import TrainInterpreterConfig
-from dreamteacher.training import PretrainConfig
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.teachers.training.train import TrainTeacherConfig
 
 Config: TypeAlias = PretrainConfig | TrainTeacherConfig | TrainInterpreterConfig | EvaluateConfig
 Status = Literal["not run", "not implemented"]

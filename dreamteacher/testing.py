@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from dreamteacher.distributed import ALONE, Draws, Share
-from dreamteacher.errors import UserError
-from dreamteacher.students import Student
+from dreamteacher.models.student import Student
+from dreamteacher.runtime.distributed.share import ALONE, Draws, Share
+from dreamteacher.runtime.errors import UserError
 from dreamteacher.teachers.base import Teacher
 
 
@@ -28,7 +28,7 @@ def check_teacher(teacher: Teacher, *, batch: int = 2) -> None:
         AssertionError: saying which part of the contract is broken.
 
     Example:
-        >>> from dreamteacher.teachers import load_teacher
+        >>> from dreamteacher.teachers.registry import load_teacher
         >>> check_teacher(load_teacher("chest-xray-64"))
     """
     device = next(teacher.parameters()).device
@@ -71,7 +71,7 @@ def check_teacher(teacher: Teacher, *, batch: int = 2) -> None:
         half = Share(1, 2)
         for all_, mine in zip(first, maps(mode, 1, half), strict=True):
             assert torch.allclose(all_[half.rows], mine, rtol=1e-2, atol=1e-3 * float(all_.abs().max())), (
-                f"{mode}: half of a batch must draw its rows: use randn, rand, randint of dreamteacher.distributed"
+                f"{mode}: half of a batch must draw its rows: use randn, rand, randint of dreamteacher.runtime.distributed.share"
             )
 
 
@@ -82,7 +82,7 @@ def check_student(student: Student, *, size: tuple[int, int] = (64, 96), batch: 
         AssertionError: saying which part of the contract is broken.
 
     Example:
-        >>> from dreamteacher.students import create_student
+        >>> from dreamteacher.models.student import create_student
         >>> check_student(create_student("resnet18"))
     """
     device = next(student.parameters()).device

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dreamteacher.errors import UserError
+from dreamteacher.runtime.errors import UserError
 from dreamteacher.teachers.module import ModuleTeacher
 
 FILE = "dcgan_celeba32_generator.pt"

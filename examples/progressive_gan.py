@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from dreamteacher.errors import UserError
+from dreamteacher.runtime.errors import UserError
 from dreamteacher.teachers.module import ModuleTeacher
 
 FILE = "progan128_celeba_fp16.safetensors"

@@ -17,8 +17,8 @@ import torch
 from hypothesis import Phase, settings
 from PIL import Image
 
-from dreamteacher.teachers import save_teacher
-from dreamteacher.teachers.diffusion import DiffusionSpec, build_unet
+from dreamteacher.teachers.diffusion.teacher import DiffusionSpec, build_unet
+from dreamteacher.teachers.registry import save_teacher
 
 torch.set_num_threads(1)
 PHASES = (Phase.explicit, Phase.generate, Phase.shrink)

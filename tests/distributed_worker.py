@@ -20,23 +20,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from dreamteacher import cli, data, training
-from dreamteacher.config import from_json
-from dreamteacher.distributed import ALONE, Share, launched
-from dreamteacher.distributed_group import from_first, join
-from dreamteacher.distributed_norm import make_global
-from dreamteacher.distributed_sharding import gradients_stay, shard, whole_on_first
-from dreamteacher.downstream.finetune import FinetuneConfig
-from dreamteacher.downstream.segmentation import SegmentConfig
-from dreamteacher.feature_dataset import FeatureBatch
-from dreamteacher.pretrain import PretrainConfig, Training, pretrain
-from dreamteacher.regressor import FeatureRegressor
-from dreamteacher.rundir import Progress, RunDir
-from dreamteacher.students import create_student
-from dreamteacher.teachers import train
-from dreamteacher.teachers.diffusion import DiffusionTeacher
-from dreamteacher.teachers.train_diffusion import DiffusionPreset
-from dreamteacher.teachers.train_stylegan2 import StyleGan2Preset
+from dreamteacher.cli import main as cli
+from dreamteacher.data import image_set
+from dreamteacher.distill import step as distill_step
+from dreamteacher.distill.dataset import FeatureBatch
+from dreamteacher.distill.pretrain import PretrainConfig, Training, pretrain
+from dreamteacher.downstream.classification.finetune import FinetuneConfig
+from dreamteacher.downstream.segmentation.few_masks import SegmentConfig
+from dreamteacher.models.regressor import FeatureRegressor
+from dreamteacher.models.student import create_student
+from dreamteacher.runtime.config import from_json
+from dreamteacher.runtime.distributed.batch_norm import make_global
+from dreamteacher.runtime.distributed.group import from_first, join
+from dreamteacher.runtime.distributed.sharding import gradients_stay, shard, whole_on_first
+from dreamteacher.runtime.distributed.share import ALONE, Share, launched
+from dreamteacher.runtime.run_folder import Progress, RunDir
+from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher
+from dreamteacher.teachers.training import train
+from dreamteacher.teachers.training.diffusion import DiffusionPreset
+from dreamteacher.teachers.training.stylegan2 import StyleGan2Preset
 
 # Strides 2 to 32 as in cpu-64, in a network that takes milliseconds.
 TINY = DiffusionPreset(
@@ -218,7 +220,7 @@ def cut(run: Path, step: int) -> str:
 def stumble(job: dict) -> None:
     """What happens to one process at a batch; of several events, each in a start of its own."""
     torch.set_num_threads(1)
-    original, rank = data.batches, launched().rank
+    original, rank = image_set.batches, launched().rank
     starts = Path(job["starts"]) / f"rank-{rank}"  # what torchrun counted at each start of this process
     before = len(starts.read_text()) if starts.exists() else 0
     with open(starts, "a") as file:
@@ -231,7 +233,7 @@ def stumble(job: dict) -> None:
                 happen(what, rank)
             yield batch
 
-    data.batches = batches
+    image_set.batches = batches
     sys.exit(cli.main(job["arguments"]))
 
 
@@ -255,14 +257,14 @@ def full(*_: object) -> None:
 
 def spoil(call: int) -> None:
     """In one process of two, a loss is not a number."""
-    original, calls = training.batch_loss, itertools.count(1)
+    original, calls = distill_step.batch_loss, itertools.count(1)
 
     def spoiled(*args: Any, **options: Any) -> Any:
         found = original(*args, **options)
         ruined = launched().rank == 1 and next(calls) == call
         return found._replace(total=found.total * float("nan")) if ruined else found
 
-    training.batch_loss = spoiled
+    distill_step.batch_loss = spoiled
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dreamteacher.errors import UserError
+from dreamteacher.runtime.errors import UserError
 
 
 def noise(seed: int, height: int = 24, width: int = 24) -> Image.Image:

@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dreamteacher.errors import UserError
-from dreamteacher.teachers import adm, diffusion, load_teacher, save_teacher
-from dreamteacher.teachers.diffusion import (
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.teachers.diffusion import adm
+from dreamteacher.teachers.diffusion import teacher as diffusion
+from dreamteacher.teachers.diffusion.teacher import (
     DiffusionSpec,
     DiffusionTeacher,
     alphas_cumprod,
@@ -28,7 +29,8 @@ from dreamteacher.teachers.diffusion import (
     noised,
     q_sample,
 )
-from dreamteacher.teachers.unet_walk import decoder_outputs, pixel_features
+from dreamteacher.teachers.diffusion.walk import decoder_outputs, pixel_features
+from dreamteacher.teachers.registry import load_teacher, save_teacher
 from dreamteacher.testing import check_teacher
 
 GOLDEN = Path(__file__).parent / "golden"

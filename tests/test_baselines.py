@@ -22,10 +22,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dreamteacher.data import batches, load_images
+from dreamteacher.data.image_set import batches, load_images
 from dreamteacher.downstream.evaluate import EvaluateConfig, check_config, evaluate, method_name
-from dreamteacher.rundir import read_rows
-from dreamteacher.students import Student, create_student, recorded_student
+from dreamteacher.models.student import Student, create_student, recorded_student
+from dreamteacher.runtime.run_folder import read_rows
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NAME, SIDE = "test_resnet", 32

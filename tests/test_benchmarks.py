@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dreamteacher.errors import UserError
-from dreamteacher.rundir import read_rows
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.run_folder import read_rows
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -119,8 +119,8 @@ def test_a_thinned_folder_holds_nothing_of_an_earlier_one(tmp_path):
 
 @pytest.mark.slow
 def test_start_up_benchmark_runs(image_folder, tmp_path, monkeypatch):
-    from dreamteacher import cli
-    from dreamteacher.pretrain import PretrainConfig, steps_of
+    from dreamteacher.cli import main as cli
+    from dreamteacher.distill.pretrain import PretrainConfig, steps_of
 
     out = tmp_path / "startup.csv"
     script = BENCHMARKS / "startup" / "run.py"
@@ -240,8 +240,8 @@ def test_teachers_benchmark_runs(tmp_path, monkeypatch):
 def test_stylegan2_benchmark_runs(tmp_path, monkeypatch):
     from test_docs import classes, masked
 
-    from dreamteacher.downstream.finetune import FinetuneConfig
-    from dreamteacher.downstream.segmentation import SegmentConfig
+    from dreamteacher.downstream.classification.finetune import FinetuneConfig
+    from dreamteacher.downstream.segmentation.few_masks import SegmentConfig
 
     for config in (FinetuneConfig, SegmentConfig):
         monkeypatch.setitem(config.__init__.__kwdefaults__, "steps", 2)
@@ -267,8 +267,8 @@ def test_stylegan2_benchmark_runs(tmp_path, monkeypatch):
 def test_vit_benchmark_runs(tmp_path, monkeypatch):
     from test_docs import classes, masked
 
-    from dreamteacher.downstream.finetune import FinetuneConfig
-    from dreamteacher.downstream.segmentation import SegmentConfig
+    from dreamteacher.downstream.classification.finetune import FinetuneConfig
+    from dreamteacher.downstream.segmentation.few_masks import SegmentConfig
 
     for config in (FinetuneConfig, SegmentConfig):
         monkeypatch.setitem(config.__init__.__kwdefaults__, "steps", 2)

@@ -15,8 +15,8 @@ import torch
 from test_benchmarks import BENCHMARKS, run
 from test_docs import classes
 
-from dreamteacher import compiled
-from dreamteacher.teachers.diffusion import DiffusionTeacher
+from dreamteacher.runtime import compile as runtime_compile
+from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher
 
 GPU = BENCHMARKS / "gpu"
 
@@ -25,7 +25,7 @@ GPU = BENCHMARKS / "gpu"
 @pytest.mark.slow
 def test_speed_runs(tmp_path, monkeypatch, capsys):
     out = tmp_path / "speed.csv"
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")  # put back after it
+    monkeypatch.setattr(runtime_compile, "BACKEND", "aot_eager")  # put back after it
     run(GPU / "speed.py", "--tiny", "--out", str(out), monkeypatch=monkeypatch)
     encoded, sampled = csv.DictReader(out.read_text().splitlines())
     assert (encoded["teacher"], encoded["mode"], encoded["compile"]) == ("VAE, TAESD", "encode", "on")
@@ -49,7 +49,7 @@ def test_speed_runs(tmp_path, monkeypatch, capsys):
     def broken(graph, inputs):
         raise RuntimeError("no compiler found")
 
-    monkeypatch.setattr(compiled, "BACKEND", broken)
+    monkeypatch.setattr(runtime_compile, "BACKEND", broken)
     speed = runpy.run_path(str(GPU / "speed.py"))
     args = argparse.Namespace(size=32, student="test_resnet", width=8, precision="float32", device="cpu")
     status = speed["measure"]("VAE, TAESD", 2, "on", args)["status"]

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dreamteacher.config import from_json, to_json
-from dreamteacher.teachers import load_teacher, save_teacher
-from dreamteacher.teachers.biggan import (
+from dreamteacher.runtime.config import from_json, to_json
+from dreamteacher.teachers.biggan.convert import BigGanSettings, spectral_norm
+from dreamteacher.teachers.biggan.teacher import (
     BigGanNetwork,
     BigGanSpec,
     BigGanTeacher,
@@ -27,7 +27,7 @@ from dreamteacher.teachers.biggan import (
     convert,
     load,
 )
-from dreamteacher.teachers.biggan_weights import BigGanSettings, spectral_norm
+from dreamteacher.teachers.registry import load_teacher, save_teacher
 from dreamteacher.testing import check_teacher
 
 GOLDEN = Path(__file__).parent / "golden"

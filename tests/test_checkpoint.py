@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dreamteacher import checkpoint
-from dreamteacher.errors import UserError
-from dreamteacher.optim import OptimizerName, build_optimizer, lr_at, parameter_groups, set_lr
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.optim import OptimizerName, build_optimizer, lr_at, parameter_groups, set_lr
 
 META = {"kind": "test", "step": 3, "nested": {"list": [1, 2.5, None, "ü"]}}
 DTYPES = [

@@ -19,16 +19,19 @@ from sklearn.metrics import top_k_accuracy_score
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor, nn
 
-from dreamteacher import cli, downstream, metrics
-from dreamteacher.data import load_images
-from dreamteacher.distributed import seeded
-from dreamteacher.downstream import ClassificationData, augmented, evaluate, finetune_full, linear_sgd
-from dreamteacher.downstream.augmented import Augmentation
+from dreamteacher import metrics
+from dreamteacher.cli import main as cli
+from dreamteacher.data.image_set import load_images
+from dreamteacher.downstream import evaluate, features
+from dreamteacher.downstream.classification import augment, finetune_full, linear_sgd
+from dreamteacher.downstream.classification.augment import Augmentation
+from dreamteacher.downstream.classification.finetune_full import FinetuneFullConfig, TimmClassifier, recipe_of
+from dreamteacher.downstream.classification.linear import fit_logistic
+from dreamteacher.downstream.classification.linear_sgd import LinearSgdConfig
 from dreamteacher.downstream.evaluate import EvaluateConfig
-from dreamteacher.downstream.finetune_full import FinetuneFullConfig, TimmClassifier, recipe_of
-from dreamteacher.downstream.linear import fit_logistic
-from dreamteacher.downstream.linear_sgd import LinearSgdConfig
-from dreamteacher.students import Student, create_student
+from dreamteacher.downstream.features import ClassificationData
+from dreamteacher.models.student import Student, create_student
+from dreamteacher.runtime.distributed.share import seeded
 from dreamteacher.testing import check_task
 
 NAME = "test_resnet"
@@ -92,7 +95,7 @@ def test_top_k_of_constant_scores_is_never_right() -> None:
 @pytest.mark.parametrize(("classes", "expected"), [(5, False), (6, True)])
 def test_top_5_is_told_where_it_says_something(classes: int, expected: bool) -> None:
     scores = torch.eye(classes).repeat(2, 1)
-    found = dict(downstream.class_metrics(scores, torch.arange(classes).repeat(2)))
+    found = dict(features.class_metrics(scores, torch.arange(classes).repeat(2)))
     assert ("top5_accuracy" in found) == expected
     assert set(found.values()) == {1.0}
     assert {"accuracy", "balanced_accuracy", "auroc"} <= set(found)
@@ -149,7 +152,7 @@ def test_lars_steps_against_a_loop() -> None:
 def probe(
     student: Student, data: ClassificationData, config: LinearSgdConfig, seed: int = 0
 ) -> dict[str, float]:
-    x, z = (downstream.extract_features(student, part) for part in (data.train, data.test))
+    x, z = (features.extract_features(student, part) for part in (data.train, data.test))
     return dict(
         linear_sgd.linear_sgd(student, data, config, train_x=x, test_x=z, size=(SIDE, SIDE), seed=seed)
     )
@@ -181,7 +184,7 @@ def test_the_probe_leaves_the_backbone_alone(student: Student, data: Classificat
 def everything(
     images: object, augmentation: Augmentation, steps: int = 3, **settings: object
 ) -> list[Tensor]:
-    shown = augmented.augmented_batches(images, augmentation, batch_size=4, steps=steps, seed=3, **settings)
+    shown = augment.augmented_batches(images, augmentation, batch_size=4, steps=steps, seed=3, **settings)
     return [part for pair in shown for part in pair]
 
 
@@ -202,7 +205,7 @@ def test_batches_depend_on_seed_and_step_alone(image_folder: Path) -> None:
     assert once[0].shape == (4, 3, SIDE, SIDE)
     assert once[0].dtype == torch.float32
     assert len(torch.cat(once[1::2]).unique()) == 12  # an epoch shows an image once
-    other = augmented.augmented_batches(images, policy, batch_size=4, steps=1, seed=4)
+    other = augment.augmented_batches(images, policy, batch_size=4, steps=1, seed=4)
     assert not torch.equal(next(iter(other))[0], once[0])
 
 
@@ -218,12 +221,12 @@ def test_without_any_draw_the_image_itself_is_shown() -> None:
 
 def test_a_pass_shows_every_image_in_order() -> None:
     images, _ = coloured(10, 0)
-    found = list(augmented.augmented_pass(images, RESIZE_ONLY, batch_size=4, seed=0, view=0))
+    found = list(augment.augmented_pass(images, RESIZE_ONLY, batch_size=4, seed=0, view=0))
     assert [len(index) for _, index in found] == [4, 4, 2]
     assert torch.equal(torch.cat([index for _, index in found]), torch.arange(10))
     draws = Augmentation(size=(SIDE, SIDE))
     first, again, second = (
-        torch.cat([x for x, _ in augmented.augmented_pass(images, draws, batch_size=size, seed=0, view=view)])
+        torch.cat([x for x, _ in augment.augmented_pass(images, draws, batch_size=size, seed=0, view=view)])
         for view, size in ((0, 4), (0, 7), (1, 4))
     )
     assert torch.equal(first, again)  # the batches are a matter of speed
@@ -235,8 +238,8 @@ def test_repeated_augmentation_against_timm(count: int) -> None:
     sampler = RepeatAugSampler(range(count), num_replicas=1, rank=0, num_repeats=3, selected_round=0)
     sampler.set_epoch(5)
     order = torch.randperm(count, generator=generator(5))
-    assert augmented.repeated_order(order, 3).tolist() == list(sampler)
-    assert torch.equal(augmented.repeated_order(order, 1), order)
+    assert augment.repeated_order(order, 3).tolist() == list(sampler)
+    assert torch.equal(augment.repeated_order(order, 1), order)
 
 
 def test_repeats_are_other_augmentations_of_one_image() -> None:
@@ -254,12 +257,12 @@ def test_crops_come_from_the_file_or_from_the_set(tmp_path: Path) -> None:
         Image.fromarray(pixels.numpy()).save(tmp_path / name / "0.png")
         Image.fromarray(pixels.numpy()).save(tmp_path / name / "1.png")
     images = load_images(tmp_path, (16, 16), cache_gb=0)
-    assert torch.equal(augmented.whole_image(images, 0, "file"), pixels.expand(3, -1, -1))
-    assert torch.equal(augmented.whole_image(images, 0, "decoded"), images.get(torch.tensor([0]))[0])
+    assert torch.equal(augment.whole_image(images, 0, "file"), pixels.expand(3, -1, -1))
+    assert torch.equal(augment.whole_image(images, 0, "decoded"), images.get(torch.tensor([0]))[0])
     (tmp_path / "b" / "0.png").write_bytes(b"no picture")
-    assert torch.equal(augmented.whole_image(images, 2, "file"), pixels.expand(3, -1, -1))
+    assert torch.equal(augment.whole_image(images, 2, "file"), pixels.expand(3, -1, -1))
     (tmp_path / "b" / "1.png").write_bytes(b"no picture")
-    refused(lambda: augmented.whole_image(images, 2, "file"), "b/0.png' and 1 images after it")
+    refused(lambda: augment.whole_image(images, 2, "file"), "b/0.png' and 1 images after it")
 
 
 # ---- fine-tuning: its parts

@@ -19,9 +19,10 @@ from typing import Any, Literal
 import pytest
 
 import dreamteacher
-from dreamteacher import checkpoint, cli
-from dreamteacher.cli import VERBS, main
-from dreamteacher.errors import UserError
+from dreamteacher.cli import main as cli
+from dreamteacher.cli.main import VERBS, main
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.errors import UserError
 
 BARE = {"PATH": os.environ.get("PATH", ""), "HOME": os.environ.get("HOME", ""), "OMP_NUM_THREADS": "1"}
 
@@ -112,7 +113,7 @@ def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("flag", ["--help", "--version", "pretrian"])
 def test_what_needs_no_verb_imports_neither_torch_nor_tyro(flag: str) -> None:
     code = (
-        "import sys, resource; from dreamteacher.cli import main; code = main(sys.argv[1:]);"
+        "import sys, resource; from dreamteacher.cli.main import main; code = main(sys.argv[1:]);"
         "print(code, sorted({'torch', 'tyro', 'timm', 'diffusers', 'PIL'} & set(sys.modules)),"
         "resource.getrusage(resource.RUSAGE_SELF).ru_utime)"
     )
@@ -404,9 +405,9 @@ def test_doctor_tells_versions_devices_and_what_is_missing(
     assert "MISSING" not in out
     assert os.listdir(here) == []
 
-    from dreamteacher import catalogue
+    from dreamteacher.cli import lists
 
-    monkeypatch.setattr(catalogue, "CORE", ("torch", "no-such-package"))
+    monkeypatch.setattr(lists, "CORE", ("torch", "no-such-package"))
     assert main(["doctor"]) == 0
     assert "MISSING: pip install no-such-package" in capsys.readouterr().out
 
@@ -425,7 +426,7 @@ def test_training_verbs_end_with_a_report(
         reports.append(run)
         return run / "report.html"
 
-    monkeypatch.setattr("dreamteacher.report.write_report", write_report)
+    monkeypatch.setattr("dreamteacher.reports.report.write_report", write_report)
     function = VERBS[verb].function
     monkeypatch.setattr(module, function, lambda config: config.out)
     assert main([verb, "--images", "i", "--out", "run"]) == 0

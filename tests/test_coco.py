@@ -18,9 +18,9 @@ from pictures import noise, refused
 from pycocotools import mask as reference
 from pycocotools.coco import COCO
 
-from dreamteacher.coco import CocoSet, instance_mask, read_coco
-from dreamteacher.coco_masks import Rle, decode_counts, polygon_mask, rle_mask
-from dreamteacher.errors import UserError
+from dreamteacher.data.coco.annotations import CocoSet, instance_mask, read_coco
+from dreamteacher.data.coco.run_lengths import Rle, decode_counts, polygon_mask, rle_mask
+from dreamteacher.runtime.errors import UserError
 
 # pycocotools 2.0.11 decodes into an array that numpy 2 finds old-fashioned.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dreamteacher
-from dreamteacher.config import changed_keys, describe, from_json, to_json
+from dreamteacher.distill.pretrain import PretrainConfig
 from dreamteacher.downstream.evaluate import EvaluateConfig
-from dreamteacher.errors import UserError
-from dreamteacher.pretrain import PretrainConfig
-from dreamteacher.teachers.diffusion import DiffusionSpec
+from dreamteacher.runtime.config import changed_keys, describe, from_json, to_json
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.teachers.diffusion.teacher import DiffusionSpec
 
 
 def config_classes() -> dict[str, type]:

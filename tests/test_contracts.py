@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dreamteacher.distributed import randn
-from dreamteacher.features import FeatureSpec
-from dreamteacher.students import create_student
-from dreamteacher.teachers import load_teacher
+from dreamteacher.models.student import create_student
+from dreamteacher.runtime.distributed.share import randn
+from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import Teacher
+from dreamteacher.teachers.registry import load_teacher
 from dreamteacher.testing import check_student, check_task, check_teacher
 
 

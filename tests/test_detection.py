@@ -23,11 +23,9 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dreamteacher.downstream import summary_table
-from dreamteacher.downstream.detection import build_groups, detect, predict, rate_at, train_detector
-from dreamteacher.downstream.detection_cascade import CascadeHeads, box_losses
-from dreamteacher.downstream.detection_config import PRESETS, DetectConfig, check_detect
-from dreamteacher.downstream.detection_data import (
+from dreamteacher.downstream.detection.cascade import CascadeHeads, box_losses
+from dreamteacher.downstream.detection.config import PRESETS, DetectConfig, check_detect
+from dreamteacher.downstream.detection.data import (
     DetectionData,
     Draw,
     Instances,
@@ -42,11 +40,13 @@ from dreamteacher.downstream.detection_data import (
     scaled_size,
     split_instances,
 )
-from dreamteacher.downstream.detection_model import Batcher, build_detector, roi_pool
-from dreamteacher.downstream.detection_scores import average_precision
+from dreamteacher.downstream.detection.model import Batcher, build_detector, roi_pool
+from dreamteacher.downstream.detection.scores import average_precision
+from dreamteacher.downstream.detection.train import build_groups, detect, predict, rate_at, train_detector
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate
-from dreamteacher.optim import layer_decay_groups, layer_depths
-from dreamteacher.students import Student, create_student
+from dreamteacher.downstream.features import summary_table
+from dreamteacher.models.student import Student, create_student
+from dreamteacher.runtime.optim import layer_decay_groups, layer_depths
 from dreamteacher.testing import check_task
 
 # pycocotools 2.0.11 decodes into an array that numpy 2 finds old-fashioned.

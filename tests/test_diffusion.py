@@ -13,9 +13,9 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dreamteacher.config import from_json, to_json
-from dreamteacher.errors import UserError
-from dreamteacher.teachers.diffusion import (
+from dreamteacher.runtime.config import from_json, to_json
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.teachers.diffusion.teacher import (
     DiffusionSpec,
     DiffusionTeacher,
     alphas_cumprod,
@@ -26,8 +26,8 @@ from dreamteacher.teachers.diffusion import (
     noised,
     q_sample,
 )
-from dreamteacher.teachers.train_diffusion import PRESETS, network_spec
-from dreamteacher.teachers.unet_walk import decoder_outputs, pixel_features
+from dreamteacher.teachers.diffusion.walk import decoder_outputs, pixel_features
+from dreamteacher.teachers.training.diffusion import PRESETS, network_spec
 from dreamteacher.testing import check_teacher
 
 KINDS = {

@@ -25,19 +25,31 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreamteacher import checkpoint, cli, data, feature_dataset
-from dreamteacher.config import to_json
-from dreamteacher.demo import DemoConfig, demo_recipe
-from dreamteacher.distributed import ALONE, Draws, Share, check_batch, launched, rand, randint, randn
-from dreamteacher.errors import UserError
-from dreamteacher.feature_store import FeatureStore
-from dreamteacher.pretrain import PretrainConfig, pretrain
-from dreamteacher.rundir import read_rows
-from dreamteacher.teachers import load_teacher
-from dreamteacher.teachers.augment import augment
+from dreamteacher.cli import main as cli
+from dreamteacher.cli.demo import DemoConfig, demo_recipe
+from dreamteacher.data import image_set
+from dreamteacher.distill import dataset
+from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.distill.store.reader import FeatureStore
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.config import to_json
+from dreamteacher.runtime.distributed.share import (
+    ALONE,
+    Draws,
+    Share,
+    check_batch,
+    launched,
+    rand,
+    randint,
+    randn,
+)
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.run_folder import read_rows
 from dreamteacher.teachers.in_parts import InParts
 from dreamteacher.teachers.module import ModuleTeacher
-from dreamteacher.teachers.train import PRESETS, TrainTeacherConfig, train_teacher
+from dreamteacher.teachers.registry import load_teacher
+from dreamteacher.teachers.training.augment import augment
+from dreamteacher.teachers.training.train import PRESETS, TrainTeacherConfig, train_teacher
 
 ROOT = Path(__file__).parent.parent
 HALVES = (Share(0, 2), Share(1, 2))
@@ -62,18 +74,18 @@ def test_rows_of_a_draw_are_those_of_the_whole_batch(draw):
     assert torch.equal(draw((6, 3), generator), whole[0])
 
 
-def streams(
-    kind: str, teacher: Any, images: data.ImageSet, share: Share
-) -> list[feature_dataset.FeatureBatch]:
+def streams(kind: str, teacher: Any, images: image_set.ImageSet, share: Share) -> list[dataset.FeatureBatch]:
     common = {"seed": 3, "device": torch.device("cpu"), "precision": "float32", "share": share}
     if kind == "synthesized":
-        made = feature_dataset.synthesized(teacher, batch_size=4, first_step=1, last_step=3, **common)
+        made = dataset.synthesized(teacher, batch_size=4, first_step=1, last_step=3, **common)
         return list(made)
     real = 2 if kind == "mixture" else 4
-    batches = data.batches(images, batch_size=real, seed=3, first_step=1, last_step=3, flip=True, share=share)
+    batches = image_set.batches(
+        images, batch_size=real, seed=3, first_step=1, last_step=3, flip=True, share=share
+    )
     if kind == "mixture":
-        return list(feature_dataset.mixture(teacher, batches, made=2, **common))
-    return list(feature_dataset.encoded(teacher, batches, **common))
+        return list(dataset.mixture(teacher, batches, made=2, **common))
+    return list(dataset.encoded(teacher, batches, **common))
 
 
 @pytest.mark.parametrize("kind", ["encoded", "synthesized", "mixture", "streamed"])
@@ -81,7 +93,7 @@ def test_processes_see_their_rows_of_the_one_process_batch(kind, image_folder, t
     """The same images, mirrored alike, with the same noise."""
     distributed_worker.prepare(monkeypatch.setitem)
     teacher = load_teacher(str(tiny_teacher), timesteps=(100, 50))
-    images = data.load_images(image_folder, (64, 64), cache_gb=0 if kind == "streamed" else 1)
+    images = image_set.load_images(image_folder, (64, 64), cache_gb=0 if kind == "streamed" else 1)
     whole, first, second = (streams(kind, teacher, images, s) for s in (ALONE, *HALVES))
     assert len(whole) == 2
     for a, b, c in zip(whole, first, second, strict=True):

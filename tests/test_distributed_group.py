@@ -14,9 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dreamteacher import cli, pretrain
-from dreamteacher import distributed_group as group
-from dreamteacher.errors import UserError
+from dreamteacher.cli import main as cli
+from dreamteacher.distill import pretrain
+from dreamteacher.runtime.distributed import group
+from dreamteacher.runtime.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -23,11 +23,12 @@ import torch
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
-from dreamteacher import cli, demo
-from dreamteacher.downstream.finetune import FinetuneConfig
-from dreamteacher.downstream.segmentation import SegmentConfig
-from dreamteacher.teachers import EMBEDDED
-from dreamteacher.teachers.diffusion import DiffusionTeacher
+from dreamteacher.cli import demo
+from dreamteacher.cli import main as cli
+from dreamteacher.downstream.classification.finetune import FinetuneConfig
+from dreamteacher.downstream.segmentation.few_masks import SegmentConfig
+from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher
+from dreamteacher.teachers.registry import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -138,7 +139,7 @@ def run_line(words: list[str]) -> None:
 
 def run_command(arguments: list[str]) -> None:
     """Parses a command of ours as it is written, then runs it with the settings of `SMALL`."""
-    from dreamteacher.errors import UserError
+    from dreamteacher.runtime.errors import UserError
 
     verb, *rest = arguments
     if verb in cli.VERBS and "--help" not in rest:

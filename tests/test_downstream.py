@@ -15,19 +15,22 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dreamteacher import downstream, metrics
-from dreamteacher.config import from_json, to_json
-from dreamteacher.data import ImageSet
-from dreamteacher.distributed import seeded
-from dreamteacher.downstream import ClassificationData, evaluate, finetune, linear, segmentation
+from dreamteacher import metrics
+from dreamteacher.data.image_set import ImageSet
+from dreamteacher.data.masks.pairs import SegmentationSet
+from dreamteacher.downstream import evaluate, features
+from dreamteacher.downstream.classification import finetune, linear
+from dreamteacher.downstream.classification.finetune import FinetuneConfig
+from dreamteacher.downstream.classification.finetune_full import FinetuneFullConfig
+from dreamteacher.downstream.classification.knn import knn
 from dreamteacher.downstream.evaluate import EvaluateConfig
-from dreamteacher.downstream.finetune import FinetuneConfig
-from dreamteacher.downstream.finetune_full import FinetuneFullConfig
-from dreamteacher.downstream.knn import knn
-from dreamteacher.downstream.segmentation import SegmentationData, SegmentConfig
-from dreamteacher.errors import UserError
-from dreamteacher.masks import SegmentationSet
-from dreamteacher.students import Student, create_student
+from dreamteacher.downstream.features import ClassificationData
+from dreamteacher.downstream.segmentation import few_masks
+from dreamteacher.downstream.segmentation.few_masks import SegmentationData, SegmentConfig
+from dreamteacher.models.student import Student, create_student
+from dreamteacher.runtime.config import from_json, to_json
+from dreamteacher.runtime.distributed.share import seeded
+from dreamteacher.runtime.errors import UserError
 from dreamteacher.testing import check_task
 
 NAME = "test_resnet"
@@ -61,7 +64,7 @@ def squares(count: int, seed: int) -> SegmentationSet:
 
 
 # What needs instances, segments, masks on the disk, or a run with a label head: tested in files of their own.
-OTHERS = {*downstream.DETECTION, *downstream.DISTILLED, *downstream.STREAMED, *downstream.PANOPTIC}
+OTHERS = {*features.DETECTION, *features.DISTILLED, *features.STREAMED, *features.PANOPTIC}
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +104,14 @@ def untouched(student: Student) -> Iterator[None]:
 
 def test_features_are_those_of_the_frozen_backbone(student: Student, data: ClassificationData) -> None:
     images = data.test
-    found = downstream.extract_features(student, images, batch_size=7, precision="float32")
+    found = features.extract_features(student, images, batch_size=7, precision="float32")
     copy = create_student(NAME, seed=0).eval()
     with torch.no_grad():
         maps = copy(images.float() / 255)
     assert torch.allclose(found, maps[-1].mean((2, 3)), atol=1e-5)
-    everything = downstream.extract_features(student, images, precision="float32", levels="all")
+    everything = features.extract_features(student, images, precision="float32", levels="all")
     assert torch.allclose(everything, torch.cat([m.mean((2, 3)) for m in maps], dim=1), atol=1e-5)
-    half = downstream.extract_features(student, images, precision="bfloat16")
+    half = features.extract_features(student, images, precision="bfloat16")
     assert half.dtype == torch.float32
     assert metrics.cosine(half, found) > 0.99
 
@@ -119,28 +122,26 @@ def test_features_of_an_image_set(student: Student, data: ClassificationData, tm
     folder = ImageSet(
         folder=tmp_path, paths=paths, size=(SIDE, SIDE), labels=None, classes=(), cache=images, bad=()
     )
-    assert torch.equal(
-        downstream.extract_features(student, folder), downstream.extract_features(student, images)
-    )
+    assert torch.equal(features.extract_features(student, folder), features.extract_features(student, images))
 
 
 def test_label_draws_are_balanced_nested_and_seeded() -> None:
     labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 30)
-    draw = downstream.draw_labels(labels, 10, classes=3, seed=0)
+    draw = features.draw_labels(labels, 10, classes=3, seed=0)
     assert torch.bincount(labels[draw]).tolist() == [10, 10, 10]
     assert len(draw.unique()) == 30
-    assert torch.equal(draw, downstream.draw_labels(labels, 10, classes=3, seed=0))
-    assert not torch.equal(draw, downstream.draw_labels(labels, 10, classes=3, seed=1))
-    smaller = downstream.draw_labels(labels, 4, classes=3, seed=0)
+    assert torch.equal(draw, features.draw_labels(labels, 10, classes=3, seed=0))
+    assert not torch.equal(draw, features.draw_labels(labels, 10, classes=3, seed=1))
+    smaller = features.draw_labels(labels, 4, classes=3, seed=0)
     assert set(smaller.tolist()) < set(draw.tolist())
     with pytest.raises(UserError, match="class 1 has 20 images"):
-        downstream.draw_labels(labels, 21, classes=3, seed=0)
+        features.draw_labels(labels, 21, classes=3, seed=0)
 
 
 def test_frozen_restores_mixed_modes() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
     model[1].eval()
-    with downstream.frozen(model):
+    with features.frozen(model):
         assert not model.training
         assert not model[0].training
         assert not torch.is_grad_enabled()
@@ -149,7 +150,7 @@ def test_frozen_restores_mixed_modes() -> None:
 
 def test_class_metrics_without_a_class_leave_auroc_out() -> None:
     scores = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.7, 0.1]])
-    found = dict(downstream.class_metrics(scores, torch.tensor([0, 1])))
+    found = dict(features.class_metrics(scores, torch.tensor([0, 1])))
     assert found == {"accuracy": 1.0, "balanced_accuracy": 1.0}
 
 
@@ -157,8 +158,8 @@ def test_class_metrics_without_a_class_leave_auroc_out() -> None:
 
 
 def test_knn_solves_the_toy(student: Student, data: ClassificationData) -> None:
-    train = downstream.extract_features(student, data.train)
-    test = downstream.extract_features(student, data.test)
+    train = features.extract_features(student, data.train)
+    test = features.extract_features(student, data.test)
     found = dict(knn(train, data.train_labels, test, data.test_labels, classes=2, k=5))
     assert found["accuracy"] > 0.95
     assert found["auroc"] > 0.95
@@ -219,8 +220,8 @@ def test_folds_are_balanced_and_seeded() -> None:
 
 @pytest.mark.parametrize("labels", [1, 2, 10])
 def test_linear_probe_solves_the_toy(student: Student, data: ClassificationData, labels: int) -> None:
-    train = downstream.extract_features(student, data.train)
-    test = downstream.extract_features(student, data.test)
+    train = features.extract_features(student, data.train)
+    test = features.extract_features(student, data.test)
     found = dict(
         linear.linear(train, data.train_labels, test, data.test_labels, classes=2, labels=labels, seed=0)
     )
@@ -231,7 +232,7 @@ def test_linear_probe_looks_at_nothing_but_its_labels() -> None:
     x, y = blobs(80, 12, 2, 0)
     test_x, test_y = blobs(40, 12, 2, 0)
     found = dict(linear.linear(x, y, test_x, test_y, classes=2, labels=8, seed=3))
-    drawn = downstream.draw_labels(y, 8, classes=2, seed=3)
+    drawn = features.draw_labels(y, 8, classes=2, seed=3)
     # The same members must be drawn when the other labels are wrong: swap them within the order of draws.
     other = torch.full_like(y, 2)
     other[drawn] = y[drawn]
@@ -241,10 +242,10 @@ def test_linear_probe_looks_at_nothing_but_its_labels() -> None:
     l2 = linear.choose_l2(z, other[drawn], folds, classes=2)
     weight, bias = linear.fit_logistic(z, other[drawn], classes=2, l2=l2)
     scores = ((test_x.double() - mean) / deviation) @ weight.T + bias
-    assert found == dict(downstream.class_metrics(scores.softmax(1), test_y))
+    assert found == dict(features.class_metrics(scores.softmax(1), test_y))
     # Nor at the test images: half of them are scored as all of them were.
     half = dict(linear.linear(x, y, test_x[:20], test_y[:20], classes=2, labels=8, seed=3))
-    assert half == dict(downstream.class_metrics(scores[:20].softmax(1), test_y[:20]))
+    assert half == dict(features.class_metrics(scores[:20].softmax(1), test_y[:20]))
 
 
 def test_standardisation_survives_a_constant_column() -> None:
@@ -348,8 +349,8 @@ def test_finetuning_is_reproducible(student: Student, data: ClassificationData) 
 
 def test_the_head_gives_logits_of_the_image_size(student: Student) -> None:
     with seeded(0, torch.device("cpu")):
-        head = segmentation.SegmentationHead(student.specs, classes=3, width=8)
-        model = segmentation.Segmenter(create_student(NAME), head)
+        head = few_masks.SegmentationHead(student.specs, classes=3, width=8)
+        model = few_masks.Segmenter(create_student(NAME), head)
         logits = model(torch.rand(2, 3, 64, 96, generator=generator(0)))
     assert logits.shape == (2, 3, 64, 96)
     logits.square().mean().backward()
@@ -360,20 +361,20 @@ def test_the_head_gives_logits_of_the_image_size(student: Student) -> None:
 def test_segmentation_solves_the_toy(student: Student, masked: SegmentationData, freeze: bool) -> None:
     config = SegmentConfig(steps=40, batch_size=6, width=16)
     found = dict(
-        segmentation.segment(student, masked, config, masks=8, freeze=freeze, seed=0, precision="float32")
+        few_masks.segment(student, masked, config, masks=8, freeze=freeze, seed=0, precision="float32")
     )
     assert found["miou"] > 0.78  # 0.83 to 0.86 over seeds; images and masks mirrored apart give less
     assert found["miou"] == pytest.approx((found["iou/ground"] + found["iou/square"]) / 2)
 
 
 def test_linear_segmentation_solves_the_toy(student: Student, masked: SegmentationData) -> None:
-    found = dict(segmentation.segment_linear(student, masked, masks=6, seed=0, grid=(0.1, 0.01)))
+    found = dict(few_masks.segment_linear(student, masked, masks=6, seed=0, grid=(0.1, 0.01)))
     assert found["miou"] > 0.7
 
 
 def test_only_finetuning_moves_the_backbone(student: Student, masked: SegmentationData) -> None:
     def backbone_moved(freeze: bool) -> bool:
-        model = segmentation.train_segmenter(
+        model = few_masks.train_segmenter(
             student,
             masked.pool.images,
             masked.pool.masks,
@@ -393,7 +394,7 @@ def test_only_finetuning_moves_the_backbone(student: Student, masked: Segmentati
 def trained_head(student: Student, masks: Tensor, seed: int = 0) -> Tensor:
     images = squares(6, 1).images
     config = SegmentConfig(steps=3, batch_size=3, width=8)
-    model = segmentation.train_segmenter(
+    model = few_masks.train_segmenter(
         student, images, masks, config, classes=2, freeze=True, seed=seed, precision="float32"
     )
     return torch.cat([p.detach().flatten() for p in model.head.parameters()])
@@ -405,7 +406,7 @@ def test_segmentation_is_reproducible(student: Student, monkeypatch: pytest.Monk
     assert torch.equal(first, trained_head(student, masks))
     assert not torch.equal(first, trained_head(student, masks, seed=1))
     # Maps computed at each step are those that were kept.
-    monkeypatch.setattr(segmentation, "_MAPS_BYTES", 0)
+    monkeypatch.setattr(few_masks, "_MAPS_BYTES", 0)
     assert torch.allclose(first, trained_head(student, masks), atol=1e-4)
 
 
@@ -415,7 +416,7 @@ def test_a_batch_without_any_label_teaches_nothing(student: Student, freeze: boo
     masks = torch.full_like(data.masks, 255)
     masks[:2] = data.masks[:2]  # most batches of 3 of these 6 hold some; of one pair of images alone, none
     for labelled in (masks, torch.full_like(masks, 255)):
-        model = segmentation.train_segmenter(
+        model = few_masks.train_segmenter(
             student, data.images, labelled, SegmentConfig(steps=4, batch_size=2, width=8), classes=2,
             freeze=freeze, seed=0, precision="float32",
         )  # fmt: skip
@@ -430,7 +431,7 @@ def test_ignored_pixels_teach_nothing_and_are_not_scored(student: Student) -> No
     assert not torch.equal(hidden, trained_head(student, masks))
     pred = torch.zeros(1, 2, 2, dtype=torch.int64)
     target = torch.tensor([[[0, 255], [255, 1]]])
-    assert dict(segmentation.score(iter([(pred, target)]), ("a", "b", "c"), 255)) == {
+    assert dict(few_masks.score(iter([(pred, target)]), ("a", "b", "c"), 255)) == {
         "miou": 0.25,
         "iou/a": 0.5,
         "iou/b": 0.0,
@@ -439,17 +440,17 @@ def test_ignored_pixels_teach_nothing_and_are_not_scored(student: Student) -> No
 
 def test_mask_splits_and_draws() -> None:
     everything = squares(9, 0)
-    parts = segmentation.split_masks(everything)
+    parts = few_masks.split_masks(everything)
     assert (len(parts.pool.images), len(parts.test.images)) == (4, 5)
     rows = {tuple(image.flatten().tolist()) for part in (parts.pool, parts.test) for image in part.images}
     assert len(rows) == 9
-    draw = segmentation.draw_masks(20, 6, seed=0)
+    draw = few_masks.draw_masks(20, 6, seed=0)
     assert len(draw.unique()) == 6
-    assert set(segmentation.draw_masks(20, 3, seed=0).tolist()) < set(draw.tolist())
-    assert not torch.equal(draw, segmentation.draw_masks(20, 6, seed=1))
+    assert set(few_masks.draw_masks(20, 3, seed=0).tolist()) < set(draw.tolist())
+    assert not torch.equal(draw, few_masks.draw_masks(20, 6, seed=1))
     for count in (1, 21):
         with pytest.raises(UserError, match=f"{count} masks"):
-            segmentation.draw_masks(20, count, seed=0)
+            few_masks.draw_masks(20, count, seed=0)
 
 
 # ---- evaluation
@@ -483,7 +484,7 @@ def test_every_task_gives_rows(student: Student, data: ClassificationData, maske
     )
     assert all(set(row) == KEYS and row["method"] == "fixed" and row["student"] == NAME for row in rows)
     assert json.loads(json.dumps(rows)) == rows
-    assert {row["task"] for row in rows} == set(evaluate.TASKS) - OTHERS - {*downstream.PUBLISHED}
+    assert {row["task"] for row in rows} == set(evaluate.TASKS) - OTHERS - {*features.PUBLISHED}
     assert counted(rows, "knn", "accuracy") == [(None, 0)]  # the same backbone again: nothing was drawn
     for task in ("linear", "finetune"):
         assert counted(rows, task, "auroc") == [(4, 0), (4, 1)]

@@ -33,13 +33,16 @@ from test_faults import poison_loss, poison_teacher
 from test_stylegan2 import tiny as tiny_gan
 from test_train_teacher import TINY
 
-from dreamteacher import checkpoint, report, teachers, training
-from dreamteacher.cli import main
-from dreamteacher.images import read_image
-from dreamteacher.rundir import RunDir, read_rows
-from dreamteacher.teachers import train as train_module
-from dreamteacher.teachers import train_diffusion
-from dreamteacher.training import Training
+from dreamteacher.cli.main import main
+from dreamteacher.data.images import read_image
+from dreamteacher.distill import step as distill_step
+from dreamteacher.distill.step import Training
+from dreamteacher.reports import report
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.run_folder import RunDir, read_rows
+from dreamteacher.teachers import registry
+from dreamteacher.teachers.training import diffusion
+from dreamteacher.teachers.training import train as train_module
 
 PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
 BASELINES = Path(__file__).parent.parent / "benchmarks" / "baselines" / "run.py"
@@ -185,15 +188,15 @@ def a_bad_block(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_worker_is_killed(patch: pytest.MonkeyPatch) -> None:
-    step = training.Training.step
+    step = distill_step.Training.step
 
-    def killing(self: training.Training, index: int, *rest: Any) -> Any:
+    def killing(self: distill_step.Training, index: int, *rest: Any) -> Any:
         for worker in multiprocessing.active_children() if index == 2 else ():
             worker.kill()
             worker.join()
         return step(self, index, *rest)
 
-    patch.setattr(training.Training, "step", killing)
+    patch.setattr(distill_step.Training, "step", killing)
 
 
 def nan_in_a_map(patch: pytest.MonkeyPatch) -> None:
@@ -211,8 +214,8 @@ def full_while_a_teacher_is_trained(patch: pytest.MonkeyPatch) -> None:
 
 def nan_teacher_loss(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(train_module.PRESETS, "cpu-64", TINY)
-    loss = train_diffusion.epsilon_loss
-    patch.setattr(train_diffusion, "epsilon_loss", lambda *args: loss(*args) * float("nan"))
+    loss = diffusion.epsilon_loss
+    patch.setattr(diffusion, "epsilon_loss", lambda *args: loss(*args) * float("nan"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -672,7 +675,7 @@ def damaged(kind: str, good: bytes) -> bytes:
 
 
 OWN = """
-from dreamteacher.teachers import load_teacher
+from dreamteacher.teachers.registry import load_teacher
 
 
 def teacher():
@@ -818,11 +821,11 @@ def _teachers(tiny: Path) -> None:
     Path("teacher-damaged/teacher.safetensors").write_bytes(damaged_weights)
     text = Path("teacher/teacher.json").read_text()
     Path("teacher-card/teacher.json").write_text(text[: len(text) // 2])
-    card = teachers.read_card(Path("teacher"))
+    card = registry.read_card(Path("teacher"))
     weights = {k: v + 1 for k, v in load_file("teacher/teacher.safetensors").items()}
-    spec = teachers.read_spec(Path("teacher"), card)
+    spec = registry.read_spec(Path("teacher"), card)
     Path("teacher-two").mkdir()
-    teachers.save_teacher(Path("teacher-two"), weights, spec, {"name": "two", "licence": "CC0-1.0"})
+    registry.save_teacher(Path("teacher-two"), weights, spec, {"name": "two", "licence": "CC0-1.0"})
     Path("gan").mkdir()
     tiny_gan(Path("gan"))
     shutil.copyfile(Path(__file__).parent / "golden" / "hostile_os_system.pkl", "hostile.pkl")
@@ -856,7 +859,7 @@ def _weights() -> None:
     whole = Path("run/backbone.safetensors").read_bytes()
     Path("weights/cut.safetensors").write_bytes(whole[: len(whole) // 2])
     save_file({"a": torch.zeros(3)}, "weights/foreign.safetensors")
-    from dreamteacher.students import create_student
+    from dreamteacher.models.student import create_student
 
     state = create_student("test_efficientnet").model.state_dict()
     save_file({k: v.contiguous() for k, v in state.items()}, "weights/other.safetensors")
@@ -916,7 +919,7 @@ def provoke(world: Path, tiny_teacher: Path) -> Callable[[Case], Outcome]:
                 patch.delenv("DREAMTEACHER_TRACEBACK", raising=False)
                 patch.setenv("DREAMTEACHER_CACHE", "cache")
                 # The embedded teacher's name is all that is needed of it here.
-                patch.setattr(teachers, "EMBEDDED", {"chest-xray-64": tiny_teacher})
+                patch.setattr(registry, "EMBEDDED", {"chest-xray-64": tiny_teacher})
                 if c.patch:
                     c.patch(patch)
                 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -948,7 +951,7 @@ def test_error(key: tuple[str, str], provoke: Callable[[Case], Outcome]) -> None
 
 
 def test_traceback_only_when_asked_for(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dreamteacher.errors import UserError
+    from dreamteacher.runtime.errors import UserError
 
     monkeypatch.chdir(world)
     monkeypatch.setenv("DREAMTEACHER_TRACEBACK", "1")

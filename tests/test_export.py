@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dreamteacher import export as export_module
-from dreamteacher.errors import UserError
-from dreamteacher.export import FILES, ExportConfig, export, load_snippet
-from dreamteacher.students import Student, create_student
+from dreamteacher.exports import write as export_module
+from dreamteacher.exports.write import FILES, ExportConfig, export, load_snippet
+from dreamteacher.models.student import Student, create_student
+from dreamteacher.runtime.errors import UserError
 
 FAMILIES = ("resnet18", "resnet50", "convnext_tiny", "efficientnet_b0")
 

@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from test_export import CONFIG, make_run, message
 from torch import Tensor, nn
 
-from dreamteacher import cli, export_onnx
-from dreamteacher.errors import UserError
-from dreamteacher.export import export
-from dreamteacher.export_formats import FORMATS, formats_for, layout
-from dreamteacher.export_hub import LICENCES
-from dreamteacher.students import Student, create_student
+from dreamteacher.cli import main as cli
+from dreamteacher.exports import onnx as exports_onnx
+from dreamteacher.exports.formats import FORMATS, formats_for, layout
+from dreamteacher.exports.hub import LICENCES
+from dreamteacher.exports.write import export
+from dreamteacher.models.student import Student, create_student
+from dreamteacher.runtime.errors import UserError
 
 ATTO = ((2, 2, 6, 2), (40, 80, 160, 320))
 # A network of each kind, and the formats whose card is run for it (the graph is exported once: it takes a while).
@@ -349,17 +350,17 @@ def test_the_graph_takes_any_batch_and_size(runs: dict[str, tuple[Student, Path]
 
 def test_a_graph_that_differs_is_not_handed_out() -> None:
     maps = [torch.ones(1, 2, 3, 3)]
-    export_onnx._compare([maps[0].numpy()], maps)
+    exports_onnx._compare([maps[0].numpy()], maps)
     for wrong in (maps[0] * 1.01, maps[0][:, :1], maps[0] * float("nan")):
         with pytest.raises(UserError) as error:
-            export_onnx._compare([wrong.numpy()], maps)
+            exports_onnx._compare([wrong.numpy()], maps)
         assert "differ from torch's" in message(error)
 
 
 def test_without_its_libraries_the_graph_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_onnx.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(exports_onnx.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as error:
         export(tmp_path / "none", format="onnx")
     assert "pip install 'dreamteacher[onnx]'" in message(error)

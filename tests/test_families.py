@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dreamteacher import cli
-from dreamteacher.errors import UserError
-from dreamteacher.features import FeatureSpec
-from dreamteacher.rundir import read_rows
-from dreamteacher.teachers import SPECS, load_teacher, read_card
+from dreamteacher.cli import main as cli
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.run_folder import read_rows
+from dreamteacher.spec import FeatureSpec
+from dreamteacher.teachers.registry import SPECS, load_teacher, read_card
 from dreamteacher.testing import check_teacher
 
 # The builder of each kind: (test module, function).

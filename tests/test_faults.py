@@ -23,12 +23,14 @@ from pictures import refused
 from test_pretrain import assert_equal, everything
 
 import dreamteacher
-from dreamteacher import checkpoint, report, rundir, training
-from dreamteacher.cli import main
-from dreamteacher.config import parse_json
-from dreamteacher.pretrain import PretrainConfig, pretrain
-from dreamteacher.rundir import RunDir, read_rows
-from dreamteacher.teachers.diffusion import DiffusionTeacher
+from dreamteacher.cli.main import main
+from dreamteacher.distill import step as distill_step
+from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.reports import report
+from dreamteacher.runtime import checkpoint, run_folder
+from dreamteacher.runtime.config import parse_json
+from dreamteacher.runtime.run_folder import RunDir, read_rows
+from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher
 
 ROOT = Path(__file__).parent.parent
 FAULTS = ROOT / "benchmarks" / "faults"
@@ -234,17 +236,17 @@ def poison_teacher(patch: pytest.MonkeyPatch, level: int, call: int) -> None:
 
 
 def poison_loss(patch: pytest.MonkeyPatch, call: int) -> None:
-    original, calls = training.batch_loss, itertools.count(1)
+    original, calls = distill_step.batch_loss, itertools.count(1)
 
     def poisoned(*args: Any, **options: Any) -> Any:
         found = original(*args, **options)
         return found._replace(total=found.total * float("inf")) if next(calls) == call else found
 
-    patch.setattr(training, "batch_loss", poisoned)
+    patch.setattr(distill_step, "batch_loss", poisoned)
 
 
 def poison_gradient(patch: pytest.MonkeyPatch, call: int) -> None:
-    original, calls = training.batch_loss, itertools.count(1)
+    original, calls = distill_step.batch_loss, itertools.count(1)
 
     def poisoned(*args: Any, **options: Any) -> Any:
         found = original(*args, **options)
@@ -252,7 +254,7 @@ def poison_gradient(patch: pytest.MonkeyPatch, call: int) -> None:
             found.total.register_hook(lambda g: g * float("nan"))
         return found
 
-    patch.setattr(training, "batch_loss", poisoned)
+    patch.setattr(distill_step, "batch_loss", poisoned)
 
 
 @pytest.mark.parametrize(
@@ -282,14 +284,14 @@ def test_a_stop_after_a_loss_that_is_not_finite_says_so_and_saves_nothing(
     config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     poison_loss(monkeypatch, 5)
-    poisoned, calls = training.batch_loss, itertools.count(1)
+    poisoned, calls = distill_step.batch_loss, itertools.count(1)
 
     def stopped(*args: Any, **options: Any) -> Any:
         if next(calls) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return poisoned(*args, **options)
 
-    monkeypatch.setattr(training, "batch_loss", stopped)
+    monkeypatch.setattr(distill_step, "batch_loss", stopped)
     refused(lambda: pretrain(config), "The loss is not finite at step 5", "Lower --lr")
     assert "saved in" not in capsys.readouterr().out
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 4)
@@ -308,9 +310,9 @@ def test_a_process_that_decodes_is_killed(
 ) -> None:
     monkeypatch.setattr(report, "write_report", lambda run, **_: run)
     streamed = flags(config, cache_gb=0, workers=1)
-    step = training.Training.step
+    step = distill_step.Training.step
 
-    def killing(self: training.Training, index: int, *rest: Any) -> Any:
+    def killing(self: distill_step.Training, index: int, *rest: Any) -> Any:
         if index == 6:
             (worker,) = multiprocessing.active_children()
             worker.kill()
@@ -319,7 +321,7 @@ def test_a_process_that_decodes_is_killed(
         return step(self, index, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Training, "step", killing)
+        patch.setattr(distill_step.Training, "step", killing)
         assert main(streamed) == 2
     said = capsys.readouterr().err
     assert "error: A process that decodes images has died" in said
@@ -334,7 +336,7 @@ def test_a_clock_that_jumps_changes_nothing(
 ) -> None:
     jumps = itertools.cycle([1e9, -1e9, 0.0, 4e9])
     monkeypatch.setattr(time, "time", lambda: next(jumps))
-    monkeypatch.setattr(rundir.Progress.__init__, "__defaults__", (0.0,))  # a line at every look
+    monkeypatch.setattr(run_folder.Progress.__init__, "__defaults__", (0.0,))  # a line at every look
     pretrain(config)
     assert_equal(whole, everything(config.out))
     assert all(row["seconds"] >= 0 for row in read_rows(config.out / "timing.jsonl"))

@@ -7,13 +7,14 @@ import dataclasses
 import pytest
 import torch
 
-from dreamteacher import data, feature_dataset
-from dreamteacher.errors import UserError
-from dreamteacher.features import FeatureSpec
-from dreamteacher.pretrain import PretrainConfig, pretrain
-from dreamteacher.rundir import read_rows
-from dreamteacher.teachers import load_teacher
+from dreamteacher.data import image_set
+from dreamteacher.distill import dataset
+from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.run_folder import read_rows
+from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import Teacher
+from dreamteacher.teachers.registry import load_teacher
 
 CPU = torch.device("cpu")
 
@@ -39,15 +40,15 @@ class Echo(Teacher):
 
 
 def stream(kind: str, folder, first: int = 0):
-    images = data.load_images(folder, (64, 64))
+    images = image_set.load_images(folder, (64, 64))
     common = {"seed": 3, "device": CPU, "precision": "float32"}
     if kind == "synthesized":
-        return feature_dataset.synthesized(Echo(), batch_size=6, first_step=first, last_step=4, **common)
-    made = feature_dataset.synthesized_part(6, 1 / 3) if kind == "mixture" else 0
-    batches = data.batches(images, batch_size=6 - made, seed=3, first_step=first, last_step=4, flip=True)
+        return dataset.synthesized(Echo(), batch_size=6, first_step=first, last_step=4, **common)
+    made = dataset.synthesized_part(6, 1 / 3) if kind == "mixture" else 0
+    batches = image_set.batches(images, batch_size=6 - made, seed=3, first_step=first, last_step=4, flip=True)
     if kind == "encoded":
-        return feature_dataset.encoded(Echo(), batches, **common)
-    return feature_dataset.mixture(Echo(), batches, made=made, **common)
+        return dataset.encoded(Echo(), batches, **common)
+    return dataset.mixture(Echo(), batches, made=made, **common)
 
 
 @pytest.mark.parametrize("kind", ["encoded", "synthesized", "mixture"])
@@ -68,8 +69,13 @@ def test_a_mixture_holds_its_share_of_samples(image_folder):
         grey = (batch.images[:, 0] == batch.images[:, 1]).flatten(1).all(1)  # the folder's images are grey
         assert grey.tolist() == [True] * 4 + [False] * 2
     real = [b.images[:4] for b in stream("mixture", image_folder)]
-    alone = data.batches(
-        data.load_images(image_folder, (64, 64)), batch_size=4, seed=3, first_step=0, last_step=4, flip=True
+    alone = image_set.batches(
+        image_set.load_images(image_folder, (64, 64)),
+        batch_size=4,
+        seed=3,
+        first_step=0,
+        last_step=4,
+        flip=True,
     )
     assert all(torch.equal(a, b.images) for a, b in zip(real, alone, strict=True))
 
@@ -87,15 +93,15 @@ def test_a_mixture_holds_its_share_of_samples(image_folder):
 )
 def test_what_a_teacher_cannot_serve_is_refused(modes, kind, size, words):
     with pytest.raises(UserError, match=words):
-        feature_dataset.check_mode(Echo(modes), kind, size)
-    feature_dataset.check_mode(Echo(("encode", "sample")), kind, (64, 64))
+        dataset.check_mode(Echo(modes), kind, size)
+    dataset.check_mode(Echo(("encode", "sample")), kind, (64, 64))
 
 
 def test_a_share_that_leaves_nothing_is_refused():
-    assert feature_dataset.synthesized_part(8, 0.25) == 2
+    assert dataset.synthesized_part(8, 0.25) == 2
     for share in (0.0, 0.01, 0.99, 1.0):
         with pytest.raises(UserError, match="--share"):
-            feature_dataset.synthesized_part(8, share)
+            dataset.synthesized_part(8, share)
 
 
 @pytest.mark.slow

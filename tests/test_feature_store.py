@@ -25,8 +25,12 @@ from pictures import refused
 from PIL import Image
 from torch import Tensor
 
-from dreamteacher import data, feature_dataset, make_features, make_features_writer, rundir
-from dreamteacher.feature_items import (
+from dreamteacher.data import image_set
+from dreamteacher.distill import dataset
+from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.distill.store import make, writer
+from dreamteacher.distill.store.files import MANIFEST, claim, manifest_text, read_manifest, shard_name
+from dreamteacher.distill.store.items import (
     Level,
     Plan,
     flips_of,
@@ -38,18 +42,17 @@ from dreamteacher.feature_items import (
     random_basis,
     unpack,
 )
-from dreamteacher.feature_store import FeatureStore
-from dreamteacher.feature_store_files import MANIFEST, claim, manifest_text, read_manifest, shard_name
+from dreamteacher.distill.store.make import MakeFeaturesConfig
+from dreamteacher.distill.store.reader import FeatureStore
 from dreamteacher.losses import feature_loss, projected_loss, whiten
-from dreamteacher.make_features import MakeFeaturesConfig
-from dreamteacher.pretrain import PretrainConfig, pretrain
-from dreamteacher.teachers import fingerprint, load_teacher
+from dreamteacher.runtime import run_folder
+from dreamteacher.teachers.registry import fingerprint, load_teacher
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
 ECHO = """
 import torch
-from dreamteacher.features import FeatureSpec
+from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import Teacher
 
 
@@ -103,7 +106,7 @@ def asked(tmp_path: Path) -> MakeFeaturesConfig:
 
 
 def made(config: MakeFeaturesConfig) -> FeatureStore:
-    assert make_features.make_features(config) == config.out
+    assert make.make_features(config) == config.out
     return FeatureStore(config.out)
 
 
@@ -112,12 +115,12 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "config.json"}
 
 
-def images_of(config: MakeFeaturesConfig, size: tuple[int, int] = (32, 32)) -> data.ImageSet:
-    return data.load_images(config.images, size)
+def images_of(config: MakeFeaturesConfig, size: tuple[int, int] = (32, 32)) -> image_set.ImageSet:
+    return image_set.load_images(config.images, size)
 
 
 def live(
-    store: FeatureStore, teacher: str, images: data.ImageSet, place: int, draw: int, **asked: Any
+    store: FeatureStore, teacher: str, images: image_set.ImageSet, place: int, draw: int, **asked: Any
 ) -> list[Tensor]:
     """Maps of one draw of one image, from what its shard recorded alone: seed, flips, and the batch it was in."""
     plan = store.plan
@@ -298,7 +301,7 @@ def test_mean_square_over_random_subspaces_is_that_of_the_whole_map():
 
 def stream(store: FeatureStore, config: MakeFeaturesConfig, first: int = 0, last: int = 12, **other: Any):
     return list(
-        feature_dataset.stored(
+        dataset.stored(
             store,
             images_of(config),
             batch_size=4,
@@ -321,7 +324,7 @@ def test_batches_belong_together_resume_and_show_every_draw(asked):
         far = (batch.maps[0].flip(3) - seen).flatten(1).abs().amax(1)
         assert bool((near < 0.03).all())  # the noise of the teacher
         assert bool((far > 0.1).all())
-        order = data.batch_indices(13, batch_size=4, seed=5, step=batch.step)
+        order = image_set.batch_indices(13, batch_size=4, seed=5, step=batch.step)
         rows, _ = store.rows(order, store.draws_of(order, batch.step // 3, 5))  # 3 batches an epoch
         assert all(map(torch.equal, batch.maps, unpack(store.plan, rows).maps))
     for a, b in zip(batches[5:], stream(store, asked, first=5), strict=True):
@@ -343,22 +346,22 @@ def test_a_stored_batch_has_the_loss_of_the_live_one(asked):
     images = images_of(asked)
     places = {p.read_bytes(): i for i, p in enumerate(images.paths)}
     assert len(places) == 13
-    order = data.batch_indices(13, batch_size=4, seed=5, step=2)
+    order = image_set.batch_indices(13, batch_size=4, seed=5, step=2)
     draws = store.draws_of(order, 0, 5)
     maps = [live(store, asked.teacher, images, int(i), int(k)) for i, k in zip(order, draws, strict=True)]
     teacher = [torch.stack(level).double() for level in zip(*maps, strict=True)]
     generator = torch.Generator().manual_seed(0)
     student = [torch.randn(m.shape, generator=generator) for m in batch.maps]
-    ours = feature_dataset.batch_loss(student, batch, axes="chw", at_weight=10.0, at_reduction="distance")
+    ours = dataset.batch_loss(student, batch, axes="chw", at_weight=10.0, at_reduction="distance")
     meant = [
         torch.einsum("kc,nkhw->nchw", b.double(), k.double())
         for b, k in zip(store.bases, student, strict=True)
     ]
     for a, b in zip(ours, feature_loss(meant, teacher), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
-    raw = feature_dataset.FeatureBatch(batch.images, teacher, 0.0, 0)
+    raw = dataset.FeatureBatch(batch.images, teacher, 0.0, 0)
     assert torch.equal(
-        feature_dataset.batch_loss(meant, raw, axes="c", at_weight=1.0, at_reduction="public").total,
+        dataset.batch_loss(meant, raw, axes="c", at_weight=1.0, at_reduction="public").total,
         feature_loss(meant, teacher, axes="c", at_weight=1.0, at_reduction="public").total,
     )
     assert torch.equal(raw.target(0, "c"), whiten(teacher[0], "c"))
@@ -371,12 +374,10 @@ def test_a_part_of_the_images_is_enough(asked, tmp_path):
     few.mkdir()
     for name in ("03", "04", "07", "12"):
         shutil.copy(asked.images / f"{name}.bmp", few)
-    images = data.load_images(few, (32, 32))
+    images = image_set.load_images(few, (32, 32))
     assert store.places(images).tolist() == [3, 4, 7, 12]
     assert store.verify(load_teacher(asked.teacher), fingerprint(asked.teacher), images, CPU) is not None
-    (batch,) = feature_dataset.stored(
-        store, images, batch_size=4, first_step=0, last_step=1, seed=0, device=CPU
-    )
+    (batch,) = dataset.stored(store, images, batch_size=4, first_step=0, last_step=1, seed=0, device=CPU)
     seen = torch.nn.functional.avg_pool2d(batch.images, 4)
     assert float((batch.maps[0] - seen).abs().max()) < 0.03
 
@@ -390,22 +391,22 @@ def test_latents_alone_are_exact(tmp_path):
         images=write_images(tmp_path / "images", 3, 64), out=tmp_path / "out", teacher=str(tmp_path / "sd"),
         what="latents", batch_size=3, device="cpu", precision="float32",
     )  # fmt: skip
-    refused(lambda: make_features.make_features(replace(config, draws=3)), "would be copies", "--draws 2")
+    refused(lambda: make.make_features(replace(config, draws=3)), "would be copies", "--draws 2")
     store, teacher = made(config), load_teacher(config.teacher, timesteps=(30,))
     images = images_of(config, (64, 64))
     assert store.plan.deterministic
     assert store.plan.draws == 2
     assert store.verify(teacher, fingerprint(config.teacher), images, CPU) == 0.0
-    (batch,) = feature_dataset.stored(
+    (batch,) = dataset.stored(
         store, images, batch_size=3, first_step=0, last_step=1, seed=7, device=CPU, teacher=teacher,
         precision="float32",
     )  # fmt: skip
-    generator = feature_dataset.device_generator(7, 0, "teacher", CPU)
+    generator = dataset.device_generator(7, 0, "teacher", CPU)
     for stored, fresh in zip(batch.maps, teacher.encode(batch.images, generator=generator), strict=True):
         torch.testing.assert_close(stored, fresh, rtol=1e-4, atol=1e-4)
     assert batch.kept is None
     wrong = replace(config, teacher="chest-xray-64", out=tmp_path / "none")
-    refused(lambda: make_features.make_features(wrong), "has no latents", "--what maps")
+    refused(lambda: make.make_features(wrong), "has no latents", "--what maps")
     assert not (tmp_path / "none").exists()
 
 
@@ -434,14 +435,14 @@ def features_for(run: PretrainConfig, **asked: Any) -> PretrainConfig:
         precision="float32",
         **asked,
     )
-    make_features.make_features(config)
+    make.make_features(config)
     return replace(run, features=folder)
 
 
 def rows_of(run: PretrainConfig) -> list[dict[str, float]]:
     folder = pretrain(run)
     assert folder is not None
-    return rundir.read_rows(folder / "metrics.jsonl")
+    return run_folder.read_rows(folder / "metrics.jsonl")
 
 
 def test_pretraining_from_raw_maps_is_pretraining_with_the_teacher(run):
@@ -458,7 +459,7 @@ def test_pretraining_from_projected_maps_learns_stops_and_resumes_bitwise(run, m
     assert whole[-1]["loss"] < 0.8 * whole[0]["loss"]
     assert whole[-1]["r2/s4"] > whole[0]["r2/s4"]
     assert "compared with the teacher, at most" in capsys.readouterr().out
-    original = data.batches
+    original = image_set.batches
 
     def signalled(*args, **kwargs):
         for batch in original(*args, **kwargs):
@@ -466,7 +467,7 @@ def test_pretraining_from_projected_maps_learns_stops_and_resumes_bitwise(run, m
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(data, "batches", signalled)
+    monkeypatch.setattr(image_set, "batches", signalled)
     with pytest.raises(SystemExit) as stop:
         pretrain(config)
     assert stop.value.code == 128 + signal.SIGTERM
@@ -503,8 +504,8 @@ def test_features_that_cannot_serve_a_run_are_refused(run, tiny_teacher):
 CROWD = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-from dreamteacher.config import from_json
-from dreamteacher import make_features as m, make_features_writer as w
+from dreamteacher.runtime.config import from_json
+from dreamteacher.distill.store import make as m, writer as w
 import torch
 
 torch.set_num_threads(1)
@@ -590,13 +591,13 @@ def test_a_full_disk_leaves_a_store_that_resumes(asked, monkeypatch):
         return write(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    refused(lambda: make_features.make_features(asked), "the disk is full", "it resumes")
+    refused(lambda: make.make_features(asked), "the disk is full", "it resumes")
     assert sorted(p.name for p in asked.out.glob("shard-*.safetensors")) == [shard_name(0), shard_name(1)]
     assert not list(asked.out.glob(".*.tmp"))
     refused(lambda: FeatureStore(asked.out), "no finished features", "2 shards are there", "same")
     monkeypatch.setattr(Path, "write_bytes", write)
-    encoded, noise = [], make_features_writer.noise_seed
-    monkeypatch.setattr(make_features_writer, "noise_seed", lambda *a: encoded.append(a[1]) or noise(*a))
+    encoded, noise = [], writer.noise_seed
+    monkeypatch.setattr(writer, "noise_seed", lambda *a: encoded.append(a[1]) or noise(*a))
     made(asked)
     assert files(asked.out) == files(asked.out.with_name("whole"))
     assert min(encoded) == 4  # the shards that were finished are not made again
@@ -604,7 +605,7 @@ def test_a_full_disk_leaves_a_store_that_resumes(asked, monkeypatch):
 
 def test_a_disk_that_is_really_full_leaves_a_store_that_resumes(asked, small_disk, monkeypatch):
     made(replace(asked, out=asked.out.with_name("whole")))
-    asked, pack = replace(asked, out=small_disk / "out"), make_features.pack
+    asked, pack = replace(asked, out=small_disk / "out"), make.pack
 
     def filling(*args):
         if len(list(asked.out.glob("shard-*.safetensors"))) == 2:
@@ -612,8 +613,8 @@ def test_a_disk_that_is_really_full_leaves_a_store_that_resumes(asked, small_dis
         return pack(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(make_features_writer, "pack", filling)
-        refused(lambda: make_features.make_features(asked), "the disk is full", "it resumes")
+        patch.setattr(writer, "pack", filling)
+        refused(lambda: make.make_features(asked), "the disk is full", "it resumes")
     assert sorted(p.name for p in asked.out.glob("shard-*.safetensors")) == [shard_name(0), shard_name(1)]
     assert not list(asked.out.glob(".*.tmp"))
     (small_disk / "filler").unlink()
@@ -631,15 +632,15 @@ def test_a_shard_whose_checksum_was_not_yet_written_is_made_again(asked):
 
 
 def test_space_is_checked_and_a_dry_run_writes_nothing(asked, monkeypatch, capsys):
-    assert make_features.make_features(replace(asked, dry_run=True)) is None
+    assert make.make_features(replace(asked, dry_run=True)) is None
     assert "nothing was written" in capsys.readouterr().out
     free = SimpleNamespace(free=1_000, total=1, used=1)
-    monkeypatch.setattr(rundir.shutil, "disk_usage", lambda _: free)
-    refused(lambda: make_features.make_features(asked), "needs", "MB free")
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: free)
+    refused(lambda: make.make_features(asked), "needs", "MB free")
     assert not asked.out.exists()
     monkeypatch.undo()
     store = made(asked)
-    told = make_features.estimate_bytes(store.plan, 13)
+    told = make.estimate_bytes(store.plan, 13)
     taken = sum(p.stat().st_size for p in asked.out.iterdir())
     small = sum(p.stat().st_size for p in asked.out.iterdir() if not p.name.startswith("shard"))
     assert taken <= told <= taken + 70_000
@@ -648,7 +649,7 @@ def test_space_is_checked_and_a_dry_run_writes_nothing(asked, monkeypatch, capsy
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_keep_finished_shards(asked, number, monkeypatch, capsys):
-    original = make_features_writer.pack
+    original = writer.pack
 
     def signalled(plan, bases, maps):
         if len(list(asked.out.glob("shard-*.safetensors"))) == 2 and not stopped:
@@ -657,13 +658,13 @@ def test_signals_keep_finished_shards(asked, number, monkeypatch, capsys):
         return original(plan, bases, maps)
 
     stopped: list[int] = []
-    monkeypatch.setattr(make_features_writer, "pack", signalled)
+    monkeypatch.setattr(writer, "pack", signalled)
     with pytest.raises(SystemExit) as stop:
-        make_features.make_features(asked)
+        make.make_features(asked)
     assert stop.value.code == 128 + number
     assert "The same command resumes" in capsys.readouterr().out
     made(asked)
-    assert make_features.make_features(asked) == asked.out
+    assert make.make_features(asked) == asked.out
     assert "complete, and every checksum holds" in capsys.readouterr().out
 
 
@@ -714,9 +715,7 @@ def test_an_image_that_changed_and_another_teacher_are_refused(asked, tmp_path):
     refused(lambda: store.verify(teacher, told, images_of(asked), CPU, samples=13), "05.bmp", "differ by")
     (asked.images / "new.bmp").write_bytes((asked.images / "06.bmp").read_bytes())
     refused(lambda: store.places(images_of(asked)), "no features of 1 of 14 images", "new.bmp")
-    refused(
-        lambda: make_features.make_features(asked), "begun with other settings, images or teacher", "images"
-    )
+    refused(lambda: make.make_features(asked), "begun with other settings, images or teacher", "images")
 
 
 @pytest.mark.parametrize(
@@ -735,13 +734,13 @@ def test_an_image_that_changed_and_another_teacher_are_refused(asked, tmp_path):
 def test_what_cannot_be_is_refused_before_a_byte_is_written(asked, change, words):
     made(asked)
     before = files(asked.out)
-    refused(lambda: make_features.make_features(replace(asked, **change)), *words)
+    refused(lambda: make.make_features(replace(asked, **change)), *words)
     assert files(asked.out) == before
 
 
 def test_copies_are_refused(asked):
     silent = replace(asked, teacher=asked.teacher.replace(":teacher", ":silent"))
-    refused(lambda: make_features.make_features(replace(silent, draws=2, flip=False)), "copies", "--draws 1")
+    refused(lambda: make.make_features(replace(silent, draws=2, flip=False)), "copies", "--draws 1")
     store = made(replace(silent, flip=False))
     assert store.plan.draws == 1
     assert store.plan.deterministic

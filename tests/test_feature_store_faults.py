@@ -19,12 +19,13 @@ import torch
 from pictures import refused
 from test_feature_store import CPU, alter, asked_in, files, images_of, made, remove, truncate
 
-from dreamteacher import feature_store, make_features, make_features_writer
-from dreamteacher.feature_items import layout, noise_device
-from dreamteacher.feature_store import FeatureStore
-from dreamteacher.feature_store_files import BASIS, IMAGES, MANIFEST, claim, shard_name
-from dreamteacher.make_features import MakeFeaturesConfig
-from dreamteacher.teachers import fingerprint, load_teacher
+from dreamteacher.distill.store import make as store_make
+from dreamteacher.distill.store import reader, writer
+from dreamteacher.distill.store.files import BASIS, IMAGES, MANIFEST, claim, shard_name
+from dreamteacher.distill.store.items import layout, noise_device
+from dreamteacher.distill.store.make import MakeFeaturesConfig
+from dreamteacher.distill.store.reader import FeatureStore
+from dreamteacher.teachers.registry import fingerprint, load_teacher
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def asked(tmp_path: Path) -> MakeFeaturesConfig:
 
 
 def make(config: MakeFeaturesConfig) -> Path | None:
-    return make_features.make_features(config)
+    return store_make.make_features(config)
 
 
 def refused_for(asked: MakeFeaturesConfig, *words: str) -> str:
@@ -91,9 +92,7 @@ def test_an_image_with_a_good_header_alone_is_named_by_the_writer_and_by_the_com
     images = replace(images_of(replace(asked, images=asked.images)), cache=None)
     assert "05.bmp" not in {p.name for p in images.paths}  # read at once, it is left out
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            feature_store, "read_image", raising(feature_store.BadImageError(images.paths[3], "gone"))
-        )
+        patch.setattr(reader, "read_image", raising(reader.BadImageError(images.paths[3], "gone")))
         refused(
             lambda: store.verify(load_teacher(asked.teacher), fingerprint(asked.teacher), images, CPU),
             "03.bmp", "gone",
@@ -122,14 +121,14 @@ def test_a_shard_that_is_cut_under_an_open_store_is_named(asked, monkeypatch):
     refused(lambda: everything(store), shard_name(1), "has been cut", "make-features")
     first = torch.arange(4)
     store.rows(first, torch.zeros_like(first))  # the others serve on
-    monkeypatch.setattr(feature_store.os, "preadv", raising(OSError(errno.EIO, "Input/output error")))
+    monkeypatch.setattr(reader.os, "preadv", raising(OSError(errno.EIO, "Input/output error")))
     refused(lambda: store.rows(first, torch.zeros_like(first)), shard_name(0), "Input/output error")
 
 
 def test_short_reads_are_continued(asked, monkeypatch):
     store = made(asked)
     whole, read = everything(store), os.preadv
-    monkeypatch.setattr(feature_store.os, "preadv", lambda file, into, at: read(file, [into[0][:7]], at))
+    monkeypatch.setattr(reader.os, "preadv", lambda file, into, at: read(file, [into[0][:7]], at))
     assert torch.equal(everything(FeatureStore(asked.out)), whole)
 
 
@@ -143,7 +142,7 @@ def test_threads_share_a_store_and_no_more_files_stay_open_than_may(asked, monke
     whole = everything(made(asked))
     gc.collect()
     before = open_shards()
-    monkeypatch.setattr(feature_store.resource, "getrlimit", lambda _: (4, 4))
+    monkeypatch.setattr(reader.resource, "getrlimit", lambda _: (4, 4))
     stores = [FeatureStore(asked.out)]
     assert stores[0].plan.shards == 4
     with ThreadPoolExecutor(6) as pool:
@@ -194,7 +193,7 @@ def test_other_shards_are_hashed_at_every_start_and_other_images_compared(asked,
     def found() -> bool:
         try:
             FeatureStore(asked.out, hash_gb=1.5e-9 * (asked.out / shard_name(0)).stat().st_size)
-        except feature_store.UserError:
+        except reader.UserError:
             return True
         return False
 
@@ -214,8 +213,8 @@ def test_other_shards_are_hashed_at_every_start_and_other_images_compared(asked,
 def test_each_of_several_processes_hashes_its_own_shards(asked, monkeypatch):
     made(asked)
     hashed: list[str] = []
-    original = feature_store.sha256
-    monkeypatch.setattr(feature_store, "sha256", lambda path: hashed.append(path.name) or original(path))
+    original = reader.sha256
+    monkeypatch.setattr(reader, "sha256", lambda path: hashed.append(path.name) or original(path))
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
@@ -252,7 +251,7 @@ def test_noise_of_another_model_of_gpu_is_another_noise(asked, monkeypatch):
     assert noise_device(CPU) == "cpu"
     store = made(asked)
     assert store.plan.device == "cpu"
-    monkeypatch.setattr(feature_store, "noise_device", lambda _: "cuda/864")
+    monkeypatch.setattr(reader, "noise_device", lambda _: "cuda/864")
     store.plan = replace(store.plan, device="cuda/1056")
     assert verified(store, asked) is None
     store.plan = replace(store.plan, device="cuda/864")
@@ -319,7 +318,7 @@ def test_a_damaged_config_of_an_unfinished_store_is_refused(asked, plan):
 
 
 def test_signals_are_heard_while_the_basis_is_fitted(asked, monkeypatch, capsys):
-    original, fitted = make_features_writer.whiten, []
+    original, fitted = writer.whiten, []
 
     def signalled(*args: Any) -> torch.Tensor:
         fitted.append(1)
@@ -327,7 +326,7 @@ def test_signals_are_heard_while_the_basis_is_fitted(asked, monkeypatch, capsys)
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args)
 
-    monkeypatch.setattr(make_features_writer, "whiten", signalled)
+    monkeypatch.setattr(writer, "whiten", signalled)
     with pytest.raises(SystemExit) as stop:
         make(asked)
     assert stop.value.code == 128 + signal.SIGTERM
@@ -347,7 +346,7 @@ def test_signals_are_heard_while_another_writer_is_waited_for(asked, name, monke
         os.kill(os.getpid(), signal.SIGTERM)
 
     asked.out.mkdir()
-    monkeypatch.setattr(make_features_writer.time, "sleep", sleep)
+    monkeypatch.setattr(writer.time, "sleep", sleep)
     with claim(asked.out, name), pytest.raises(SystemExit) as stop:
         make(asked)
     assert stop.value.code == 128 + signal.SIGTERM
@@ -357,13 +356,13 @@ def test_signals_are_heard_while_another_writer_is_waited_for(asked, name, monke
 
 
 def test_files_on_a_shared_disk_are_looked_at_a_few_times_each(asked, monkeypatch):
-    original, looked = make_features_writer.Writer._vouched, Counter()
+    original, looked = writer.Writer._vouched, Counter()
 
     def counting(self: Any, name: str) -> Any:
         looked[name] += 1
         return original(self, name)
 
-    monkeypatch.setattr(make_features_writer.Writer, "_vouched", counting)
+    monkeypatch.setattr(writer.Writer, "_vouched", counting)
     store = made(replace(asked, batch_size=1, shard_mb=1e-6))
     assert store.plan.shards == 13
     assert max(looked[shard_name(i)] for i in range(1, 13)) <= 5
@@ -373,10 +372,10 @@ def test_files_on_a_shared_disk_are_looked_at_a_few_times_each(asked, monkeypatc
 
 
 def test_the_time_of_a_store_is_told_in_images(asked, monkeypatch, capsys):
-    original = make_features._measure
-    monkeypatch.setattr(make_features, "_measure", lambda *a: (original(*a)[0], 900.0))
+    original = store_make._measure
+    monkeypatch.setattr(store_make, "_measure", lambda *a: (original(*a)[0], 900.0))
     make(replace(asked, dry_run=True, keep="whitened"))  # 13 images, 2 draws of each, in batches of 2
     assert "time about 3.25 h (0.0 images/s)" in capsys.readouterr().out
-    monkeypatch.setattr(make_features, "_measure", lambda *a: (original(*a)[0], 0.5))
+    monkeypatch.setattr(store_make, "_measure", lambda *a: (original(*a)[0], 0.5))
     make(replace(asked, dry_run=True))
     assert "(2.0 images/s)" in capsys.readouterr().out

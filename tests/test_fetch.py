@@ -26,10 +26,11 @@ from typing import Any
 import pytest
 from conftest import fill_disk
 
-from dreamteacher import fetch, fetch_archive
-from dreamteacher.errors import UserError
-from dreamteacher.fetch import cache_folder, download, hub_folder
-from dreamteacher.fetch_archive import extract, is_archive
+from dreamteacher.runtime.download import archive as download_archive
+from dreamteacher.runtime.download import http
+from dreamteacher.runtime.download.archive import extract, is_archive
+from dreamteacher.runtime.download.http import cache_folder, download, hub_folder
+from dreamteacher.runtime.errors import UserError
 
 CONTENT = bytes(range(256)) * 40
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -100,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(fetch, "PAUSE", 0)
+    monkeypatch.setattr(http, "PAUSE", 0)
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     server = Server(("127.0.0.1", 0), Handler)
@@ -166,7 +167,7 @@ def test_a_connection_that_breaks_is_taken_up(server: Server, target: Path) -> N
     assert names(target.parent) == ["file.bin"]
 
 
-@pytest.mark.parametrize(("how", "asked"), [("no parts", fetch.TRIES + 2), ("no range", 2 * fetch.TRIES + 3)])
+@pytest.mark.parametrize(("how", "asked"), [("no parts", http.TRIES + 2), ("no range", 2 * http.TRIES + 3)])
 def test_the_same_first_bytes_are_no_progress(how: str, asked: int, server: Server, target: Path) -> None:
     """A server that always begins anew, behind a proxy that always cuts at one place."""
     server.most, server.unwilling = 700, how == "no range"
@@ -178,7 +179,7 @@ def test_the_same_first_bytes_are_no_progress(how: str, asked: int, server: Serv
 
 
 def test_the_next_command_goes_on(server: Server, target: Path) -> None:
-    server.cuts = [1000] + [0] * (fetch.TRIES + 1)
+    server.cuts = [1000] + [0] * (http.TRIES + 1)
     with pytest.raises(UserError) as error:
         download(address(server), target)
     said = refusal(error)
@@ -191,7 +192,7 @@ def test_the_next_command_goes_on(server: Server, target: Path) -> None:
 
 @pytest.mark.parametrize("what", ["no parts", "another file", "another address", "no validator"])
 def test_a_part_that_cannot_go_on_starts_over(server: Server, target: Path, what: str) -> None:
-    server.cuts = [1000] + [0] * (fetch.TRIES + 1)
+    server.cuts = [1000] + [0] * (http.TRIES + 1)
     server.tag = "" if what == "no validator" else server.tag
     with pytest.raises(UserError):
         download(address(server), target)
@@ -204,7 +205,7 @@ def test_a_part_that_cannot_go_on_starts_over(server: Server, target: Path, what
 
 def test_a_part_that_was_whole(server: Server, target: Path) -> None:
     """The process ended between the last byte and the renaming."""
-    server.cuts = [len(CONTENT) - 1] + [0] * (fetch.TRIES + 1)
+    server.cuts = [len(CONTENT) - 1] + [0] * (http.TRIES + 1)
     with pytest.raises(UserError):
         download(address(server), target)
     part = target.with_name("file.bin.part")
@@ -294,7 +295,7 @@ def test_a_disk_that_becomes_full_is_no_broken_connection(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fetch, "_copy", full)
+    monkeypatch.setattr(http, "_copy", full)
     with pytest.raises(OSError, match="No space left"):
         download(address(server), target)
 
@@ -302,9 +303,9 @@ def test_a_disk_that_becomes_full_is_no_broken_connection(
 def test_a_disk_that_is_really_full_keeps_a_part_that_goes_on(
     server: Server, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch, "_SPARE", 0)
+    monkeypatch.setattr(http, "_SPARE", 0)
     server.content = CONTENT * 300
-    target, copy = small_disk / "file.bin", fetch._copy
+    target, copy = small_disk / "file.bin", http._copy
 
     def filling(*args: Any) -> None:
         fill_disk(small_disk)
@@ -313,7 +314,7 @@ def test_a_disk_that_is_really_full_keeps_a_part_that_goes_on(
 
     with monkeypatch.context() as patch:
         (small_disk / "room").write_bytes(bytes(500_000))
-        patch.setattr(fetch, "_copy", filling)
+        patch.setattr(http, "_copy", filling)
         with pytest.raises(OSError, match="No space left"):
             download(address(server), target)
     part = target.with_name("file.bin.part").read_bytes()
@@ -348,10 +349,10 @@ def test_encryption_is_not_given_up(final: str, target: Path) -> None:
     answer: Any = types.SimpleNamespace(headers=headers, status=200, geturl=lambda: final)
     with open(target.with_name("file.bin.part"), "ab") as file:
         if final.startswith("https"):
-            assert fetch._begin(file, answer, "https://host/a", target, None) == 10
+            assert http._begin(file, answer, "https://host/a", target, None) == 10
         else:
             with pytest.raises(UserError, match="without encryption"):
-                fetch._begin(file, answer, "https://host/a", target, None)
+                http._begin(file, answer, "https://host/a", target, None)
 
 
 def test_another_part_than_was_asked_for(target: Path) -> None:
@@ -363,7 +364,7 @@ def test_another_part_than_was_asked_for(target: Path) -> None:
         open(target.with_name("file.bin.part"), "ab") as file,
         pytest.raises(UserError, match="another part"),
     ):
-        fetch._begin(file, answer, "http://host/a", target, None)
+        http._begin(file, answer, "http://host/a", target, None)
 
 
 # --- the hub ------------------------------------------------------------------------------------------------
@@ -453,7 +454,7 @@ def online(hub: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", get)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(fetch, "_resolves", lambda _: True)
+    monkeypatch.setattr(http, "_resolves", lambda _: True)
     return state
 
 
@@ -673,7 +674,7 @@ def test_bombs_in_headers(name: str, tmp_path: Path) -> None:
 
 
 def test_too_many_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_archive, "MOST_MEMBERS", 2)
+    monkeypatch.setattr(download_archive, "MOST_MEMBERS", 2)
     archive = tarball(tmp_path / "a.tar.gz", {f"{i}.txt": b"" for i in range(3)})
     with pytest.raises(UserError, match="or 2 files"):
         extract(archive, tmp_path / "out", WANTED, most=10**6)
@@ -681,9 +682,9 @@ def test_too_many_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(("size", "says"), [(3, "larger than it declares"), (9, "ends early")])
 def test_a_member_that_lies_about_its_size(size: int, says: str, tmp_path: Path) -> None:
-    member = fetch_archive._Member("G_ema.pth", size, True, io.BytesIO)
+    member = download_archive._Member("G_ema.pth", size, True, io.BytesIO)
     with pytest.raises(ValueError, match=says), open(tmp_path / "file", "wb") as file:
-        fetch_archive._copy(io.BytesIO(b"5 bytes"[:5]), file, member, tmp_path)
+        download_archive._copy(io.BytesIO(b"5 bytes"[:5]), file, member, tmp_path)
 
 
 def damage(raw: bytes, how: str) -> bytes:

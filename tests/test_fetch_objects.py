@@ -21,11 +21,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pictures import refused
 from test_shards import encoded, shard
 
-from dreamteacher import fetch
-from dreamteacher.data import batches, load_images
-from dreamteacher.fetch_objects import address_of, bring_shards, expand
-from dreamteacher.report_maps import _pick_images
-from dreamteacher.shards import tar_images
+from dreamteacher.data.image_set import batches, load_images
+from dreamteacher.data.shards import tar_images
+from dreamteacher.reports.maps import _pick_images
+from dreamteacher.runtime.download import http
+from dreamteacher.runtime.download.objects import address_of, bring_shards, expand
 
 SHARDS, PER_SHARD = 5, 3
 Disk = namedtuple("Disk", "total used free")
@@ -47,7 +47,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DREAMTEACHER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fetch, "PAUSE", 0)
+    monkeypatch.setattr(http, "PAUSE", 0)
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "cache" / "shards"
@@ -276,7 +276,7 @@ def test_a_store_that_breaks_off(
     with monkeypatch.context() as patch:
         patch.setattr(MemoryFileSystem, "open", breaking)
         refused(lambda: bring_shards([address]), "cannot be brought: reset by peer")
-        assert places == [0] + [1200] * (fetch.TRIES + 1)
+        assert places == [0] + [1200] * (http.TRIES + 1)
         assert len(everything(cache)) == 2  # a part, and what it is of
         good[0] = 10**6
         (found,) = bring_shards([address])
@@ -319,7 +319,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_little_space_is_seen_first(
     bucket: MemoryFileSystem, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch, "_SPARE", 10**18)
+    monkeypatch.setattr(http, "_SPARE", 10**18)
     refused(lambda: bring_shards(["memory://bucket/train-00.tar"]), "Free space")
     assert not everything(cache)
 
@@ -342,8 +342,8 @@ def test_the_disk_must_hold_all_shards(
     )
     addresses = expand(f"{root}train-{{00..04}}.tar")
     free = [sum(sizes) - 1]
-    monkeypatch.setattr(fetch, "_SPARE", 0)
-    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: Disk(10**9, 0, free[0]))
+    monkeypatch.setattr(http, "_SPARE", 0)
+    monkeypatch.setattr(http.shutil, "disk_usage", lambda _: Disk(10**9, 0, free[0]))
     refused(lambda: bring_shards([*addresses, addresses[0]]), f"'{cache}' needs 0.1 MB more", "Free space")
     assert not server.asked
     assert not everything(cache)

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dreamteacher import checkpoint
-from dreamteacher.config import parse_json
-from dreamteacher.errors import UserError
-from dreamteacher.images import read_image
+from dreamteacher.data.images import read_image
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.config import parse_json
+from dreamteacher.runtime.errors import UserError
 
 FUZZ = Path(__file__).parent.parent / "benchmarks" / "fuzz"
 JSON = st.recursive(

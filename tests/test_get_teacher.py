@@ -18,13 +18,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dreamteacher import cli, fetch, teachers
-from dreamteacher.errors import UserError
-from dreamteacher.teachers import adm, get, load_teacher, read_card, stable_diffusion
-from dreamteacher.teachers.cost import Cost
-from dreamteacher.teachers.get import GetTeacherConfig, get_teacher
+from dreamteacher.cli import main as cli
+from dreamteacher.runtime.download import http
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.teachers import registry
+from dreamteacher.teachers.diffusion import adm
 from dreamteacher.teachers.known import KNOWN, fetched_folder
-from dreamteacher.teachers.stable_diffusion import StableDiffusionSpec
+from dreamteacher.teachers.published import get
+from dreamteacher.teachers.published.cost import Cost
+from dreamteacher.teachers.published.get import GetTeacherConfig, get_teacher
+from dreamteacher.teachers.registry import load_teacher, read_card
+from dreamteacher.teachers.stable_diffusion import teacher as stable_diffusion
+from dreamteacher.teachers.stable_diffusion.teacher import StableDiffusionSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 # Flags of the golden network over those of the published one that it is like.
@@ -116,7 +121,7 @@ def test_a_checkpoint_of_ones_own(adm_file: Path, cache: Path, capsys: pytest.Ca
     maps = teacher.encode(torch.rand(1, 3, 64, 64), generator=torch.Generator().manual_seed(0))
     assert [m.shape[1] for m in maps] == list(card["levels"].values())
     expected, _ = adm.convert(adm_file, card["settings"])
-    kept = teachers._weights(out, card)
+    kept = registry._weights(out, card)
     assert kept.keys() == expected.keys()
     assert all(torch.equal(value, expected[key].float()) for key, value in kept.items())
 
@@ -213,7 +218,7 @@ def embedder(monkeypatch: pytest.MonkeyPatch) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 2048))
-    monkeypatch.setattr("dreamteacher.teachers.instance_bank.load_embedder", lambda _: network)
+    monkeypatch.setattr("dreamteacher.teachers.biggan.instance_bank.load_embedder", lambda _: network)
     Path("resnet50.pth").write_bytes(b"stands for a ResNet-50")
     return Path("resnet50.pth")
 
@@ -278,7 +283,7 @@ def test_a_download(adm_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
         target.parent.mkdir(parents=True)
         return Path(shutil.copy(adm_file, target))
 
-    monkeypatch.setattr(fetch, "download", download)
+    monkeypatch.setattr(http, "download", download)
     published = KNOWN["adm-lsun-horse"].url
     card = read_card(made("adm-lsun-horse", *TINY_ADM, "--sha256", "ab" * 32))
     assert card["source"]["from"] == published
@@ -305,7 +310,7 @@ def test_stable_diffusion_from_several_places(cache: Path, monkeypatch: pytest.M
         converted.append((path, dict(settings)))
         return {"w": torch.zeros(1)}, StableDiffusionSpec(unet={}, vae={})
 
-    monkeypatch.setattr(fetch, "hub_folder", hub_folder)
+    monkeypatch.setattr(http, "hub_folder", hub_folder)
     monkeypatch.setattr(stable_diffusion, "convert", convert)
     monkeypatch.setattr(get, "measure", lambda *_: Cost({4: 8}, ("encode",), 2.0, 1.0))
     out = made(
@@ -445,7 +450,7 @@ def test_a_dry_run_names_every_file(cache: Path, capsys: pytest.CaptureFixture[s
     assert run("sdxl-base", "--vae", "taesd", "--dry-run") is None
     out = capsys.readouterr().out
     for entry in KNOWN["sdxl-base"].files:
-        assert f"    {fetch.alternatives(entry)[0]}\n" in out
+        assert f"    {http.alternatives(entry)[0]}\n" in out
     for words in ("about 6.9 GB", "Open RAIL++-M", str(cache / "teachers" / "sdxl-base"), '"vae": "taesd"'):
         assert words in out
     assert run("adm-ffhq", "--file", "f.pt", "--dry-run") is None

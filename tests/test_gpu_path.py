@@ -18,20 +18,24 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dreamteacher import checkpoint, compiled, data, feature_dataset, memory, prefetch, training
-from dreamteacher import pretrain as loop
-from dreamteacher.distributed import Share
-from dreamteacher.errors import UserError
-from dreamteacher.features import FeatureSpec
+from dreamteacher.data import image_set
+from dreamteacher.distill import dataset
+from dreamteacher.distill import pretrain as loop
+from dreamteacher.distill import step as distill_step
+from dreamteacher.distill.pretrain import PretrainConfig, Training, pretrain
 from dreamteacher.losses import whitened_mse
-from dreamteacher.pretrain import PretrainConfig, Training, pretrain
-from dreamteacher.regressor import FeatureRegressor
-from dreamteacher.rundir import Progress, read_rows
-from dreamteacher.students import create_student
-from dreamteacher.teachers import diffusion, load_teacher
+from dreamteacher.models.regressor import FeatureRegressor
+from dreamteacher.models.student import create_student
+from dreamteacher.runtime import checkpoint, compile, memory, prefetch
+from dreamteacher.runtime.distributed.share import Share
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.run_folder import Progress, read_rows
+from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import Teacher
-from dreamteacher.teachers.diffusion import DiffusionTeacher, build_unet
+from dreamteacher.teachers.diffusion import teacher as diffusion
+from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher, build_unet
 from dreamteacher.teachers.in_parts import InParts, RowsOfDraws
+from dreamteacher.teachers.registry import load_teacher
 
 CPU = torch.device("cpu")
 
@@ -393,14 +397,14 @@ def test_the_last_maps_are_gone_when_the_teacher_makes_the_next(kind, accumulate
     monkeypatch.setattr(DiffusionTeacher, "encode", watched(encode))
     monkeypatch.setattr(DiffusionTeacher, "sample", watched(sample))
     monkeypatch.setitem(DiffusionTeacher.__init__.__kwdefaults__, "sampling_steps", 2)
-    made = feature_dataset.FeatureBatch.__new__
+    made = dataset.FeatureBatch.__new__
 
     def batch(cls, *args, **kwargs):
         new = made(cls, *args, **kwargs)
         alive.extend(weakref.ref(t) for t in [new.images, *new.maps])
         return new
 
-    monkeypatch.setattr(feature_dataset.FeatureBatch, "__new__", batch)
+    monkeypatch.setattr(dataset.FeatureBatch, "__new__", batch)
     pretrain(dataclasses.replace(config, dataset=kind, samples=16, accumulate=accumulate, log_every=2))
     assert len(found) == 6 * accumulate
     assert set(found) == {0}
@@ -417,16 +421,14 @@ def test_gradients_of_parts_add_up_to_those_of_the_batch(split, tiny_teacher):
                 if isinstance(child, nn.BatchNorm2d):
                     setattr(module, name, nn.Identity())
         trained.parts.count = parts
-        trained.undo = training.Undo([trained.sums])
+        trained.undo = distill_step.Undo([trained.sums])
         trained._gradients(stream, Progress(1, 0, 8, "test"))
         found.append([p.grad for p in trained.trained.parameters() if p.grad is not None] + [trained.sums])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def small_training(
-    teacher: Path | Teacher, precision: str = "float32"
-) -> tuple[Training, feature_dataset.Stream]:
+def small_training(teacher: Path | Teacher, precision: str = "float32") -> tuple[Training, dataset.Stream]:
     """One of 8 random images of 64 px, and its stream."""
     config = PretrainConfig(
         out=Path("-"), student="test_resnet", width=8, batch_size=8, precision=precision, device="cpu"
@@ -442,14 +444,14 @@ def small_stream(
     precision: str = "float32",
     device: torch.device = CPU,
     size: tuple[int, int] = (64, 64),
-) -> feature_dataset.Stream:
+) -> dataset.Stream:
     pixels = torch.randint(256, (16, 3, *size), dtype=torch.uint8, generator=generator())
-    images = data.ImageSet(
+    images = image_set.ImageSet(
         folder=Path(), paths=[Path(str(i)) for i in range(16)], size=size, labels=None, classes=(),
         cache=pixels, bad=(),
     )  # fmt: skip
-    batches = data.batches(images, batch_size=8, seed=0, first_step=0, last_step=9, flip=True, raw=True)
-    return feature_dataset.encoded(teacher, batches, seed=0, device=device, precision=precision)
+    batches = image_set.batches(images, batch_size=8, seed=0, first_step=0, last_step=9, flip=True, raw=True)
+    return dataset.encoded(teacher, batches, seed=0, device=device, precision=precision)
 
 
 # --- compiling --------------------------------------------------------------------------------------------
@@ -467,7 +469,7 @@ def test_a_compiled_loss_equals_the_plain_one_with_its_gradients(monkeypatch):
     torch._dynamo.reset()
     student, target = (torch.randn(2, 3, 4, 4, generator=generator()) * k for k in (1, 2))
     found = []
-    for function in (whitened_mse, compiled.compiled(whitened_mse, strict=True)):
+    for function in (whitened_mse, compile.compiled(whitened_mse, strict=True)):
         x = student.clone().requires_grad_()
         loss = function([x], [target])[0]
         loss.backward()
@@ -480,8 +482,8 @@ def test_what_cannot_be_compiled_runs_as_it_is_or_is_an_error(monkeypatch, capsy
     def broken(graph, inputs):
         raise RuntimeError("no compiler found")
 
-    monkeypatch.setattr(compiled, "BACKEND", broken)
-    soft, strict = (compiled.compiled(lambda x: x + 1, strict=s) for s in (False, True))
+    monkeypatch.setattr(compile, "BACKEND", broken)
+    soft, strict = (compile.compiled(lambda x: x + 1, strict=s) for s in (False, True))
     assert [soft(torch.ones(1)).item() for _ in range(2)] == [2.0, 2.0]
     assert capsys.readouterr().out.count("Not compiled") == 1
     with pytest.raises(UserError, match="no compiler found"):
@@ -499,9 +501,9 @@ def test_a_backward_pass_that_cannot_be_compiled_has_the_same_way_back(monkeypat
     def broken(graph, inputs):
         raise RuntimeError("no kernel for this gradient")
 
-    monkeypatch.setattr(compiled, "BACKEND", aot_autograd(fw_compiler=nop, bw_compiler=broken))
+    monkeypatch.setattr(compile, "BACKEND", aot_autograd(fw_compiler=nop, bw_compiler=broken))
     torch._dynamo.reset()
-    soft, strict = (compiled.compiled(lambda x: (x * x).sum(), strict=s) for s in (False, True))
+    soft, strict = (compile.compiled(lambda x: (x * x).sum(), strict=s) for s in (False, True))
     x = torch.ones(2, requires_grad=True)
     soft(x).backward()
     assert x.grad.tolist() == [2, 2]
@@ -513,24 +515,24 @@ def test_a_backward_pass_that_cannot_be_compiled_has_the_same_way_back(monkeypat
 
 def test_auto_compiles_long_runs_on_a_gpu_with_triton_alone(monkeypatch):
     cuda = torch.device("cuda")
-    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(compile.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setenv("CC", "cc")
-    assert compiled.wants_compile("auto", cuda, 1000)
-    assert not compiled.wants_compile("auto", cuda, 999)
-    assert not compiled.wants_compile("auto", CPU, 10**6)
-    assert not compiled.wants_compile("auto", cuda, 1000, whole=False)
-    assert compiled.wants_compile("on", CPU, 1)
-    assert compiled.wants_compile("on", cuda, 1, whole=False)
-    assert not compiled.wants_compile("off", cuda, 10**6)
-    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
-    assert not compiled.wants_compile("auto", cuda, 10**6)
+    assert compile.wants_compile("auto", cuda, 1000)
+    assert not compile.wants_compile("auto", cuda, 999)
+    assert not compile.wants_compile("auto", CPU, 10**6)
+    assert not compile.wants_compile("auto", cuda, 1000, whole=False)
+    assert compile.wants_compile("on", CPU, 1)
+    assert compile.wants_compile("on", cuda, 1, whole=False)
+    assert not compile.wants_compile("off", cuda, 10**6)
+    monkeypatch.setattr(compile.importlib.util, "find_spec", lambda name: None)
+    assert not compile.wants_compile("auto", cuda, 10**6)
 
 
 @compiles
 @pytest.mark.slow
 def test_compiled_pretraining_equals_the_plain_one_and_compiles_once(config, monkeypatch):
     """Teacher (in parts), student, regressor and losses, through all of the compiler but its kernels."""
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compile, "BACKEND", "aot_eager")
     config = dataclasses.replace(config, epochs=1)
     plain = pretrain(dataclasses.replace(config, out=config.out.with_name("plain"), compile="off"))
     torch._dynamo.reset()
@@ -616,13 +618,13 @@ def test_copies_are_pinned_beside_the_work_and_waited_for_by_the_device_alone(mo
 
 
 def test_raw_batches_made_floats_on_the_device_are_the_same_bits(image_folder):
-    images = data.load_images(image_folder, (64, 64))
+    images = image_set.load_images(image_folder, (64, 64))
     asked = {"batch_size": 4, "seed": 1, "first_step": 0, "last_step": 3, "flip": True}
     for raw, plain in zip(
-        data.batches(images, raw=True, **asked), data.batches(images, **asked), strict=True
+        image_set.batches(images, raw=True, **asked), image_set.batches(images, **asked), strict=True
     ):
         assert raw.images.dtype == torch.uint8
-        made = data.to_float(raw.images)
+        made = image_set.to_float(raw.images)
         assert torch.equal(made, plain.images)
         assert made.is_contiguous(memory_format=torch.channels_last)
 
@@ -677,7 +679,7 @@ def nothing_is_kept() -> Iterator[None]:
     """What was made of tensors that are not there must not be met by other tests."""
     yield
     diffusion._fixed_noise.cache_clear()
-    data._epoch_order.cache_clear()
+    image_set._epoch_order.cache_clear()
 
 
 def step_on_fake_gpu(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
@@ -686,12 +688,12 @@ def step_on_fake_gpu(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> set[t
     Returns the dtypes that came out of the teacher's norms.
     """
     cuda = torch.device("cuda")
-    for module in (feature_dataset, training):
+    for module in (dataset, distill_step):
         monkeypatch.setattr(module, "autocast", cuda_autocast)
-    monkeypatch.setattr(feature_dataset, "device_generator", lambda *_: torch.Generator().manual_seed(0))
-    monkeypatch.setattr(data, "flip_images", lambda images, _: images)  # on the host, before the copy
+    monkeypatch.setattr(dataset, "device_generator", lambda *_: torch.Generator().manual_seed(0))
+    monkeypatch.setattr(image_set, "flip_images", lambda images, _: images)  # on the host, before the copy
     here = functools.partial(prefetch.ahead, threaded=False)  # what watches, watches one thread
-    monkeypatch.setattr(feature_dataset, "ahead", lambda items, work, *, threaded: here(items, work))
+    monkeypatch.setattr(dataset, "ahead", lambda items, work, *, threaded: here(items, work))
     monkeypatch.setattr(prefetch.Copies, "__init__", lambda self, device: None)
     monkeypatch.setattr(
         prefetch.Copies, "send",
@@ -722,9 +724,7 @@ def step_on_fake_gpu(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> set[t
             stream = small_stream(InParts(teacher), device=cuda, size=teacher.size)
         else:
             common = {"seed": 0, "device": cuda, "precision": "float32"}
-            stream = feature_dataset.synthesized(
-                InParts(teacher), batch_size=8, first_step=0, last_step=9, **common
-            )
+            stream = dataset.synthesized(InParts(teacher), batch_size=8, first_step=0, last_step=9, **common)
         there.step(0, stream, Progress(9, 0, 8, "test"))  # fixed noise is made once, for all steps
         with NoWaiting():
             batch, maps = there.step(1, stream, Progress(9, 0, 8, "test"))

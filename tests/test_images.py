@@ -18,8 +18,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dreamteacher import images
-from dreamteacher.images import (
+from dreamteacher.data import images
+from dreamteacher.data.images import (
     BadImageError,
     Size,
     _cover_box,
@@ -259,7 +259,7 @@ def test_a_large_image_below_the_limit_gives_no_warning(tmp_path: Path) -> None:
 PEAK = """
 import os, resource, sys
 from pathlib import Path
-from dreamteacher.images import read_image
+from dreamteacher.data.image_set.images import read_image
 for path in map(Path, sys.argv[1:]):
     for size in ((64, 48), None):
         if not os.fork():

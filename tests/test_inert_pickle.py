@@ -14,8 +14,9 @@ import torch
 from pictures import refused
 from test_stylegan2_pickle import BENIGN, equal
 
-from dreamteacher.teachers import inert_pickle, stylegan2_pickle
-from dreamteacher.teachers.stylegan2_pickle import convert, read_pickle
+from dreamteacher.teachers.stylegan2 import convert as stylegan2_convert
+from dreamteacher.teachers.stylegan2 import inert_pickle
+from dreamteacher.teachers.stylegan2.convert import convert, read_pickle
 
 
 class Raw(bytes):
@@ -334,7 +335,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("name", stylegan2_pickle._allowed(0))
+@pytest.mark.parametrize("name", stylegan2_convert._allowed(0))
 def test_allowed_names_take_only_the_arguments_of_the_official_files(tmp_path, name):
     for arguments in WRONG:
         if (name, arguments) in [("collections OrderedDict", ()), ("dnnlib.util EasyDict", ())]:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dreamteacher import cli, inspection
-from dreamteacher.errors import UserError
-from dreamteacher.inspection import InspectConfig, inspect_teacher, spearman
-from dreamteacher.inspection_scores import halves, pixel_probe, pixels_at, recognition
+from dreamteacher.cli import main as cli
+from dreamteacher.reports import inspect
+from dreamteacher.reports.inspect import InspectConfig, inspect_teacher, spearman
+from dreamteacher.reports.inspect_scores import halves, pixel_probe, pixels_at, recognition
+from dreamteacher.runtime.errors import UserError
 
 SEED = torch.Generator().manual_seed(0)
 
@@ -71,7 +72,7 @@ def planted(monkeypatch):
     """A teacher whose maps know the image at t = 100, stride 8, and are noise elsewhere."""
     from test_feature_dataset import Echo
 
-    from dreamteacher.features import FeatureSpec
+    from dreamteacher.spec import FeatureSpec
 
     class Planted(Echo):
         timesteps = (50, 100)
@@ -87,7 +88,7 @@ def planted(monkeypatch):
                 found.append(torch.cat(noise, dim=1))
             return found
 
-    monkeypatch.setattr(inspection, "load_teacher", lambda *args, **kwargs: Planted())
+    monkeypatch.setattr(inspect, "load_teacher", lambda *args, **kwargs: Planted())
 
 
 @pytest.mark.parametrize("kind", ["none", "classes", "masks", "samples"])

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from torchvision.models import ResNet, resnet50
 from torchvision.transforms.v2 import functional as T
 
-from dreamteacher.config import from_json, to_json
-from dreamteacher.data import load_images
-from dreamteacher.teachers import load_teacher, save_teacher
-from dreamteacher.teachers.biggan import BigGanSpec
-from dreamteacher.teachers.instance_bank import (
+from dreamteacher.data.image_set import load_images
+from dreamteacher.runtime.config import from_json, to_json
+from dreamteacher.teachers.biggan.instance_bank import (
     bank_images,
     bank_labels,
     build_bank,
     chosen,
     load_embedder,
 )
+from dreamteacher.teachers.biggan.teacher import BigGanSpec
+from dreamteacher.teachers.registry import load_teacher, save_teacher
 from dreamteacher.testing import check_teacher
 
 

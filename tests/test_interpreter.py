@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreamteacher.features import FeatureSpec
-from dreamteacher.interpreter import Interpreter
 from dreamteacher.losses import dice_loss, interpreter_loss, label_distillation
-from dreamteacher.regressor import resize
+from dreamteacher.models.interpreter import Interpreter
+from dreamteacher.models.regressor import resize
+from dreamteacher.spec import FeatureSpec
 
 G = torch.Generator().manual_seed(0)
 IGNORE = 255

@@ -12,23 +12,24 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dreamteacher import cli
-from dreamteacher.catalogue import DoctorConfig, ListConfig, doctor, print_list, teacher_table
-from dreamteacher.config import from_json
-from dreamteacher.errors import UserError
-from dreamteacher.fetch import alternatives
-from dreamteacher.teachers import EMBEDDED, SPECS, known, save_teacher
-from dreamteacher.teachers.adm import AdmFlags, DiffusersFlags, _spec
-from dreamteacher.teachers.adm_layout import Layout
-from dreamteacher.teachers.biggan import BigGanSpec
-from dreamteacher.teachers.biggan_weights import BigGanSettings
-from dreamteacher.teachers.cost import measure, stylegan2_macs
-from dreamteacher.teachers.diffusion import DiffusionSpec, build_unet
-from dreamteacher.teachers.get import GetTeacherConfig
+from dreamteacher.cli import main as cli
+from dreamteacher.cli.lists import DoctorConfig, ListConfig, doctor, print_list, teacher_table
+from dreamteacher.runtime.config import from_json
+from dreamteacher.runtime.download.http import alternatives
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.teachers import known
+from dreamteacher.teachers.biggan.convert import BigGanSettings
+from dreamteacher.teachers.biggan.teacher import BigGanSpec
+from dreamteacher.teachers.diffusion.adm import AdmFlags, DiffusersFlags, _spec
+from dreamteacher.teachers.diffusion.adm_keys import Layout
+from dreamteacher.teachers.diffusion.teacher import DiffusionSpec, build_unet
 from dreamteacher.teachers.known import ALIASES, KNOWN, Known
-from dreamteacher.teachers.stable_diffusion import StableDiffusionSettings, StableDiffusionSpec
-from dreamteacher.teachers.stylegan2 import Generator, StyleGan2Spec
-from dreamteacher.teachers.stylegan2_pickle import StyleGan2Settings
+from dreamteacher.teachers.published.cost import measure, stylegan2_macs
+from dreamteacher.teachers.published.get import GetTeacherConfig
+from dreamteacher.teachers.registry import EMBEDDED, SPECS, save_teacher
+from dreamteacher.teachers.stable_diffusion.teacher import StableDiffusionSettings, StableDiffusionSpec
+from dreamteacher.teachers.stylegan2.convert import StyleGan2Settings
+from dreamteacher.teachers.stylegan2.teacher import Generator, StyleGan2Spec
 from dreamteacher.teachers.vae import VaeSettings, VaeSpec
 
 PAGE = Path(__file__).parent.parent / "docs" / "teachers.md"
@@ -340,7 +341,7 @@ def test_the_list_tells_what_is_here(
     cache: Path, tiny_spec: DiffusionSpec, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("dreamteacher.teachers.EMBEDDED", {"tiny": tiny_teacher})
+    monkeypatch.setattr("dreamteacher.teachers.registry.EMBEDDED", {"tiny": tiny_teacher})
     told = {"levels": {"4": 77}, "modes": ["encode"], "gmacs": [2.5, 1.25], "licence": "CC0"}
     fetch_tiny(cache, "taesd", tiny_spec, told)
     print_list(ListConfig())
@@ -410,7 +411,7 @@ def test_a_command_of_the_document_is_understood(command: str) -> None:
     entry = cli.VERBS[verb]
     config = cli.parse(getattr(import_module(entry.module), entry.config), verb, arguments)
     if isinstance(config, GetTeacherConfig):
-        from dreamteacher.teachers.wanted import choose, settings_of
+        from dreamteacher.teachers.published.request import choose, settings_of
 
         _, chosen = choose(config, EMBEDDED)
         from_json(SETTINGS[chosen.kind], settings_of(config, chosen))

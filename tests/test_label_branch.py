@@ -19,32 +19,34 @@ from safetensors.torch import load_file
 from test_docs import masked
 from torch import Tensor
 
-from dreamteacher import checkpoint, data
-from dreamteacher.config import to_json
-from dreamteacher.downstream import distilled, draw_labels
-from dreamteacher.downstream.distilled import load_distilled
+from dreamteacher.data import image_set
+from dreamteacher.data.labelled import LabelledSet, draw, from_masks
+from dreamteacher.data.masks.loaded import load_labelled
+from dreamteacher.data.masks.pairs import SegmentationSet
+from dreamteacher.distill.dataset import FeatureBatch
+from dreamteacher.distill.make_labels import MakeLabelsConfig, make_labels
+from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.distill.step import Training
+from dreamteacher.distill.train_interpreter import TrainInterpreterConfig, prepare, train_interpreter
 from dreamteacher.downstream.evaluate import EvaluateConfig, check_config, evaluate
-from dreamteacher.downstream.segmentation import SegmentConfig, draw_masks
-from dreamteacher.feature_dataset import FeatureBatch
-from dreamteacher.interpreter import load_interpreter, read_interpreter_spec
-from dreamteacher.labelled import load_labelled
-from dreamteacher.labels import LabelledSet, draw, from_masks
+from dreamteacher.downstream.features import draw_labels
+from dreamteacher.downstream.segmentation import distilled
+from dreamteacher.downstream.segmentation.distilled import load_distilled
+from dreamteacher.downstream.segmentation.few_masks import SegmentConfig, draw_masks
 from dreamteacher.losses import feature_loss, interpreter_loss, label_distillation
-from dreamteacher.make_labels import MakeLabelsConfig, make_labels
-from dreamteacher.masks import SegmentationSet
-from dreamteacher.pretrain import PretrainConfig, pretrain
-from dreamteacher.regressor import FeatureRegressor, resize
-from dreamteacher.rundir import read_rows
-from dreamteacher.students import create_student
-from dreamteacher.teachers import load_teacher
-from dreamteacher.train_interpreter import TrainInterpreterConfig, prepare, train_interpreter
-from dreamteacher.training import Training
+from dreamteacher.models.interpreter import load_interpreter, read_interpreter_spec
+from dreamteacher.models.regressor import FeatureRegressor, resize
+from dreamteacher.models.student import create_student
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.config import to_json
+from dreamteacher.runtime.run_folder import read_rows
+from dreamteacher.teachers.registry import load_teacher
 
 GAN = "chest-xray-gan-64"
 RUN = """
 import sys, json
-from dreamteacher.config import from_json
-from dreamteacher.train_interpreter import TrainInterpreterConfig, train_interpreter
+from dreamteacher.runtime.config import from_json
+from dreamteacher.distill.train_interpreter import TrainInterpreterConfig, train_interpreter
 import torch
 torch.set_num_threads(1)
 train_interpreter(from_json(TrainInterpreterConfig, json.loads(sys.argv[1])))
@@ -111,15 +113,15 @@ def test_a_step_is_equation_4_on_the_teachers_maps(config: TrainInterpreterConfi
     """The first loss from its parts: this step's draw of images, flips and noise, and the fresh network."""
     config = dataclasses.replace(config, dropout=0.0, seed=1)
     job = prepare(config)
-    chosen = data.batch_indices(8, batch_size=4, seed=1, step=0)
-    flips = torch.rand(4, generator=data.step_generator(1, 0, "flip")) < 0.5
+    chosen = image_set.batch_indices(8, batch_size=4, seed=1, step=0)
+    flips = torch.rand(4, generator=image_set.step_generator(1, 0, "flip")) < 0.5
     assert flips.any()
     assert not flips.all()
-    images = data.flip_images(job.labelled.images[chosen], flips).float() / 255
+    images = image_set.flip_images(job.labelled.images[chosen], flips).float() / 255
     target = torch.stack(
         [m.flip(-1) if f else m for m, f in zip(job.labelled.targets[chosen], flips, strict=True)]
     )
-    seed = data.step_generator(1, 0, "teacher").initial_seed()
+    seed = image_set.step_generator(1, 0, "teacher").initial_seed()
     teacher = load_teacher(config.teacher)
     maps = teacher.encode(images, generator=torch.Generator().manual_seed(seed))
     logits = resize(job.spec.build(config.seed)(maps), (64, 64))
@@ -313,7 +315,7 @@ def test_a_mixed_run_resumes_bitwise(
         squares, tiny_teacher, tmp_path / "run", interpreter=trained, epochs=4, save_every=3, ema=0.9
     )
     whole = pretrain(dataclasses.replace(config, out=tmp_path / "whole"))
-    original = data.batches
+    original = image_set.batches
 
     def stopped(*args, **kwargs):
         for batch in original(*args, **kwargs):
@@ -321,11 +323,11 @@ def test_a_mixed_run_resumes_bitwise(
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(data, "batches", stopped)
+    monkeypatch.setattr(image_set, "batches", stopped)
     with pytest.raises(SystemExit) as stop:
         pretrain(config)
     assert stop.value.code == 128 + signal.SIGTERM
-    monkeypatch.setattr(data, "batches", original)
+    monkeypatch.setattr(image_set, "batches", original)
     pretrain(config)
     assert whole is not None
     for name in ("backbone", "regressor", "head"):

@@ -18,12 +18,12 @@ from pictures import noise, refused
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dreamteacher.downstream.finetune import shuffled_batches
-from dreamteacher.masks import SegmentationSet
-from dreamteacher.students import create_student
-from dreamteacher.teachers import load_teacher
-from dreamteacher.teachers.diffusion import DiffusionTeacher, alphas_cumprod, build_unet, noised
-from dreamteacher.teachers.unet_walk import decoder_outputs
+from dreamteacher.data.masks.pairs import SegmentationSet
+from dreamteacher.downstream.classification.finetune import shuffled_batches
+from dreamteacher.models.student import create_student
+from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher, alphas_cumprod, build_unet, noised
+from dreamteacher.teachers.diffusion.walk import decoder_outputs
+from dreamteacher.teachers.registry import load_teacher
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "label_efficient"
 sys.path.insert(0, str(FOLDER))
@@ -170,7 +170,7 @@ def test_training_together_is_training_one_by_one(classes):
     y = torch.arange(100) % classes
     x = torch.randn(100, 6, generator=generator()) + F.one_hot(y % 6, 6) * 2
     together = ddpm_seg.train_ensemble(x, y, config, classes=classes, seed=5)
-    from dreamteacher.data import step_generator
+    from dreamteacher.data.image_set import step_generator
 
     stops = []
     for m, model in enumerate(one_by_one(PixelEnsemble(6, classes, 4, 5))):

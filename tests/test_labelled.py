@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dreamteacher.images import BadImageError, read_image, read_mask, scale_mask
-from dreamteacher.labelled import load_labelled
-from dreamteacher.labelled_npy import read_npy, read_npy_header
-from dreamteacher.masks import SegmentationSet
+from dreamteacher.data.images import BadImageError, read_image, read_mask, scale_mask
+from dreamteacher.data.masks.loaded import load_labelled
+from dreamteacher.data.masks.pairs import SegmentationSet
+from dreamteacher.data.npy import read_npy, read_npy_header
 
 SIZE = (24, 24)
 

@@ -18,13 +18,13 @@ from pycocotools import mask as coco_mask
 from scipy.io import savemat
 from torch import Tensor
 
-from dreamteacher import layouts
-from dreamteacher.coco import CocoAnnotation
-from dreamteacher.coco_masks import Rle
-from dreamteacher.data import load_images
-from dreamteacher.downstream import check_classes, class_counts
-from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate
-from dreamteacher.layouts import (
+from dreamteacher.data.coco.annotations import CocoAnnotation
+from dreamteacher.data.coco.run_lengths import Rle
+from dreamteacher.data.image_set import load_images
+from dreamteacher.data.layouts import table as layouts_table
+from dreamteacher.data.layouts.bdd100k import run_lengths
+from dreamteacher.data.layouts.layout import MaskFiles
+from dreamteacher.data.layouts.table import (
     check,
     image_files,
     instance_files,
@@ -33,9 +33,9 @@ from dreamteacher.layouts import (
     mask_files,
     panoptic_files,
 )
-from dreamteacher.layouts_files import MaskFiles
-from dreamteacher.layouts_objects import run_lengths
-from dreamteacher.masks import load_layout
+from dreamteacher.data.masks.pairs import load_layout
+from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate
+from dreamteacher.downstream.features import check_classes, class_counts
 
 # pycocotools' own way with numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -152,7 +152,7 @@ SEMANTIC: dict[str, tuple[Callable[[Path], Made], dict[int, int], int]] = {
 
 @pytest.mark.parametrize("part", ["train", "val"])
 @pytest.mark.parametrize("name", SEMANTIC)
-def test_masks_are_read_pixel_by_pixel(name: str, part: layouts.Part, tmp_path: Path) -> None:
+def test_masks_are_read_pixel_by_pixel(name: str, part: layouts_table.Part, tmp_path: Path) -> None:
     make, meaning, classes = SEMANTIC[name]
     made = make(tmp_path)
     found = load_layout(at(name, tmp_path), (H, W), part=part)
@@ -597,7 +597,7 @@ def add(*names: str) -> Callable[[Path], None]:
     return lambda root: [photo(root / name) for name in names] and None
 
 
-BROKEN: list[tuple[str, Callable[[Path], object], layouts.Use, Callable[[Path], None], tuple[str, ...]]] = [
+BROKEN: list[tuple[str, Callable[[Path], object], layouts_table.Use, Callable[[Path], None], tuple[str, ...]]] = [
     ("ade20k", ade20k, "masks", remove("annotations"), ("no annotations/training", "ADEChallengeData2016.zip")),
     ("ade20k", ade20k, "images", remove("images/training"), ("no images/training",)),
     ("ade20k", ade20k, "masks", remove("annotations/validation/*1.png"), ("1 of 2 images lack", "ADE_val_00000001")),
@@ -638,7 +638,7 @@ BROKEN: list[tuple[str, Callable[[Path], object], layouts.Use, Callable[[Path], 
 
 @pytest.mark.parametrize("case", BROKEN, ids=lambda case: f"{case[0]}-{case[2]}-{case[4][0]}")
 def test_what_is_missing_is_named(
-    case: tuple[str, Callable[[Path], object], layouts.Use, Callable[[Path], None], tuple[str, ...]],
+    case: tuple[str, Callable[[Path], object], layouts_table.Use, Callable[[Path], None], tuple[str, ...]],
     tmp_path: Path,
 ) -> None:
     name, make, use, spoil, words = case

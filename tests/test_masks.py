@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dreamteacher.images import Size, read_mask
-from dreamteacher.labelled import load_labelled
-from dreamteacher.masks import SegmentationSet
+from dreamteacher.data.images import Size, read_mask
+from dreamteacher.data.masks.loaded import load_labelled
+from dreamteacher.data.masks.pairs import SegmentationSet
 
 load = partial(load_labelled, absent_ok=True)
 

@@ -13,8 +13,8 @@ from pictures import refused
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dreamteacher.teachers import load_teacher
 from dreamteacher.teachers.module import ModuleTeacher, teacher_from_file
+from dreamteacher.teachers.registry import load_teacher
 from dreamteacher.testing import check_teacher
 
 ROOT = Path(__file__).parent.parent
@@ -240,7 +240,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 import torch
 from torch import nn
-from dreamteacher.errors import UserError
+from dreamteacher.runtime.errors import UserError
 from dreamteacher.teachers.module import ModuleTeacher
 from my_neighbour import CHANNELS
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dreamteacher.optim import Ema, OptimizerName, build_optimizer, lr_at, parameter_groups, set_lr
+from dreamteacher.runtime.optim import Ema, OptimizerName, build_optimizer, lr_at, parameter_groups, set_lr
 
 
 class Net(nn.Module):

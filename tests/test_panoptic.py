@@ -18,13 +18,14 @@ from test_layouts import cityscapes, coco
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dreamteacher.coco_panoptic import PanopticSet, read_panoptic
-from dreamteacher.distributed import seeded
+from dreamteacher.data.layouts.table import panoptic_files
+from dreamteacher.data.panoptic_set import PanopticSet, read_panoptic
 from dreamteacher.downstream import evaluate
-from dreamteacher.downstream.detection_config import DetectConfig
-from dreamteacher.downstream.detection_data import Draw
+from dreamteacher.downstream.detection.config import DetectConfig
+from dreamteacher.downstream.detection.data import Draw
 from dreamteacher.downstream.evaluate import EvaluateConfig
-from dreamteacher.downstream.panoptic import (
+from dreamteacher.downstream.panoptic.merge import merge
+from dreamteacher.downstream.panoptic.train import (
     PRESETS,
     PanopticConfig,
     PanopticData,
@@ -35,10 +36,9 @@ from dreamteacher.downstream.panoptic import (
     panoptic_example,
     train_panoptic,
 )
-from dreamteacher.downstream.panoptic_merge import merge
-from dreamteacher.layouts import panoptic_files
 from dreamteacher.metrics_panoptic import panoptic_counts, panoptic_quality
-from dreamteacher.students import Student, create_student
+from dreamteacher.models.student import Student, create_student
+from dreamteacher.runtime.distributed.share import seeded
 from dreamteacher.testing import check_task
 
 NAME = "test_resnet"

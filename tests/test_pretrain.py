@@ -16,18 +16,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dreamteacher import checkpoint, data, feature_dataset
-from dreamteacher.config import to_json
-from dreamteacher.errors import UserError
+from dreamteacher.data import image_set
+from dreamteacher.distill import dataset
+from dreamteacher.distill.pretrain import PretrainConfig, pretrain
 from dreamteacher.losses import feature_loss, whiten
-from dreamteacher.pretrain import PretrainConfig, pretrain
-from dreamteacher.rundir import read_rows
-from dreamteacher.teachers import load_teacher
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.config import to_json
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.run_folder import read_rows
+from dreamteacher.teachers.registry import load_teacher
 
 RUN = """
 import sys, json
-from dreamteacher.config import from_json
-from dreamteacher.pretrain import PretrainConfig, pretrain
+from dreamteacher.runtime.config import from_json
+from dreamteacher.distill.pretrain import PretrainConfig, pretrain
 import torch
 torch.set_num_threads(1)
 pretrain(from_json(PretrainConfig, json.loads(sys.argv[1])))
@@ -89,7 +91,7 @@ def test_kill_and_resume_is_bitwise(config, optimizer):
 def test_signals_save_and_exit_with_128_plus_n(config, number, monkeypatch):
     whole = pretrain(dataclasses.replace(config, out=config.out.with_name("whole"), epochs=4))
     config = dataclasses.replace(config, epochs=4)
-    original = data.batches
+    original = image_set.batches
 
     def signalled(*args, **kwargs):
         for batch in original(*args, **kwargs):
@@ -97,12 +99,12 @@ def test_signals_save_and_exit_with_128_plus_n(config, number, monkeypatch):
                 os.kill(os.getpid(), number)
             yield batch
 
-    monkeypatch.setattr(data, "batches", signalled)
+    monkeypatch.setattr(image_set, "batches", signalled)
     with pytest.raises(SystemExit) as stop:
         pretrain(config)
     assert stop.value.code == 128 + number
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 6)
-    monkeypatch.setattr(data, "batches", original)
+    monkeypatch.setattr(image_set, "batches", original)
     pretrain(config)
     assert whole is not None
     assert_equal(everything(whole), everything(config.out))
@@ -131,14 +133,14 @@ def test_loss_falls_and_metrics_mean_something(config):
 
 def test_first_loss_is_that_of_the_parts(config):
     """Oracle: the first logged loss, recomputed outside the loop from the contracts alone."""
-    from dreamteacher.regressor import FeatureRegressor
-    from dreamteacher.students import create_student
+    from dreamteacher.models.regressor import FeatureRegressor
+    from dreamteacher.models.student import create_student
 
     pretrain(dataclasses.replace(config, epochs=1, warmup_epochs=0, log_every=1))
-    images = data.load_images(config.images, (64, 64))
-    batch = next(data.batches(images, batch_size=8, seed=0, first_step=0, last_step=1, flip=True))
+    images = image_set.load_images(config.images, (64, 64))
+    batch = next(image_set.batches(images, batch_size=8, seed=0, first_step=0, last_step=1, flip=True))
     teacher = load_teacher(config.teacher)
-    generator = feature_dataset.device_generator(0, 0, "teacher", torch.device("cpu"))
+    generator = dataset.device_generator(0, 0, "teacher", torch.device("cpu"))
     maps = teacher.encode(batch.images, generator=generator)
     student = create_student("test_resnet", seed=0)
     regressor = FeatureRegressor(student.specs, teacher.specs, width=8, seed=0).train()
@@ -154,8 +156,8 @@ def test_first_loss_is_that_of_the_parts(config):
 
 def test_teacher_sees_what_the_student_sees(config, monkeypatch):
     seen: dict[str, list[torch.Tensor]] = {"teacher": [], "student": []}
-    from dreamteacher.students import Student
-    from dreamteacher.teachers.diffusion import DiffusionTeacher
+    from dreamteacher.models.student import Student
+    from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher
 
     encode, forward = DiffusionTeacher.encode, Student.forward
 
@@ -174,7 +176,7 @@ def test_teacher_sees_what_the_student_sees(config, monkeypatch):
     assert len(seen["teacher"]) == 4  # once a step: nothing is encoded twice
     for a, b in zip(seen["teacher"], seen["student"], strict=True):
         assert torch.equal(a, b)
-    originals = data.load_images(config.images, (64, 64)).get(torch.arange(16)).float() / 255
+    originals = image_set.load_images(config.images, (64, 64)).get(torch.arange(16)).float() / 255
     batch = torch.cat(seen["teacher"])
     plain = sum(any(torch.equal(x, y) for y in originals) for x in batch)
     flipped = sum(any(torch.equal(x.flip(-1), y) for y in originals) for x in batch)
@@ -257,13 +259,13 @@ def test_changed_config_on_resume_is_refused_and_named(config):
 
 
 def test_nan_stops_with_the_step_and_keeps_the_checkpoint(config, monkeypatch):
-    original = data.batches
+    original = image_set.batches
 
     def poisoned(*args, **kwargs):
         for batch in original(*args, **kwargs):
             yield batch._replace(images=batch.images * float("nan")) if batch.step == 9 else batch
 
-    monkeypatch.setattr(data, "batches", poisoned)
+    monkeypatch.setattr(image_set, "batches", poisoned)
     with pytest.raises(UserError, match="map s4 is not finite at step 10"):
         pretrain(config)
     last = checkpoint.latest(config.out)

@@ -12,32 +12,32 @@ import torch
 from test_layouts import bitmask, photo, save
 from torch.utils.flop_counter import FlopCounterMode
 
-from dreamteacher import cli
-from dreamteacher.cli import main
-from dreamteacher.downstream.detection_config import PRESETS as DETECT
-from dreamteacher.downstream.detection_data import load_detection
-from dreamteacher.downstream.detection_model import build_detector
+from dreamteacher.cli import main as cli
+from dreamteacher.cli.main import main
+from dreamteacher.data.layouts.table import instance_files
+from dreamteacher.distill.step import PretrainConfig
+from dreamteacher.distill.train_interpreter import TrainInterpreterConfig
+from dreamteacher.downstream.detection.config import PRESETS as DETECT
+from dreamteacher.downstream.detection.data import load_detection
+from dreamteacher.downstream.detection.model import build_detector
 from dreamteacher.downstream.evaluate import EvaluateConfig, check_config, evaluate
 from dreamteacher.downstream.presets import PRESETS, preset_config
-from dreamteacher.downstream.segmentation import SegmentationHead
-from dreamteacher.downstream.semantic import FCNHead
-from dreamteacher.errors import UserError
-from dreamteacher.features import FeatureSpec
-from dreamteacher.layouts import instance_files
+from dreamteacher.downstream.segmentation.few_masks import SegmentationHead
+from dreamteacher.downstream.segmentation.semantic import FCNHead
+from dreamteacher.models.regressor import FeatureRegressor
+from dreamteacher.models.student import create_student
 from dreamteacher.recipes import RECIPES, find_recipe, hours, recipe_lines, script, steps
 from dreamteacher.recipes_cost import BOX_HEAD, GMACS, MASK_HEAD, TRAINED, gpu_hours, shape_of
 from dreamteacher.recipes_downstream import BESIDE
 from dreamteacher.recipes_page import page
 from dreamteacher.recipes_row import DATA, VERBS, Places, command_line
-from dreamteacher.regressor import FeatureRegressor
-from dreamteacher.students import create_student
-from dreamteacher.teachers import train_diffusion, train_stylegan2
-from dreamteacher.teachers.cost import measure
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.known import KNOWN
-from dreamteacher.teachers.train import PRESETS as TEACHERS
-from dreamteacher.teachers.train import TrainTeacherConfig
-from dreamteacher.train_interpreter import TrainInterpreterConfig
-from dreamteacher.training import PretrainConfig
+from dreamteacher.teachers.published.cost import measure
+from dreamteacher.teachers.training import diffusion, stylegan2
+from dreamteacher.teachers.training.train import PRESETS as TEACHERS
+from dreamteacher.teachers.training.train import TrainTeacherConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "reproducing.md"
 OURS = [name for name, recipe in RECIPES.items() if recipe.make is not None]
@@ -382,11 +382,11 @@ def test_operations_are_counted_anew(name: str) -> None:
 @pytest.mark.parametrize("name", TRAINED)
 def test_trained_teachers_are_measured_anew(name: str) -> None:
     preset = TEACHERS[name]
-    if isinstance(preset, train_diffusion.DiffusionPreset):
-        found = measure("diffusion", train_diffusion.network_spec(preset, preset.size, 3, "linear"))
+    if isinstance(preset, diffusion.DiffusionPreset):
+        found = measure("diffusion", diffusion.network_spec(preset, preset.size, 3, "linear"))
     else:
-        assert isinstance(preset, train_stylegan2.StyleGan2Preset)
-        found = measure("stylegan2", train_stylegan2.network_spec(preset, preset.size, 3))
+        assert isinstance(preset, stylegan2.StyleGan2Preset)
+        found = measure("stylegan2", stylegan2.network_spec(preset, preset.size, 3))
     assert (preset.size, found.levels) == (TRAINED[name].size, TRAINED[name].levels)
     assert found.full == pytest.approx(TRAINED[name].gmacs_full, abs=0.01)
     assert found.needed == pytest.approx(TRAINED[name].gmacs_levels, abs=0.01)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamteacher.features import FeatureSpec
-from dreamteacher.regressor import FeatureRegressor, Neck, PyramidPooling, resize
+from dreamteacher.models.regressor import FeatureRegressor, Neck, PyramidPooling, resize
+from dreamteacher.spec import FeatureSpec
 
 STUDENT = tuple(FeatureSpec(f"s{s}", c, s) for s, c in ((4, 6), (8, 8), (16, 10), (32, 12)))
 

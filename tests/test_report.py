@@ -22,15 +22,26 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dreamteacher import cli, figures, report_maps
-from dreamteacher.errors import UserError
-from dreamteacher.features import FeatureSpec
-from dreamteacher.figures import Dots, Scale, Series, chart_scales, data_uri, dot_plot, line_chart, nice_ticks
-from dreamteacher.pretrain import PretrainConfig, pretrain
-from dreamteacher.report import ReportConfig, report, write_report
-from dreamteacher.teachers import save_teacher
-from dreamteacher.teachers.diffusion import build_unet
-from dreamteacher.teachers.train_diffusion import PRESETS, network_spec
+from dreamteacher.cli import main as cli
+from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.reports import charts
+from dreamteacher.reports import maps as reports_maps
+from dreamteacher.reports.charts import (
+    Dots,
+    Scale,
+    Series,
+    chart_scales,
+    data_uri,
+    dot_plot,
+    line_chart,
+    nice_ticks,
+)
+from dreamteacher.reports.report import ReportConfig, report, write_report
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.spec import FeatureSpec
+from dreamteacher.teachers.diffusion.teacher import build_unet
+from dreamteacher.teachers.registry import save_teacher
+from dreamteacher.teachers.training.diffusion import PRESETS, network_spec
 
 VOID = {"meta", "img", "br"}
 SECTIONS = (
@@ -248,12 +259,12 @@ def test_new_samples_are_made_where_they_are_cheap(
     facts = json.loads((run / "config.json").read_text())
     facts["config"]["teacher"] = str(teacher)
     (run / "config.json").write_text(json.dumps(facts))
-    monkeypatch.setattr(report_maps, "_SAMPLES", 3)
-    monkeypatch.setattr(report_maps, "_SAMPLING_STEPS", 2)
+    monkeypatch.setattr(reports_maps, "_SAMPLES", 3)
+    monkeypatch.setattr(reports_maps, "_SAMPLING_STEPS", 2)
     page = Page(write_report(run, images=0).read_text())
     assert decoded(page.images[0]["src"]).size == (3 * 66 + 2, 68)
     assert "3 images that the teacher made" in page.text
-    monkeypatch.setattr(report_maps, "_PATIENCE", 0.0)
+    monkeypatch.setattr(reports_maps, "_PATIENCE", 0.0)
     assert "New samples would take" in Page(write_report(run, images=0).read_text()).text
 
 
@@ -324,8 +335,8 @@ def test_points_of_a_chart_lie_where_they_should() -> None:
         [tuple(map(float, p.split(","))) for p in found.split()]
         for found in re.findall('points="(.*?)"', text)
     ]
-    left, right = figures.LEFT, figures.WIDTH - figures.RIGHT
-    bottom, top = figures.HEIGHT - figures.BOTTOM, figures.TOP
+    left, right = charts.LEFT, charts.WIDTH - charts.RIGHT
+    bottom, top = charts.HEIGHT - charts.BOTTOM, charts.TOP
     height = bottom - top  # the axis runs from 0 to 4
     assert lines[0] == [
         (left, bottom),
@@ -365,7 +376,7 @@ def test_ticks_are_few_even_and_cover(low: float, span: float) -> None:
 def test_dots_rings_and_bars_lie_where_they_should() -> None:
     text = dot_plot("T", [Dots("DreamTeacher", [0.6, 0.8], True), Dots("<b>", [0.2])])
     ticks = nice_ticks(0.2, 0.7 + statistics.stdev([0.6, 0.8]), 5)
-    scale = Scale(ticks[0], ticks[-1], 112.0, figures.WIDTH - 16)
+    scale = Scale(ticks[0], ticks[-1], 112.0, charts.WIDTH - 16)
     found = [(kind, float(x)) for kind, x in re.findall(r'circle class="(\w+)" cx="([\d.]+)"', text)]
     expected = [("ring", 0.6), ("ring", 0.8), ("mean", 0.7), ("mean", 0.2)]
     assert found == [(kind, pytest.approx(scale(v), abs=0.06)) for kind, v in expected]
@@ -378,7 +389,7 @@ def test_dots_rings_and_bars_lie_where_they_should() -> None:
 @pytest.mark.parametrize("shape", [(2, 5, 8, 8), (2, 60, 4, 4), (1, 2, 4, 4), (2, 7, 1, 1)])
 def test_basis_is_the_principal_components(shape: tuple[int, ...]) -> None:
     maps = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 3
-    basis = figures.pca_basis(maps)
+    basis = charts.pca_basis(maps)
     x = maps.double().permute(0, 2, 3, 1).flatten(0, 2)
     _, values, rows = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     rank = min(3, int((values > 1e-9).sum()))
@@ -388,16 +399,16 @@ def test_basis_is_the_principal_components(shape: tuple[int, ...]) -> None:
             continue
         assert abs(float(basis.axes[i] @ rows[i])) == pytest.approx(1.0, abs=1e-6)
         assert basis.axes[i].max() == basis.axes[i].abs().max()  # the sign is settled
-    again = figures.pca_basis(maps.flip(0))
+    again = charts.pca_basis(maps.flip(0))
     torch.testing.assert_close(again.axes, basis.axes, atol=1e-6, rtol=0)
-    colours = figures.pca_colours(maps, basis)
+    colours = charts.pca_colours(maps, basis)
     assert colours.shape == (shape[0], 3, *shape[2:])
     assert colours.dtype == torch.uint8
 
 
 def test_constant_maps_are_grey() -> None:
     maps = torch.ones(2, 4, 3, 3)
-    assert set(figures.pca_colours(maps, figures.pca_basis(maps)).flatten().tolist()) == {128}
+    assert set(charts.pca_colours(maps, charts.pca_basis(maps)).flatten().tolist()) == {128}
 
 
 def test_teacher_and_regressor_share_a_basis() -> None:
@@ -406,7 +417,7 @@ def test_teacher_and_regressor_share_a_basis() -> None:
     spec = FeatureSpec("s8", 6, 8)
 
     def sources(output: torch.Tensor) -> dict[str, str]:
-        text = report_maps._level(spec, target, output, target[:, :3])
+        text = reports_maps._level(spec, target, output, target[:, :3])
         return {alt: src for src, alt in re.findall('src="(.*?)" alt="(.*?)"', text)}
 
     same, other = sources(target.clone()), sources(-target)
@@ -433,7 +444,7 @@ def decoded(uri: str | None) -> Image.Image:
 def test_a_run_from_elsewhere_cannot_have_code_run(image_folder, tmp_path, monkeypatch):
     from test_families import build
 
-    from dreamteacher.cli import main
+    from dreamteacher.cli.main import main
 
     monkeypatch.chdir(tmp_path)
     name = build("module", tmp_path / "own")

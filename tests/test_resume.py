@@ -23,14 +23,14 @@ from test_semantic import SMALL, scenes
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dreamteacher import checkpoint
 from dreamteacher.downstream import evaluate, loop, results
+from dreamteacher.downstream.classification.finetune_full import FinetuneFullConfig
+from dreamteacher.downstream.classification.linear_sgd import LinearSgdConfig
 from dreamteacher.downstream.evaluate import EvaluateConfig
-from dreamteacher.downstream.finetune_full import FinetuneFullConfig
-from dreamteacher.downstream.linear_sgd import LinearSgdConfig
-from dreamteacher.downstream.readout import ReadoutConfig
-from dreamteacher.downstream.semantic import SemanticConfig
-from dreamteacher.rundir import read_rows
+from dreamteacher.downstream.segmentation.readout import ReadoutConfig
+from dreamteacher.downstream.segmentation.semantic import SemanticConfig
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.run_folder import read_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 TRAINED = dataclasses.replace(DETECT, steps=4, optimizer="sgd")

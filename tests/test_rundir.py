@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import torch
 
-from dreamteacher import checkpoint, rundir
-from dreamteacher.config import to_json
-from dreamteacher.errors import UserError
-from dreamteacher.pretrain import PretrainConfig
-from dreamteacher.rundir import FREE_TO_CHANGE, Progress, RunDir, Signals, read_rows
+from dreamteacher.distill.pretrain import PretrainConfig
+from dreamteacher.runtime import checkpoint, run_folder
+from dreamteacher.runtime.config import to_json
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.run_folder import FREE_TO_CHANGE, Progress, RunDir, Signals, read_rows
 
 
 def resolved(verb: str = "pretrain", **config: Any) -> dict[str, Any]:
@@ -297,13 +297,13 @@ def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(
 def test_a_restart_waits_for_what_the_killed_one_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rundir, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(run_folder, "PATIENCE_S", 0.3)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
     first, second = RunDir(tmp_path), RunDir(tmp_path)
     first.open(resolved())
     with pytest.raises(UserError, match="Another process"):
         second.open(resolved())
-    monkeypatch.setattr(rundir, "PATIENCE_S", 30.0)
+    monkeypatch.setattr(run_folder, "PATIENCE_S", 30.0)
     later = threading.Timer(0.3, first.close)
     later.start()
     second.open(resolved())
@@ -379,7 +379,7 @@ def test_progress_rates_and_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [100.0]
-    monkeypatch.setattr("dreamteacher.rundir.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("dreamteacher.runtime.run_folder.time.perf_counter", lambda: clock[0])
     progress = Progress(total=40, first=20, batch=8, title="pretrain", every=30.0)
     clock[0] += 10
     progress.wait(2.5)

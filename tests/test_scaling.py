@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from dreamteacher import cli
-from dreamteacher.feature_items import Level, Plan, layout
+from dreamteacher.cli import main as cli
+from dreamteacher.distill.store.items import Level, Plan, layout
 from dreamteacher.teachers.known import KNOWN
 
 ROOT = Path(__file__).parent.parent

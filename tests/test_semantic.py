@@ -18,20 +18,22 @@ from torch import Tensor, nn
 from torchvision.models.segmentation.fcn import FCNHead as TorchvisionHead
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from dreamteacher.data import step_generator
-from dreamteacher.distributed import seeded
-from dreamteacher.downstream import crops, evaluate, finetune, segmentation, semantic
-from dreamteacher.downstream.crops import CropConfig, SemanticData, random_crop
+from dreamteacher.data.image_set import step_generator
+from dreamteacher.data.masks.pairs import load_layout
+from dreamteacher.data.masks.streamed import SegmentationFiles, find_segmentation
+from dreamteacher.downstream import evaluate
+from dreamteacher.downstream.classification import finetune
+from dreamteacher.downstream.config import TASK_NAMES
 from dreamteacher.downstream.evaluate import EvaluateConfig
-from dreamteacher.downstream.evaluate_config import TASK_NAMES
-from dreamteacher.downstream.readout import ReadoutConfig, readout
-from dreamteacher.downstream.semantic import SemanticConfig
-from dreamteacher.errors import UserError
-from dreamteacher.features import FeatureSpec
-from dreamteacher.masks import load_layout
-from dreamteacher.masks_files import SegmentationFiles, find_segmentation
-from dreamteacher.optim import poly_lr_at
-from dreamteacher.students import Student, create_student
+from dreamteacher.downstream.segmentation import crops, few_masks, semantic
+from dreamteacher.downstream.segmentation.crops import CropConfig, SemanticData, random_crop
+from dreamteacher.downstream.segmentation.readout import ReadoutConfig, readout
+from dreamteacher.downstream.segmentation.semantic import SemanticConfig
+from dreamteacher.models.student import Student, create_student
+from dreamteacher.runtime.distributed.share import seeded
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.optim import poly_lr_at
+from dreamteacher.spec import FeatureSpec
 from dreamteacher.testing import check_task
 
 NAME = "test_resnet"
@@ -300,10 +302,10 @@ def test_the_loss_is_averaged_over_what_counts() -> None:
         for x in range(4)
         if target[n, y, x] != 255
     ]
-    assert float(segmentation.pixel_loss(logits, target, 255)) == pytest.approx(
+    assert float(few_masks.pixel_loss(logits, target, 255)) == pytest.approx(
         sum(terms) / len(terms), rel=1e-5
     )
-    assert float(segmentation.pixel_loss(logits, torch.full_like(target, 255), 255)) == 0.0
+    assert float(few_masks.pixel_loss(logits, torch.full_like(target, 255), 255)) == 0.0
 
 
 def test_the_fully_convolutional_head_is_torchvisions() -> None:

@@ -14,13 +14,13 @@ import torch
 from pictures import cut, fill, noise, refused
 from safetensors.torch import load_file
 
-from dreamteacher.data import ImageSet, batches, load_images
-from dreamteacher.downstream import class_counts
-from dreamteacher.images import BadImageError, Packed, read_header, read_image
-from dreamteacher.layouts import image_files
-from dreamteacher.pretrain import PretrainConfig, pretrain
-from dreamteacher.report_maps import _pick_images
-from dreamteacher.shards import tar_images
+from dreamteacher.data.image_set import ImageSet, batches, load_images
+from dreamteacher.data.images import BadImageError, Packed, read_header, read_image
+from dreamteacher.data.layouts.table import image_files
+from dreamteacher.data.shards import tar_images
+from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.downstream.features import class_counts
+from dreamteacher.reports.maps import _pick_images
 
 COUNT = 11
 

@@ -25,16 +25,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dreamteacher.config import from_json, to_json
-from dreamteacher.teachers import load_teacher, save_teacher
-from dreamteacher.teachers.stable_diffusion import (
+from dreamteacher.runtime.config import from_json, to_json
+from dreamteacher.teachers.registry import load_teacher, save_teacher
+from dreamteacher.teachers.stable_diffusion.network import decoder_maps, time_ids
+from dreamteacher.teachers.stable_diffusion.teacher import (
     StableDiffusionSpec,
     StableDiffusionTeacher,
     build_network,
     convert,
     load,
 )
-from dreamteacher.teachers.stable_diffusion_network import decoder_maps, time_ids
 from dreamteacher.testing import check_teacher
 
 CROSS, PLAIN = ("CrossAttnDownBlock2D", "DownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import dreamteacher
-from dreamteacher import cli
+from dreamteacher.cli import main as cli
 
 PACKAGE = Path(dreamteacher.__file__).parent
 ROOT = PACKAGE.parent
@@ -164,10 +164,20 @@ def test_there_is_no_import_cycle() -> None:
 
 
 def test_the_catalogue_and_the_command_line_import_lazily() -> None:
-    light = {"dreamteacher", "dreamteacher.errors", "dreamteacher.config", "dreamteacher.distributed"}
-    assert own_imports("dreamteacher.catalogue", at_top("dreamteacher.catalogue")) <= light
-    assert own_imports("dreamteacher.cli", at_top("dreamteacher.cli")) == set()
-    for module in ("dreamteacher", "dreamteacher.cli", "dreamteacher.errors", "dreamteacher.config"):
+    light = {
+        "dreamteacher",
+        "dreamteacher.runtime.errors",
+        "dreamteacher.runtime.config",
+        "dreamteacher.runtime.distributed.share",
+    }
+    assert own_imports("dreamteacher.cli.lists", at_top("dreamteacher.cli.lists")) <= light
+    assert own_imports("dreamteacher.cli.main", at_top("dreamteacher.cli.main")) == set()
+    for module in (
+        "dreamteacher",
+        "dreamteacher.cli.main",
+        "dreamteacher.runtime.errors",
+        "dreamteacher.runtime.config",
+    ):
         for name, node in imports_of(at_top(module), module):
             top = name.split(".")[0]
             assert top in sys.stdlib_module_names | {"dreamteacher"}, f"{module}:{node.lineno} imports {name}"

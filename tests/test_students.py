@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dreamteacher.errors import UserError
-from dreamteacher.students import Student, create_student, read_weights, student_names
+from dreamteacher.models.student import Student, create_student, read_weights, student_names
+from dreamteacher.runtime.errors import UserError
 
 FAMILIES = {
     "resnet18": (64, 128, 256, 512),
@@ -258,7 +258,7 @@ def test_names() -> None:
 def test_a_run_and_an_export_say_which_network_they_are(tmp_path):
     from safetensors.torch import save_file
 
-    from dreamteacher.students import is_ours, recorded_student
+    from dreamteacher.models.student import is_ours, recorded_student
 
     student = create_student("test_resnet")
     state = {k: v.contiguous() for k, v in student.model.state_dict().items()}

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from dreamteacher.config import from_json, to_json
-from dreamteacher.errors import UserError
-from dreamteacher.teachers import load_teacher, save_teacher
-from dreamteacher.teachers.stylegan2 import (
+from dreamteacher.runtime.config import from_json, to_json
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.teachers.registry import load_teacher, save_teacher
+from dreamteacher.teachers.stylegan2.teacher import (
     Generator,
     StyleGan2Spec,
     StyleGan2Teacher,

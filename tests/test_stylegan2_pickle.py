@@ -29,10 +29,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dreamteacher.errors import UserError
-from dreamteacher.teachers import inert_pickle, stylegan2_pickle
-from dreamteacher.teachers.stylegan2 import Generator
-from dreamteacher.teachers.stylegan2_pickle import convert, read_pickle
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.teachers.stylegan2 import convert as stylegan2_convert
+from dreamteacher.teachers.stylegan2 import inert_pickle
+from dreamteacher.teachers.stylegan2.convert import convert, read_pickle
+from dreamteacher.teachers.stylegan2.teacher import Generator
 
 GOLDEN = Path(__file__).parent.resolve() / "golden"
 BENIGN = GOLDEN / "stylegan2_format.pkl"
@@ -326,7 +327,7 @@ def read_mutations(folder: Path) -> dict[str, Any]:
     # our settings, which Python compiles.
     inert_pickle.flat_storage = functools.cache(inert_pickle.flat_storage)
     typing.get_type_hints = functools.cache(typing.get_type_hints)
-    stylegan2_pickle.spec_of = by_shapes(stylegan2_pickle.spec_of)
+    stylegan2_convert.spec_of = by_shapes(stylegan2_convert.spec_of)
     path = folder / "mutated.pkl"
     path.write_bytes(content)
     right, spec = convert(path, {})

@@ -9,9 +9,9 @@ import time
 
 import torch
 
-from dreamteacher import threads
-from dreamteacher.prefetch import ahead
-from dreamteacher.threads import helpers, in_threads
+from dreamteacher.runtime import threads
+from dreamteacher.runtime.prefetch import ahead
+from dreamteacher.runtime.threads import helpers, in_threads
 
 
 def threads_of_a_new_thread() -> int:

@@ -16,16 +16,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dreamteacher import checkpoint, data
-from dreamteacher.distributed import Share
-from dreamteacher.errors import UserError
-from dreamteacher.rundir import RunDir, read_rows
-from dreamteacher.teachers import load_teacher, read_card, train, train_stylegan2
-from dreamteacher.teachers.augment import Adaptation, _blit, _warp, augment
-from dreamteacher.teachers.discriminator import Discriminator, EqualConv, append_deviation
-from dreamteacher.teachers.stylegan2 import Generator, StyleGan2Spec, StyleGan2Teacher
-from dreamteacher.teachers.train import PRESETS, TrainTeacherConfig, train_teacher
-from dreamteacher.teachers.train_stylegan2 import (
+from dreamteacher.data import image_set
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.distributed.share import Share
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.run_folder import RunDir, read_rows
+from dreamteacher.teachers.registry import load_teacher, read_card
+from dreamteacher.teachers.stylegan2.teacher import Generator, StyleGan2Spec, StyleGan2Teacher
+from dreamteacher.teachers.training import stylegan2, train
+from dreamteacher.teachers.training.augment import Adaptation, _blit, _warp, augment
+from dreamteacher.teachers.training.discriminator import Discriminator, EqualConv, append_deviation
+from dreamteacher.teachers.training.stylegan2 import (
     StyleGan2Preset,
     StyleGan2Trainee,
     discriminator_loss,
@@ -35,7 +36,8 @@ from dreamteacher.teachers.train_stylegan2 import (
     network_spec,
     r1_penalty,
 )
-from dreamteacher.teachers.trainee import Plan, Trainee
+from dreamteacher.teachers.training.train import PRESETS, TrainTeacherConfig, train_teacher
+from dreamteacher.teachers.training.trainee import Plan, Trainee
 from dreamteacher.testing import check_teacher
 
 # Six blocks from 2 x 2 as in stylegan2-cpu-64, in networks that take milliseconds.
@@ -345,8 +347,8 @@ def test_one_step_touches_what_it_should(image_folder: Path) -> None:
     trainee = StyleGan2Trainee(TINY, spec, plan(), gamma=0.1, ada=None)
     before = {k: v.clone() for k, v in trainee.g.state_dict().items()}
     d_before = {k: v.clone() for k, v in trainee.d.state_dict().items()}
-    images = data.load_images(image_folder, (64, 64)).get(torch.arange(4)).float() / 255
-    latents = torch.randn(4, 8, generator=data.step_generator(0, 0, "latents/g"))
+    images = image_set.load_images(image_folder, (64, 64)).get(torch.arange(4)).float() / 255
+    latents = torch.randn(4, 8, generator=image_set.step_generator(0, 0, "latents/g"))
     with torch.no_grad():
         styles = trainee.g.mapping(latents)[:, 0]
     seen = trainee.step(0, images)
@@ -373,7 +375,7 @@ def test_one_step_touches_what_it_should(image_folder: Path) -> None:
 def test_each_phase_has_its_own_gradient(image_folder: Path) -> None:
     """Weights of the phases as published: gamma / 2 times 16 on the penalty; no phase reaches the other network."""
     trainee = StyleGan2Trainee(TINY, network_spec(TINY, (64, 64), 1), plan(), gamma=0.5, ada=None)
-    images = data.load_images(image_folder, (64, 64)).get(torch.arange(4)).float() / 255
+    images = image_set.load_images(image_folder, (64, 64)).get(torch.arange(4)).float() / 255
     real = (images[:, :1] * 2 - 1).contiguous(memory_format=torch.channels_last)
     weight = trainee.d.blocks[0].conv0.weight  # type: ignore[union-attr]
     (expected,) = torch.autograd.grad(r1_penalty(trainee.d, real) * 4.0, weight)  # 0.5 / 2 * 16
@@ -463,7 +465,7 @@ def test_stop_and_resume_is_bitwise(
     config = dataclasses.replace(config, steps=18, ada=ada, batch_size=4)
     whole = dataclasses.replace(config, out=config.out.with_name("whole"))
     train_teacher(whole)
-    original = data.batches
+    original = image_set.batches
 
     def signalled(*args, **kwargs):  # type: ignore[no-untyped-def]
         for batch in original(*args, **kwargs):
@@ -472,7 +474,7 @@ def test_stop_and_resume_is_bitwise(
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "batches", signalled)
+        patch.setattr(image_set, "batches", signalled)
         with pytest.raises(SystemExit) as stop:
             train_teacher(config)
     assert stop.value.code == 128 + signal.SIGTERM
@@ -548,14 +550,14 @@ def test_other_settings_on_resume_are_refused(config: TrainTeacherConfig) -> Non
 def test_nan_stops_and_keeps_the_checkpoint(
     config: TrainTeacherConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = train_stylegan2.discriminator_loss
+    original = stylegan2.discriminator_loss
     calls: list[int] = []
 
     def poisoned(real: Tensor, fake: Tensor) -> Tensor:
         calls.append(1)
         return original(real, fake) * (math.nan if len(calls) == 6 else 1)
 
-    monkeypatch.setattr(train_stylegan2, "discriminator_loss", poisoned)
+    monkeypatch.setattr(stylegan2, "discriminator_loss", poisoned)
     with pytest.raises(UserError, match="loss/d is nan at step 6"):
         train_teacher(config)
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 4)
@@ -569,13 +571,13 @@ def test_a_gradient_that_is_not_finite_is_never_saved(
     config: TrainTeacherConfig, name: str, norm: str, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The losses are, in the very step that a checkpoint is written after."""
-    original, count = getattr(train_stylegan2, name), itertools.count(1)
+    original, count = getattr(stylegan2, name), itertools.count(1)
 
     def poisoned(*args: Tensor) -> Tensor:
         loss = original(*args)
         return loss + (loss * 0).sqrt() if next(count) == calls else loss
 
-    monkeypatch.setattr(train_stylegan2, name, poisoned)
+    monkeypatch.setattr(stylegan2, name, poisoned)
     with pytest.raises(UserError, match=f"grad_norm/{norm} is nan at step {calls}"):
         train_teacher(config)
     assert checkpoint.latest(config.out) is None
@@ -625,7 +627,7 @@ class Elsewhere(Trainee):
 
 def test_losses_on_a_device_are_read_before_a_save_only(config: TrainTeacherConfig) -> None:
     """The loop runs on past a lost step, names it when it reads, and saves nothing that came after."""
-    images = data.load_images(config.images, (64, 64))
+    images = image_set.load_images(config.images, (64, 64))
     trainee, run = Elsewhere(), RunDir(config.out)
     elsewhere = plan(device=torch.device("meta"), batch_size=8, steps=20)
     with pytest.raises(UserError, match="The loss is inf at step 7"):
@@ -640,7 +642,7 @@ def test_losses_on_a_device_are_read_before_a_save_only(config: TrainTeacherConf
 
 @pytest.mark.parametrize("name", [n for n, p in PRESETS.items() if isinstance(p, StyleGan2Preset)])
 def test_presets_build_with_all_levels(name: str) -> None:
-    preset = train_stylegan2.PRESETS[name]
+    preset = stylegan2.PRESETS[name]
     spec = network_spec(preset, preset.size, 3)
     with torch.device("meta"):
         generator, d = Generator(spec), Discriminator(spec)
@@ -649,14 +651,14 @@ def test_presets_build_with_all_levels(name: str) -> None:
     assert teacher.size == preset.size
     assert all(s % preset.unit == 0 for s in preset.size)
     parameters = sum(p.numel() for m in (generator, d) for p in m.parameters())
-    assert train_stylegan2.parameter_count(spec) == parameters
+    assert stylegan2.parameter_count(spec) == parameters
     assert preset.line().startswith("StyleGAN2")
     assert min(preset.size) >> len(d.blocks) == 4
 
 
 def test_the_papers_preset() -> None:
     """Table 16: 512 x 1024, batch 32, gamma 10; ADA is never on unless asked for."""
-    paper = train_stylegan2.PRESETS["stylegan2-bdd100k"]
+    paper = stylegan2.PRESETS["stylegan2-bdd100k"]
     assert (paper.size, paper.batch_size, paper.gamma) == ((512, 1024), 32, 10.0)
     assert network_spec(paper, paper.size, 3).block_size(0) == (4, 8)
     assert TrainTeacherConfig.__dataclass_fields__["ada"].default is None

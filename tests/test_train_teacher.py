@@ -17,17 +17,25 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreamteacher import checkpoint, cli, data
-from dreamteacher.config import from_json, to_json
-from dreamteacher.distributed import Share
-from dreamteacher.errors import UserError
-from dreamteacher.pretrain import PretrainConfig, pretrain
-from dreamteacher.rundir import read_rows
-from dreamteacher.teachers import load_teacher, read_card, sha256, train_diffusion
-from dreamteacher.teachers.diffusion import DiffusionSpec, DiffusionTeacher, alphas_cumprod, build_unet
-from dreamteacher.teachers.train import PRESETS, TrainTeacherConfig, train_teacher
-from dreamteacher.teachers.train_diffusion import DiffusionPreset, DiffusionTrainee, epsilon_loss
-from dreamteacher.teachers.trainee import Plan
+from dreamteacher.cli import main as cli
+from dreamteacher.data import image_set
+from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.config import from_json, to_json
+from dreamteacher.runtime.distributed.share import Share
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.run_folder import read_rows
+from dreamteacher.teachers.diffusion.teacher import (
+    DiffusionSpec,
+    DiffusionTeacher,
+    alphas_cumprod,
+    build_unet,
+)
+from dreamteacher.teachers.registry import load_teacher, read_card, sha256
+from dreamteacher.teachers.training import diffusion
+from dreamteacher.teachers.training.diffusion import DiffusionPreset, DiffusionTrainee, epsilon_loss
+from dreamteacher.teachers.training.train import PRESETS, TrainTeacherConfig, train_teacher
+from dreamteacher.teachers.training.trainee import Plan
 
 # Strides 2 to 32 as in cpu-64, in a network that takes milliseconds.
 TINY = DiffusionPreset(
@@ -37,10 +45,10 @@ TINY = DiffusionPreset(
 
 RUN = """
 import sys, json
-from dreamteacher.config import from_json
-from dreamteacher.teachers import train
-from dreamteacher.teachers.diffusion import DiffusionTeacher
-from dreamteacher.teachers.train_diffusion import DiffusionPreset
+from dreamteacher.runtime.config import from_json
+from dreamteacher.teachers.training import train
+from dreamteacher.teachers.diffusion.teacher.teacher import DiffusionTeacher
+from dreamteacher.teachers.training.diffusion import DiffusionPreset
 import torch
 torch.set_num_threads(1)
 train.PRESETS["cpu-64"] = from_json(DiffusionPreset, json.loads(sys.argv[2]))
@@ -168,7 +176,7 @@ def test_the_folder_rebuilds_the_network(config: TrainTeacherConfig, image_folde
     assert teacher.size == (64, 64)
     assert [s.stride for s in teacher.specs] == [4, 8, 16, 32]
     assert not teacher.training
-    images = data.load_images(image_folder, (64, 64)).get(torch.arange(4)).float() / 255
+    images = image_set.load_images(image_folder, (64, 64)).get(torch.arange(4)).float() / 255
     for a, b in zip(
         teacher.encode(images, generator=torch.Generator().manual_seed(0)),
         expected.encode(images, generator=torch.Generator().manual_seed(0)),
@@ -205,7 +213,7 @@ def test_kill_and_resume_is_bitwise(config: TrainTeacherConfig) -> None:
 
 def signalled_at(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process gets a signal when it asks for the images of a step."""
-    original = data.batches
+    original = image_set.batches
 
     def signalled(*args, **kwargs):  # type: ignore[no-untyped-def]
         for batch in original(*args, **kwargs):
@@ -213,7 +221,7 @@ def signalled_at(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPa
                 os.kill(os.getpid(), number)
             yield batch
 
-    monkeypatch.setattr(data, "batches", signalled)
+    monkeypatch.setattr(image_set, "batches", signalled)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -308,7 +316,7 @@ def test_other_settings_on_resume_are_refused(config: TrainTeacherConfig) -> Non
 def test_nan_stops_and_keeps_the_checkpoint(
     config: TrainTeacherConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = train_diffusion.epsilon_loss
+    original = diffusion.epsilon_loss
 
     def poisoned(unet, x0, t, noise, alpha_bar):  # type: ignore[no-untyped-def]
         poisoned.calls += 1  # type: ignore[attr-defined]
@@ -316,7 +324,7 @@ def test_nan_stops_and_keeps_the_checkpoint(
         return loss * float("nan") if poisoned.calls == 7 else loss  # type: ignore[attr-defined]
 
     poisoned.calls = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(train_diffusion, "epsilon_loss", poisoned)
+    monkeypatch.setattr(diffusion, "epsilon_loss", poisoned)
     with pytest.raises(UserError, match=r"loss is nan at step 7\.\n.*The last checkpoint is from before"):
         train_teacher(config)
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 4)
@@ -332,13 +340,13 @@ def test_a_gradient_that_is_not_finite_is_never_saved(
     config: TrainTeacherConfig, last: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss is, in the very step that a checkpoint, or the finished teacher, is written after."""
-    original, count = train_diffusion.epsilon_loss, itertools.count(1)
+    original, count = diffusion.epsilon_loss, itertools.count(1)
 
     def poisoned(unet, x0, t, noise, alpha_bar):  # type: ignore[no-untyped-def]
         loss = original(unet, x0, t, noise, alpha_bar)
         return loss + (loss * 0).sqrt() if next(count) == last else loss
 
-    monkeypatch.setattr(train_diffusion, "epsilon_loss", poisoned)
+    monkeypatch.setattr(diffusion, "epsilon_loss", poisoned)
     with pytest.raises(UserError, match=f"grad_norm is nan at step {last}"):
         train_teacher(config)
     assert not (config.out / f"checkpoint-{last:08}.safetensors").exists()
@@ -362,10 +370,10 @@ def test_dropout_depends_on_the_seed_the_step_and_the_process_alone(
     assert whole is not None
     assert_equal(everything(whole), everything(config.out))
 
-    spec = train_diffusion.network_spec(PRESETS["cpu-64"], (64, 64), 1, "linear")  # type: ignore[arg-type]
+    spec = diffusion.network_spec(PRESETS["cpu-64"], (64, 64), 1, "linear")  # type: ignore[arg-type]
     images, found = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)), set()
-    monkeypatch.setattr(train_diffusion, "randint", lambda high, shape, *_, **__: torch.arange(*shape))
-    monkeypatch.setattr(train_diffusion, "randn", lambda shape, *_, **__: torch.ones(shape))
+    monkeypatch.setattr(diffusion, "randint", lambda high, shape, *_, **__: torch.arange(*shape))
+    monkeypatch.setattr(diffusion, "randn", lambda shape, *_, **__: torch.ones(shape))
     for share in (Share(0, 2), Share(1, 2), Share(1, 2)):
         plan = Plan(seed=0, steps=9, batch_size=8, lr=1e-3, device=torch.device("cpu"), precision="float32")
         trainee = DiffusionTrainee(PRESETS["cpu-64"], spec, plan)  # type: ignore[arg-type]

@@ -14,13 +14,15 @@ from test_train_teacher import TINY
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dreamteacher import data, prefetch
-from dreamteacher.distributed import Draws, resolve_precision
-from dreamteacher.rundir import RunDir
-from dreamteacher.teachers import train, train_diffusion, train_stylegan2
-from dreamteacher.teachers.train_diffusion import DiffusionTrainee
-from dreamteacher.teachers.train_stylegan2 import StyleGan2Trainee
-from dreamteacher.teachers.trainee import Plan
+from dreamteacher.data import image_set
+from dreamteacher.runtime import prefetch
+from dreamteacher.runtime.distributed.share import Draws, resolve_precision
+from dreamteacher.runtime.run_folder import RunDir
+from dreamteacher.teachers.training import diffusion as training_diffusion
+from dreamteacher.teachers.training import stylegan2, train
+from dreamteacher.teachers.training.diffusion import DiffusionTrainee
+from dreamteacher.teachers.training.stylegan2 import StyleGan2Trainee
+from dreamteacher.teachers.training.trainee import Plan
 
 CUDA = torch.device("cuda")
 
@@ -28,10 +30,10 @@ CUDA = torch.device("cuda")
 def trainee_of(kind: str, plan: Plan) -> tuple[DiffusionTrainee | StyleGan2Trainee, list[nn.Module]]:
     """A tiny one, and its networks."""
     if kind == "diffusion":
-        spec = train_diffusion.network_spec(TINY, (64, 64), 1, "linear")
+        spec = training_diffusion.network_spec(TINY, (64, 64), 1, "linear")
         diffusion = DiffusionTrainee(dataclasses.replace(TINY, dropout=0.5), spec, plan)
         return diffusion, [diffusion.unet, diffusion.eyes]
-    gan_spec = train_stylegan2.network_spec(TINY_GAN, (64, 64), 1)
+    gan_spec = stylegan2.network_spec(TINY_GAN, (64, 64), 1)
     gan = StyleGan2Trainee(TINY_GAN, gan_spec, plan, gamma=0.1, ada=0.6)
     return gan, [gan.g, gan.d, gan.mean]
 
@@ -45,10 +47,10 @@ def test_a_step_on_a_gpu_never_waits(kind: str, monkeypatch: pytest.MonkeyPatch)
         assert device == CUDA
         return Draws("cpu", seed)  # there is no other here
 
-    for module in (train_diffusion, train_stylegan2):
+    for module in (training_diffusion, stylegan2):
         monkeypatch.setattr(module, "Draws", draws)
         monkeypatch.setattr(module, "autocast", cuda_autocast)
-    monkeypatch.setattr(train_diffusion, "seeded", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(training_diffusion, "seeded", lambda *_: contextlib.nullcontext())
     plan = Plan(seed=0, steps=9, batch_size=4, lr=1e-3, device=torch.device("cpu"), precision="bfloat16")
     trainee, networks = trainee_of(kind, plan)
     trainee.plan = dataclasses.replace(plan, device=CUDA)
@@ -95,13 +97,13 @@ def test_the_loop_sends_bytes_beside_the_step(image_folder, tmp_path, monkeypatc
         validate=lambda images, generator: ({}, torch.zeros(64, 3, 4, 4)),
         state=lambda: ({"weight": torch.zeros(1)}, {}),
     )
-    images = data.load_images(image_folder, (64, 64))
+    images = image_set.load_images(image_folder, (64, 64))
     plan = Plan(seed=3, steps=3, batch_size=8, lr=1, device=torch.device("cpu"), precision="float32")
     config = train.TrainTeacherConfig(images=image_folder, out=tmp_path, seed=3)
     with contextlib.closing(RunDir(tmp_path / "run")) as run:
         train._Loop(config, plan, look, images, run, {"config": {}}).run_all()  # type: ignore[arg-type]
     assert sent == [torch.uint8] * 3
-    plain = data.batches(images, batch_size=8, seed=3, first_step=0, last_step=3, flip=True)
+    plain = image_set.batches(images, batch_size=8, seed=3, first_step=0, last_step=3, flip=True)
     for got, batch in zip(seen, plain, strict=True):
         assert torch.equal(got, batch.images)
         assert got.is_contiguous(memory_format=torch.channels_last)

@@ -7,8 +7,12 @@ import torch
 from pictures import refused
 from test_regressor import randomise
 
-from dreamteacher.downstream.segmentation import SegmentationHead, Segmenter, from_segmentation_models
-from dreamteacher.students import create_student
+from dreamteacher.downstream.segmentation.few_masks import (
+    SegmentationHead,
+    Segmenter,
+    from_segmentation_models,
+)
+from dreamteacher.models.student import create_student
 
 CLASSES, WIDTH = 5, 16
 

@@ -22,8 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dreamteacher.config import from_json, to_json
-from dreamteacher.teachers import load_teacher, save_teacher
+from dreamteacher.runtime.config import from_json, to_json
+from dreamteacher.teachers.registry import load_teacher, save_teacher
 from dreamteacher.teachers.vae import (
     CLASSES,
     VaeSpec,

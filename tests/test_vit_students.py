@@ -14,23 +14,23 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dreamteacher import checkpoint, optim
-from dreamteacher.downstream import detection
-from dreamteacher.downstream.detection_config import DetectConfig
-from dreamteacher.downstream.detection_model import build_detector
-from dreamteacher.downstream.distilled import load_distilled, neck_weights
+from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.downstream.classification.finetune_full import TimmClassifier, layer_groups, recipe_of
+from dreamteacher.downstream.detection import train
+from dreamteacher.downstream.detection.config import DetectConfig
+from dreamteacher.downstream.detection.model import build_detector
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate
-from dreamteacher.downstream.finetune_full import TimmClassifier, layer_groups, recipe_of
-from dreamteacher.downstream.segmentation import SegmentationHead
-from dreamteacher.downstream.semantic import FCNHead
-from dreamteacher.errors import UserError
-from dreamteacher.export import export, load_snippet
-from dreamteacher.features import FeatureSpec
-from dreamteacher.plain_vits import SWIN_MODULES, size_settings
-from dreamteacher.pretrain import PretrainConfig, pretrain
-from dreamteacher.pyramid import SimplePyramid
-from dreamteacher.regressor import FeatureRegressor, Neck
-from dreamteacher.students import Student, create_student, student_names
+from dreamteacher.downstream.segmentation.distilled import load_distilled, neck_weights
+from dreamteacher.downstream.segmentation.few_masks import SegmentationHead
+from dreamteacher.downstream.segmentation.semantic import FCNHead
+from dreamteacher.exports.write import export, load_snippet
+from dreamteacher.models.plain_vit import SWIN_MODULES, size_settings
+from dreamteacher.models.pyramid import SimplePyramid
+from dreamteacher.models.regressor import FeatureRegressor, Neck
+from dreamteacher.models.student import Student, create_student, student_names
+from dreamteacher.runtime import checkpoint, optim
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.spec import FeatureSpec
 from dreamteacher.testing import check_student
 
 # timm's name: (stride of a token, pixels of the image per side of the map's images, prefix tokens, pooling).
@@ -224,7 +224,7 @@ def test_layer_decay_by_blocks() -> None:
 
 
 def test_full_finetuning_takes_timms_groups_and_head() -> None:
-    from dreamteacher.downstream.finetune_full import FinetuneFullConfig
+    from dreamteacher.downstream.classification.finetune_full import FinetuneFullConfig
 
     student = create_student("test_vit", seed=3)
     model = TimmClassifier(student, 7, drop_path=0.1)
@@ -258,7 +258,7 @@ def test_heads_make_a_pyramid_of_their_own() -> None:
     assert {k: m.shape[-1] for k, m in maps.items()} == {"s4": 24, "s8": 12, "s16": 6, "s32": 3, "pool": 2}
     batch, _ = model.transform([torch.zeros(3, 50, 70)])
     assert batch.tensors.shape[-2:] == (64, 96)
-    every = [id(p) for group in detection.build_groups(model, config) for p in group["params"]]
+    every = [id(p) for group in train.build_groups(model, config) for p in group["params"]]
     assert sorted(every) == sorted(id(p) for p in model.parameters())
 
 
@@ -365,7 +365,7 @@ def test_a_mixed_run_keeps_its_pyramid(config: PretrainConfig, tmp_path: Path, i
 def test_onnx_takes_sides_that_the_stride_divides(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from dreamteacher.export_onnx import write_onnx
+    from dreamteacher.exports.onnx import write_onnx
 
     student, file = create_student("test_vit").eval(), tmp_path / "model.onnx"
     write_onnx(student, file)

@@ -31,16 +31,17 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from dreamteacher import __version__, checkpoint
-from dreamteacher.config import to_json
-from dreamteacher.data import ImageSet, load_images, step_generator
-from dreamteacher.distributed import Precision, autocast, pick_device, seeded
-from dreamteacher.errors import UserError
-from dreamteacher.features import FeatureSpec
-from dreamteacher.optim import lr_at, parameter_groups, set_lr
-from dreamteacher.regressor import FeatureRegressor
-from dreamteacher.rundir import RunDir
-from dreamteacher.students import Student, create_student
+from dreamteacher import __version__
+from dreamteacher.data.image_set import ImageSet, load_images, step_generator
+from dreamteacher.models.regressor import FeatureRegressor
+from dreamteacher.models.student import Student, create_student
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.config import to_json
+from dreamteacher.runtime.distributed.share import Precision, autocast, pick_device, seeded
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.optim import lr_at, parameter_groups, set_lr
+from dreamteacher.runtime.run_folder import RunDir
+from dreamteacher.spec import FeatureSpec
 
 MethodName = Literal["simclr", "mocov2", "byol", "densecl", "ddep"]
 

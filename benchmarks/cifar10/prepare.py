@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreamteacher.downstream import draw_labels
-from dreamteacher.errors import UserError
+from dreamteacher.downstream.features import draw_labels
+from dreamteacher.runtime.errors import UserError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32

@@ -15,7 +15,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from dreamteacher.rundir import read_rows
+from dreamteacher.runtime.run_folder import read_rows
 
 COLUMNS = ("method", "task", "metric", "value", "labels", "seed", "command")
 

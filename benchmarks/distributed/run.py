@@ -34,15 +34,17 @@ from typing import Any
 
 import torch
 
-from dreamteacher import __version__, data, feature_dataset
-from dreamteacher.distributed import ALONE, Share, pick_device, resolve_precision
-from dreamteacher.distributed_group import from_first, gathered, join
-from dreamteacher.pretrain import PretrainConfig, Training
-from dreamteacher.regressor import FeatureRegressor
-from dreamteacher.rundir import Progress
-from dreamteacher.students import create_student
-from dreamteacher.teachers import load_teacher
+from dreamteacher import __version__
+from dreamteacher.data import image_set
+from dreamteacher.distill import dataset
+from dreamteacher.distill.pretrain import PretrainConfig, Training
+from dreamteacher.models.regressor import FeatureRegressor
+from dreamteacher.models.student import create_student
+from dreamteacher.runtime.distributed.group import from_first, gathered, join
+from dreamteacher.runtime.distributed.share import ALONE, Share, pick_device, resolve_precision
+from dreamteacher.runtime.run_folder import Progress
 from dreamteacher.teachers.base import Teacher
+from dreamteacher.teachers.registry import load_teacher
 
 BUSY = os.getloadavg()[0]  # of other processes: these have just begun
 BENCHMARKS = Path(__file__).parent.parent
@@ -125,10 +127,10 @@ def stepper(
     regressor = FeatureRegressor(student.specs, teacher.specs, width=args.width).to(device)
     training = Training(config, student, regressor, steps=10**6, share=who)
     images = noise_images(teacher.size, 2 * config.batch_size)
-    batches = data.batches(
+    batches = image_set.batches(
         images, batch_size=config.batch_size, seed=0, first_step=0, last_step=10**6, flip=True, share=who
     )
-    stream = feature_dataset.encoded(teacher, batches, seed=0, device=device, precision="auto", share=who)
+    stream = dataset.encoded(teacher, batches, seed=0, device=device, precision="auto", share=who)
     progress = Progress(10**6, 0, config.batch_size, "benchmark")
     index = iter(range(10**6))
 

@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dreamteacher import __version__
-from dreamteacher.distributed import autocast, pick_device, resolve_precision
-from dreamteacher.teachers.diffusion import DiffusionSpec, DiffusionTeacher, build_unet, decoder_maps
-from dreamteacher.teachers.train_diffusion import PRESETS, network_spec
+from dreamteacher.runtime.distributed.share import autocast, pick_device, resolve_precision
+from dreamteacher.teachers.diffusion.teacher import DiffusionSpec, DiffusionTeacher, build_unet, decoder_maps
+from dreamteacher.teachers.training.diffusion import PRESETS, network_spec
 
 BUSY = os.getloadavg()[0]  # of other processes: this one has just begun
 

@@ -36,9 +36,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreamteacher import __version__, checkpoint, make_features, make_features_writer, pretrain, training
-from dreamteacher.teachers import save_teacher, train, train_diffusion
-from dreamteacher.teachers.diffusion import DiffusionSpec, DiffusionTeacher, build_unet
+from dreamteacher import __version__
+from dreamteacher.distill import pretrain
+from dreamteacher.distill import step as distill_step
+from dreamteacher.distill.store import make
+from dreamteacher.distill.store import writer as store_writer
+from dreamteacher.runtime import checkpoint
+from dreamteacher.teachers.diffusion.teacher import DiffusionSpec, DiffusionTeacher, build_unet
+from dreamteacher.teachers.registry import save_teacher
+from dreamteacher.teachers.training import diffusion, train
 
 LEVELS = 5
 UNET = {
@@ -47,7 +53,7 @@ UNET = {
     "up_block_types": ["AttnUpBlock2D"] + ["UpBlock2D"] * (LEVELS - 1), "attention_head_dim": 8,
     "norm_num_groups": 4, "attn_norm_num_groups": 4,
 }  # fmt: skip
-TINY = train_diffusion.DiffusionPreset(
+TINY = diffusion.DiffusionPreset(
     channels=(8,) * LEVELS, layers=1, attention=(4,), head=8, patch=2, groups=4, resample=False, dropout=0.0,
     size=(64, 64), batch_size=8, lr=4e-3, steps=40, ema=0.8, timestep=100,
 )  # fmt: skip
@@ -156,7 +162,7 @@ def prepare(folder: Path, images: int, steps: int) -> dict[str, Verb]:
     teacher = str(folder / "teacher")
 
     def pretraining(out: Path) -> object:
-        return pretrain.pretrain(training.PretrainConfig(
+        return pretrain.pretrain(distill_step.PretrainConfig(
             **shared, out=out, teacher=teacher, student="test_resnet", width=8, batch_size=8, warmup_epochs=1,
             epochs=steps / (images // 8), log_every=3, save_every=4, probe_every=10, ema=0.9,
         ))  # fmt: skip
@@ -167,7 +173,7 @@ def prepare(folder: Path, images: int, steps: int) -> dict[str, Verb]:
         ))  # fmt: skip
 
     def features(out: Path) -> object:
-        return make_features.make_features(make_features.MakeFeaturesConfig(
+        return make.make_features(make.MakeFeaturesConfig(
             **shared, out=out, teacher=teacher, batch_size=4, shard_mb=0.2, keep="random", channels=8,
         ))  # fmt: skip
 
@@ -218,8 +224,8 @@ def life(verb: Verb, out: Path, board: Board) -> int:
 
 def observe(board: Board) -> None:
     """Makes the steps and saves of this process known on the board."""
-    write_one, step_one = checkpoint.atomic_write, training.Training.step
-    teach_one, shard_one = train_diffusion.DiffusionTrainee.step, make_features_writer.Writer._write_shard
+    write_one, step_one = checkpoint.atomic_write, distill_step.Training.step
+    teach_one, shard_one = diffusion.DiffusionTrainee.step, store_writer.Writer._write_shard
 
     def atomic_write(path: Path, write: Any) -> None:
         with board.save():
@@ -237,9 +243,9 @@ def observe(board: Board) -> None:
         board.begin(index)
         shard_one(self, index, *rest)
 
-    checkpoint.atomic_write, training.Training.step = atomic_write, step  # type: ignore[method-assign]
-    train_diffusion.DiffusionTrainee.step = teach  # type: ignore[method-assign]
-    make_features_writer.Writer._write_shard = shard  # type: ignore[method-assign]
+    checkpoint.atomic_write, distill_step.Training.step = atomic_write, step  # type: ignore[method-assign]
+    diffusion.DiffusionTrainee.step = teach  # type: ignore[method-assign]
+    store_writer.Writer._write_shard = shard  # type: ignore[method-assign]
 
 
 def hit(

@@ -28,21 +28,23 @@ from typing import Any
 
 import torch
 
-from dreamteacher import __version__, checkpoint, data
-from dreamteacher.config import changed_keys
-from dreamteacher.demo import DemoConfig, demo_recipe, xray_folders
-from dreamteacher.distributed import pick_device, resolve_precision
-from dreamteacher.downstream import labelled_data
+from dreamteacher import __version__
+from dreamteacher.cli.demo import DemoConfig, demo_recipe, xray_folders
+from dreamteacher.data import image_set
+from dreamteacher.data.images import find_images
+from dreamteacher.distill.pretrain import pretrain
+from dreamteacher.distill.store.files import read_manifest
+from dreamteacher.distill.store.items import layout
+from dreamteacher.distill.store.make import MakeFeaturesConfig, make_features
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
-from dreamteacher.errors import UserError, shorten
-from dreamteacher.feature_items import layout
-from dreamteacher.feature_store_files import read_manifest
-from dreamteacher.images import find_images
-from dreamteacher.make_features import MakeFeaturesConfig, make_features
-from dreamteacher.pretrain import pretrain
-from dreamteacher.rundir import read_rows
-from dreamteacher.students import create_student
-from dreamteacher.teachers import fingerprint
+from dreamteacher.downstream.features import labelled_data
+from dreamteacher.models.student import create_student
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.config import changed_keys
+from dreamteacher.runtime.distributed.share import pick_device, resolve_precision
+from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.run_folder import read_rows
+from dreamteacher.teachers.registry import fingerprint
 
 # Name -> settings of `make-features`; none: the teacher runs online.
 FORMATS: dict[str, dict[str, Any] | None] = {
@@ -102,7 +104,9 @@ def main() -> None:
     same = settings(args)
     done = {kind: finished(args.work / f"{short(kind)}.jsonl", same) for kind in FORMATS}
     train, test, _, _ = xray_folders(args.images)
-    classification = labelled_data(data.load_images(train, (64, 64)), data.load_images(test, (64, 64)))
+    classification = labelled_data(
+        image_set.load_images(train, (64, 64)), image_set.load_images(test, (64, 64))
+    )
     images = thinned(train, args.work / "images", args.every)
     evaluation = EvaluateConfig(
         student=args.student, train=train, test=test, size=(64, 64), labels=tuple(args.labels),

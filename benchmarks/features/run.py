@@ -34,19 +34,21 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dreamteacher import __version__, data, feature_dataset
-from dreamteacher.distributed import pick_device, resolve_precision
-from dreamteacher.feature_dataset import FeatureBatch
-from dreamteacher.feature_items import layout
-from dreamteacher.feature_store import FeatureStore
-from dreamteacher.features import FeatureSpec
-from dreamteacher.make_features import MakeFeaturesConfig, make_features
-from dreamteacher.pretrain import PretrainConfig, Training
-from dreamteacher.regressor import FeatureRegressor
-from dreamteacher.rundir import Progress
-from dreamteacher.students import create_student
-from dreamteacher.teachers import load_teacher
+from dreamteacher import __version__
+from dreamteacher.data import image_set
+from dreamteacher.distill import dataset
+from dreamteacher.distill.dataset import FeatureBatch
+from dreamteacher.distill.pretrain import PretrainConfig, Training
+from dreamteacher.distill.store.items import layout
+from dreamteacher.distill.store.make import MakeFeaturesConfig, make_features
+from dreamteacher.distill.store.reader import FeatureStore
+from dreamteacher.models.regressor import FeatureRegressor
+from dreamteacher.models.student import create_student
+from dreamteacher.runtime.distributed.share import pick_device, resolve_precision
+from dreamteacher.runtime.run_folder import Progress
+from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import Teacher
+from dreamteacher.teachers.registry import load_teacher
 
 BUSY = os.getloadavg()[0]  # of other processes: this one has just begun
 ADM = f"{__file__}:adm_shapes"
@@ -132,7 +134,7 @@ def measure_speed(args: argparse.Namespace) -> None:
         make_features(asked)
         making = time.perf_counter() - begin
         cold = cold_items_per_s(asked.out, args.batch_size)
-        store, images = FeatureStore(asked.out), data.load_images(folder, teacher.size)
+        store, images = FeatureStore(asked.out), image_set.load_images(folder, teacher.size)
         row = timed_steps(args, store, images, device)
     row |= {"cold_items_per_s": f"{cold:.0f}", "bytes_an_item": f"{row.pop('bytes')}",
             "made_images_per_s": f"{args.images / making:.1f}"}  # fmt: skip
@@ -161,7 +163,7 @@ def settle(device: torch.device) -> None:
 
 
 def timed_steps(
-    args: argparse.Namespace, store: FeatureStore, images: data.ImageSet, device: torch.device
+    args: argparse.Namespace, store: FeatureStore, images: image_set.ImageSet, device: torch.device
 ) -> dict[str, Any]:
     """Steps from the store, steps without it and reads alone, round by round."""
     config = PretrainConfig(
@@ -178,7 +180,7 @@ def timed_steps(
     window = args.steps + 2  # the first and the last are not timed
 
     def stream(turn: int) -> Iterator[FeatureBatch]:
-        return feature_dataset.stored(
+        return dataset.stored(
             store, images, batch_size=args.batch_size, first_step=turn * window, last_step=(turn + 1) * window,
             seed=0, device=device,
         )  # fmt: skip

@@ -27,16 +27,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dreamteacher import checkpoint, feature_store, feature_store_files, make_features, shards, students
-from dreamteacher.config import from_json
-from dreamteacher.fetch_archive import extract
-from dreamteacher.images import BadImageError, read_image
-from dreamteacher.interpreter import InterpreterSpec, load_interpreter, save_interpreter
-from dreamteacher.report import write_report
-from dreamteacher.rundir import RunDir
-from dreamteacher.teachers import load_teacher, save_teacher
-from dreamteacher.teachers.diffusion import DiffusionSpec, build_unet
-from dreamteacher.teachers.stylegan2_pickle import read_pickle
+from dreamteacher.data import shards
+from dreamteacher.data.images import BadImageError, read_image
+from dreamteacher.distill.store import files, make, reader
+from dreamteacher.models import student
+from dreamteacher.models.interpreter import InterpreterSpec, load_interpreter, save_interpreter
+from dreamteacher.reports.report import write_report
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.config import from_json
+from dreamteacher.runtime.download.archive import extract
+from dreamteacher.runtime.run_folder import RunDir
+from dreamteacher.teachers.diffusion.teacher import DiffusionSpec, build_unet
+from dreamteacher.teachers.registry import load_teacher, save_teacher
+from dreamteacher.teachers.stylegan2.convert import read_pickle
 
 GOLDEN = Path(__file__).parent.parent.parent / "tests" / "golden"
 ODD: tuple[Any, ...] = (
@@ -254,7 +257,7 @@ def of_weights(box: Sandbox) -> Reader:
 
     def read(rng: random.Random) -> bool:
         path.write_bytes(lying(rng, sound))
-        found = students.read_weights(path) if rng.random() < 0.5 else checkpoint.read_state_dict(path)
+        found = student.read_weights(path) if rng.random() < 0.5 else checkpoint.read_state_dict(path)
         tensors = found if isinstance(found, dict) else found.tensors
         return all(type(k) is str and type(v) is Tensor for k, v in tensors.items())
 
@@ -354,24 +357,22 @@ def of_features(box: Sandbox) -> Reader:
     teacher.mkdir()
     spec = DiffusionSpec(unet=UNET, patch=1, image_channels=1, size=(32, 32), timestep=100)
     save_teacher(teacher, build_unet(spec).state_dict(), spec, {"name": "tiny", "licence": "CC0-1.0"})
-    make_features.make_features(make_features.MakeFeaturesConfig(
+    make.make_features(make.MakeFeaturesConfig(
         images=images, out=folder, teacher=str(teacher), batch_size=2, shard_mb=0.01, keep="random", channels=4,
         device="cpu", precision="float32", size=(32, 32),
     ))  # fmt: skip
-    sound = json.loads((folder / feature_store_files.MANIFEST).read_text())
+    sound = json.loads((folder / files.MANIFEST).read_text())
     sound.pop("sha256")
 
     def read(rng: random.Random) -> bool:
         if rng.random() < 0.5:
             facts = changed(rng, sound)
-            signed = (
-                facts | {"sha256": feature_store_files._digest(facts)} if isinstance(facts, dict) else facts
-            )
+            signed = facts | {"sha256": files._digest(facts)} if isinstance(facts, dict) else facts
             content = json.dumps(signed).encode("utf-8", "surrogatepass")
         else:
-            content = text_of(rng, sound | {"sha256": feature_store_files._digest(sound)})
-        (folder / feature_store_files.MANIFEST).write_bytes(content)
-        store = feature_store.FeatureStore(folder)
+            content = text_of(rng, sound | {"sha256": files._digest(sound)})
+        (folder / files.MANIFEST).write_bytes(content)
+        store = reader.FeatureStore(folder)
         every = torch.arange(store.plan.images)
         rows, _ = store.rows(every, store.draws_of(every, 0, 0))
         return len(rows) == 5 and len(store.plan.specs) > 0
@@ -384,10 +385,10 @@ def of_stores(box: Sandbox) -> Reader:
     of_features(box)
     folder = box.inside / "features"
     sound = {p.name: p.read_bytes() for p in folder.iterdir()}
-    asked = from_json(make_features.MakeFeaturesConfig, json.loads(sound["config.json"])["config"])
+    asked = from_json(make.MakeFeaturesConfig, json.loads(sound["config.json"])["config"])
     every = torch.arange(5)
-    rows, _ = feature_store.FeatureStore(folder).rows(every, every * 0)
-    names = sorted(set(sound) - {feature_store_files.MANIFEST})
+    rows, _ = reader.FeatureStore(folder).rows(every, every * 0)
+    names = sorted(set(sound) - {files.MANIFEST})
 
     def read(rng: random.Random) -> bool:
         name = rng.choice(names)
@@ -405,9 +406,9 @@ def of_stores(box: Sandbox) -> Reader:
             (folder / other).write_bytes(whole)
         hashed = rng.random() < 0.5
         if hashed:
-            (folder / feature_store_files.MANIFEST).unlink()
-            make_features.make_features(asked)
-        found, _ = feature_store.FeatureStore(folder, hash_gb=hashed).rows(every, every * 0)
+            (folder / files.MANIFEST).unlink()
+            make.make_features(asked)
+        found, _ = reader.FeatureStore(folder, hash_gb=hashed).rows(every, every * 0)
         return torch.equal(found, rows) if hashed else found.shape == rows.shape
 
     return read

@@ -40,8 +40,8 @@ import torch
 from PIL import Image
 
 from dreamteacher import __version__
-from dreamteacher.errors import UserError
-from dreamteacher.images import BadImageError, read_header, read_image, read_mask
+from dreamteacher.data.images import BadImageError, read_header, read_image, read_mask
+from dreamteacher.runtime.errors import UserError
 
 SECONDS, GIGABYTES = 20, 2  # of a case; of address space beyond what the imports take
 GOOD = ("read", "refused")

@@ -32,13 +32,16 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dreamteacher import __version__, compiled, data, feature_dataset
-from dreamteacher.distributed import pick_device, resolve_precision
-from dreamteacher.errors import UserError
-from dreamteacher.pretrain import PretrainConfig, Training
-from dreamteacher.regressor import FeatureRegressor
-from dreamteacher.rundir import Progress
-from dreamteacher.students import create_student
+from dreamteacher import __version__
+from dreamteacher.data import image_set
+from dreamteacher.distill import dataset
+from dreamteacher.distill.pretrain import PretrainConfig, Training
+from dreamteacher.models.regressor import FeatureRegressor
+from dreamteacher.models.student import create_student
+from dreamteacher.runtime import compile as runtime_compile
+from dreamteacher.runtime.distributed.share import pick_device, resolve_precision
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.run_folder import Progress
 from dreamteacher.teachers.in_parts import InParts
 
 ROOT = Path(__file__).parent
@@ -75,7 +78,7 @@ def main() -> None:
             2,
             1,
         )
-        args.device, compiled.BACKEND = "cpu", "aot_eager"
+        args.device, runtime_compile.BACKEND = "cpu", "aot_eager"
     if args.one:
         print(json.dumps(measure(args.one[0], int(args.one[1]), args.one[2], args)))
         return
@@ -161,12 +164,12 @@ def matmul_rate(side: int, device: torch.device) -> float:
     return 2 * side**3 / seconds(lambda: [a @ b for _ in range(10)], 5, device) * 10 / 1e12
 
 
-def random_images(count: int, size: int) -> data.ImageSet:
+def random_images(count: int, size: int) -> image_set.ImageSet:
     pixels = torch.randint(
         256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     names: list[Any] = [Path(f"{i}.png") for i in range(count)]
-    return data.ImageSet(
+    return image_set.ImageSet(
         folder=Path(), paths=names, size=(size, size), labels=None, classes=(), cache=pixels, bad=()
     )
 
@@ -191,13 +194,13 @@ def measure(name: str, batch: int, compile: str, args: argparse.Namespace) -> di
     training = Training(config, student, regressor, steps=10**6)
     common = {"seed": 0, "device": device, "precision": args.precision}
 
-    def stream_of(size: int) -> feature_dataset.Stream:
+    def stream_of(size: int) -> dataset.Stream:
         steps = {"batch_size": size, "first_step": 0, "last_step": 10**6}
         if mode == "sample":
-            return feature_dataset.synthesized(InParts(teacher), **steps, **common)
+            return dataset.synthesized(InParts(teacher), **steps, **common)
         images = random_images(4 * size, args.size)
-        return feature_dataset.encoded(
-            InParts(teacher), data.batches(images, seed=0, flip=True, raw=True, **steps), **common
+        return dataset.encoded(
+            InParts(teacher), image_set.batches(images, seed=0, flip=True, raw=True, **steps), **common
         )
 
     progress = Progress(10**6, 0, batch, "benchmark")
@@ -206,7 +209,7 @@ def measure(name: str, batch: int, compile: str, args: argparse.Namespace) -> di
         "status": "measured",
     }  # fmt: skip
 
-    def step(stream: feature_dataset.Stream) -> None:
+    def step(stream: dataset.Stream) -> None:
         if training.step(0, stream, progress) is None:
             raise torch.OutOfMemoryError("a step has too little memory")
 
@@ -219,7 +222,7 @@ def measure(name: str, batch: int, compile: str, args: argparse.Namespace) -> di
         wait(device)
         stream, begin = stream_of(batch), time.perf_counter()
         if compile == "on":
-            teacher.wrap_hot(partial(compiled.compiled, strict=True))
+            teacher.wrap_hot(partial(runtime_compile.compiled, strict=True))
             training.compile()
         step(stream)
         wait(device)

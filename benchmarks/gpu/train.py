@@ -20,16 +20,17 @@ from pathlib import Path
 
 import torch
 
-from dreamteacher import checkpoint, data
-from dreamteacher.distributed import pick_device
-from dreamteacher.downstream import labelled_data, summary_table
+from dreamteacher.data import image_set
+from dreamteacher.distill.pretrain import PretrainConfig, pretrain
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
-from dreamteacher.pretrain import PretrainConfig, pretrain
-from dreamteacher.rundir import RunDir
-from dreamteacher.students import create_student
-from dreamteacher.teachers.train import TrainTeacherConfig, train_teacher
-from dreamteacher.teachers.train_diffusion import PRESETS, DiffusionTrainee, network_spec
-from dreamteacher.teachers.trainee import Plan
+from dreamteacher.downstream.features import labelled_data, summary_table
+from dreamteacher.models.student import create_student
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.distributed.share import pick_device
+from dreamteacher.runtime.run_folder import RunDir
+from dreamteacher.teachers.training.diffusion import PRESETS, DiffusionTrainee, network_spec
+from dreamteacher.teachers.training.train import TrainTeacherConfig, train_teacher
+from dreamteacher.teachers.training.trainee import Plan
 
 COLLECT = Path(__file__).parent.parent / "collect.py"
 
@@ -82,7 +83,7 @@ def main() -> None:
         student=args.student, train=args.train, test=args.test, size=size, labels=tuple(args.labels),
         seeds=tuple(args.seeds), tasks=("knn", "linear"), device=args.device, workers=workers,
     )  # fmt: skip
-    parts = [data.load_images(folder, size, workers=workers) for folder in (args.train, args.test)]
+    parts = [image_set.load_images(folder, size, workers=workers) for folder in (args.train, args.test)]
     images = labelled_data(*parts)
     rows = []
     for method, init in (("random init", "random"), ("DreamTeacher", str(run))):

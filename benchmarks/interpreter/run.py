@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 
 from dreamteacher import __version__
-from dreamteacher.labels import LabelledSet
-from dreamteacher.teachers.diffusion import DiffusionTeacher, build_unet
-from dreamteacher.teachers.train import PRESETS
-from dreamteacher.teachers.train_diffusion import DiffusionPreset, network_spec
-from dreamteacher.train_interpreter import TrainInterpreterConfig, train_interpreter
+from dreamteacher.data.labelled import LabelledSet
+from dreamteacher.distill.train_interpreter import TrainInterpreterConfig, train_interpreter
+from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher, build_unet
+from dreamteacher.teachers.training.diffusion import DiffusionPreset, network_spec
+from dreamteacher.teachers.training.train import PRESETS
 
 CLASSES, BLOCKS, STEPS = 28, (5, 6, 7, 8, 12), (50, 150, 250)
 

@@ -15,8 +15,8 @@ import torch
 from ddpm_seg import PixelConfig, PixelEnsemble, PixelSegmenter, collect, predict, train_ensemble
 from torch import Tensor
 
-from dreamteacher.data import step_generator
-from dreamteacher.errors import UserError
+from dreamteacher.data.image_set import step_generator
+from dreamteacher.runtime.errors import UserError
 from dreamteacher.teachers.base import Teacher
 
 

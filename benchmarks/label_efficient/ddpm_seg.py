@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamteacher.data import step_generator
-from dreamteacher.downstream import to_input
-from dreamteacher.downstream.finetune import shuffled_batches
-from dreamteacher.errors import UserError
+from dreamteacher.data.image_set import step_generator
+from dreamteacher.downstream.classification.finetune import shuffled_batches
+from dreamteacher.downstream.features import to_input
+from dreamteacher.runtime.errors import UserError
 from dreamteacher.teachers.base import Teacher
-from dreamteacher.teachers.diffusion import DiffusionTeacher, noised
-from dreamteacher.teachers.unet_walk import UpBlock, decoder_outputs
+from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher, noised
+from dreamteacher.teachers.diffusion.walk import UpBlock, decoder_outputs
 
 # Pixels whose features are in memory at once, beside the rows that are kept.
 _CHUNK = 8192

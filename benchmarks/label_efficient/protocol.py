@@ -20,14 +20,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dreamteacher.data import step_generator
-from dreamteacher.demo import xray_folders
-from dreamteacher.downstream.segmentation import split_masks
-from dreamteacher.errors import UserError, shorten
-from dreamteacher.images import Size, below, find_images
-from dreamteacher.labelled import load_labelled
-from dreamteacher.masks import SegmentationSet
+from dreamteacher.cli.demo import xray_folders
+from dreamteacher.data.image_set import step_generator
+from dreamteacher.data.images import Size, below, find_images
+from dreamteacher.data.masks.loaded import load_labelled
+from dreamteacher.data.masks.pairs import SegmentationSet
+from dreamteacher.downstream.segmentation.few_masks import split_masks
 from dreamteacher.metrics import confusion
+from dreamteacher.runtime.errors import UserError, shorten
 
 CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",

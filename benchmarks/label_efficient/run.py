@@ -33,20 +33,20 @@ from ddpm_seg import PixelConfig, PixelSegmenter, ddpm_seg
 from protocol import SETS, Benchmark, load_benchmark, score
 from torch import Tensor, nn
 
-from dreamteacher import checkpoint
-from dreamteacher.distributed import autocast, pick_device
-from dreamteacher.downstream import device_of, frozen, to_input
-from dreamteacher.downstream.distilled import load_distilled, neck_weights
-from dreamteacher.downstream.segmentation import SegmentConfig, draw_masks, train_segmenter
-from dreamteacher.errors import UserError
-from dreamteacher.feature_dataset import device_generator
-from dreamteacher.interpreter import load_interpreter
-from dreamteacher.labels import LabelledSet
-from dreamteacher.pretrain import PretrainConfig, pretrain
-from dreamteacher.regressor import resize
-from dreamteacher.students import Student, create_student
-from dreamteacher.teachers import load_teacher
-from dreamteacher.train_interpreter import TrainInterpreterConfig, train_interpreter
+from dreamteacher.data.labelled import LabelledSet
+from dreamteacher.distill.dataset import device_generator
+from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.distill.train_interpreter import TrainInterpreterConfig, train_interpreter
+from dreamteacher.downstream.features import device_of, frozen, to_input
+from dreamteacher.downstream.segmentation.distilled import load_distilled, neck_weights
+from dreamteacher.downstream.segmentation.few_masks import SegmentConfig, draw_masks, train_segmenter
+from dreamteacher.models.interpreter import load_interpreter
+from dreamteacher.models.regressor import resize
+from dreamteacher.models.student import Student, create_student
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.distributed.share import autocast, pick_device
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.teachers.registry import load_teacher
 
 # miou_published: see `protocol.Scores`. seconds, cpu_seconds (of all cores) and gpu_mb are of the method, its data
 # loaded before; peak_mb is the process's resident memory, and data_mb what that was when the method began.

@@ -34,8 +34,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dreamteacher import __version__, data
-from dreamteacher.images import find_images
+from dreamteacher import __version__
+from dreamteacher.data import image_set
+from dreamteacher.data.images import find_images
 
 BUSY = os.getloadavg()[0]  # of other processes: this one has just begun
 
@@ -116,13 +117,13 @@ def measure(args: argparse.Namespace, folder: Path, size: tuple[int, int]) -> li
                 ).tobytes()
         return steps * batch / (time.perf_counter() - begin)
 
-    def stream(images: data.ImageSet, workers: int) -> Callable[[], float]:
+    def stream(images: image_set.ImageSet, workers: int) -> Callable[[], float]:
         ahead = max(1, 2 * workers)  # torch's loader keeps two batches of each process
         starts = itertools.count(step=ahead + args.batches)
 
         def act() -> float:
             first = next(starts)
-            batches = data.batches(
+            batches = image_set.batches(
                 images, batch_size=batch, seed=0, first_step=first, last_step=first + ahead + args.batches,
                 flip=True, workers=workers,
             )  # fmt: skip
@@ -135,13 +136,13 @@ def measure(args: argparse.Namespace, folder: Path, size: tuple[int, int]) -> li
 
         return act
 
-    from_folder = data.load_images(folder, size, cache_gb=0)
+    from_folder = image_set.load_images(folder, size, cache_gb=0)
     ways = {
         "PIL alone": alone,
         "folder": stream(from_folder, 0),
         "folder, 2 processes": stream(from_folder, 2),
-        "tar shards": stream(data.load_images(Path(f"shards:{shards}"), size, cache_gb=0), 0),
-        "cached": stream(data.load_images(folder, size), 0),
+        "tar shards": stream(image_set.load_images(Path(f"shards:{shards}"), size, cache_gb=0), 0),
+        "cached": stream(image_set.load_images(folder, size), 0),
     }
     rates: dict[str, list[float]] = {way: [] for way in ways}
     for round_ in range(args.rounds + 1):

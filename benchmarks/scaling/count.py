@@ -19,12 +19,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dreamteacher import __version__
-from dreamteacher.features import FeatureSpec
-from dreamteacher.regressor import FeatureRegressor
-from dreamteacher.students import create_student
-from dreamteacher.teachers.cost import measure, stylegan2_macs
-from dreamteacher.teachers.stylegan2 import StyleGan2Spec
-from dreamteacher.teachers.train_diffusion import PRESETS, network_spec
+from dreamteacher.models.regressor import FeatureRegressor
+from dreamteacher.models.student import create_student
+from dreamteacher.spec import FeatureSpec
+from dreamteacher.teachers.published.cost import measure, stylegan2_macs
+from dreamteacher.teachers.stylegan2.teacher import StyleGan2Spec
+from dreamteacher.teachers.training.diffusion import PRESETS, network_spec
 
 STUDENTS = [
     ("resnet50", (256, 256)),

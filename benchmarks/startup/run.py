@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import torch
 
 from dreamteacher import __version__
-from dreamteacher.demo import xray_folders
-from dreamteacher.images import find_images
+from dreamteacher.cli.demo import xray_folders
+from dreamteacher.data.images import find_images
 
 BUSY = os.getloadavg()[0]  # of other processes: this one has just begun
 WHAT = ("import torch", "import package", "help", "help of a verb", "pretrain")

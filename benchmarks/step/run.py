@@ -25,13 +25,15 @@ from pathlib import Path
 import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dreamteacher import __version__, data, feature_dataset
-from dreamteacher.distributed import autocast, pick_device, resolve_precision
-from dreamteacher.pretrain import PretrainConfig, Training
-from dreamteacher.regressor import FeatureRegressor
-from dreamteacher.rundir import Progress
-from dreamteacher.students import create_student
-from dreamteacher.teachers import load_teacher
+from dreamteacher import __version__
+from dreamteacher.data import image_set
+from dreamteacher.distill import dataset
+from dreamteacher.distill.pretrain import PretrainConfig, Training
+from dreamteacher.models.regressor import FeatureRegressor
+from dreamteacher.models.student import create_student
+from dreamteacher.runtime.distributed.share import autocast, pick_device, resolve_precision
+from dreamteacher.runtime.run_folder import Progress
+from dreamteacher.teachers.registry import load_teacher
 
 BUSY = os.getloadavg()[0]  # of other processes: this one has just begun
 
@@ -57,9 +59,9 @@ def main() -> None:
     regressor = FeatureRegressor(student.specs, teacher.specs, width=args.width).to(device)
     training = Training(config, student, regressor, steps=10**6)
     images = noise_images(teacher.size, 4 * args.batch_size)
-    stream = feature_dataset.encoded(
+    stream = dataset.encoded(
         teacher,
-        data.batches(images, batch_size=args.batch_size, seed=0, first_step=0, last_step=10**6, flip=True),
+        image_set.batches(images, batch_size=args.batch_size, seed=0, first_step=0, last_step=10**6, flip=True),
         seed=0, device=device, precision="auto",
     )  # fmt: skip
     progress = Progress(10**6, 0, args.batch_size, "benchmark")
@@ -109,14 +111,14 @@ def main() -> None:
             writer.writerow(row)
 
 
-def noise_images(size: tuple[int, int], count: int) -> data.ImageSet:
+def noise_images(size: tuple[int, int], count: int) -> image_set.ImageSet:
     """Real files of random pixels, decoded as a user's are."""
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         for i in range(count):
             pixels = torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8)
             to_pil_image(pixels).save(Path(folder) / f"{i}.png")
-        return data.load_images(Path(folder), size)
+        return image_set.load_images(Path(folder), size)
 
 
 if __name__ == "__main__":

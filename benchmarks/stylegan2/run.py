@@ -15,14 +15,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from dreamteacher import checkpoint, data
-from dreamteacher.demo import DemoConfig, demo_recipe, xray_folders
-from dreamteacher.downstream import labelled_data, summary_table
+from dreamteacher.cli.demo import DemoConfig, demo_recipe, xray_folders
+from dreamteacher.data import image_set
+from dreamteacher.data.masks.loaded import load_labelled
+from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
-from dreamteacher.downstream.segmentation import split_masks
-from dreamteacher.labelled import load_labelled
-from dreamteacher.pretrain import pretrain
-from dreamteacher.students import create_student
+from dreamteacher.downstream.features import labelled_data, summary_table
+from dreamteacher.downstream.segmentation.few_masks import split_masks
+from dreamteacher.models.student import create_student
+from dreamteacher.runtime import checkpoint
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def main() -> None:
         size=(64, 64), labels=tuple(args.labels), mask_counts=tuple(args.masks), seeds=demo.seeds,
         tasks=("knn", "linear", "finetune", "segment-frozen", "segment-finetune"),
     )  # fmt: skip
-    real = data.load_images(train, (64, 64))
+    real = image_set.load_images(train, (64, 64))
     runs = {}
     for seed in demo.seeds:
         recipe = demo_recipe(demo, train, seed)
@@ -53,7 +54,7 @@ def main() -> None:
         evaluate_student(
             lambda seed: create_student(demo.student, init=str(runs[seed])), evaluation,
             method="DreamTeacher, StyleGAN2",
-            classification=labelled_data(real, data.load_images(test, (64, 64))),
+            classification=labelled_data(real, image_set.load_images(test, (64, 64))),
             segmentation=split_masks(load_labelled(lungs, masks, (64, 64), binary=True)),
         )
     )  # fmt: skip

@@ -27,13 +27,17 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dreamteacher import __version__
-from dreamteacher.distributed import autocast, pick_device, resolve_precision
-from dreamteacher.teachers import biggan as big
+from dreamteacher.runtime.distributed.share import autocast, pick_device, resolve_precision
 from dreamteacher.teachers.base import Teacher
-from dreamteacher.teachers.diffusion import DiffusionSpec, DiffusionTeacher, build_unet
-from dreamteacher.teachers.stable_diffusion import StableDiffusionSpec, StableDiffusionTeacher, build_network
-from dreamteacher.teachers.stylegan2 import Generator, StyleGan2Spec, StyleGan2Teacher
-from dreamteacher.teachers.train_diffusion import PRESETS, network_spec
+from dreamteacher.teachers.biggan import teacher as big
+from dreamteacher.teachers.diffusion.teacher import DiffusionSpec, DiffusionTeacher, build_unet
+from dreamteacher.teachers.stable_diffusion.teacher import (
+    StableDiffusionSpec,
+    StableDiffusionTeacher,
+    build_network,
+)
+from dreamteacher.teachers.stylegan2.teacher import Generator, StyleGan2Spec, StyleGan2Teacher
+from dreamteacher.teachers.training.diffusion import PRESETS, network_spec
 from dreamteacher.teachers.vae import CLASSES, VaeSpec, VaeTeacher
 
 KL_F8: dict[str, Any] = {

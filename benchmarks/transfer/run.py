@@ -32,17 +32,17 @@ import torch
 import tyro
 from PIL import Image
 
-from dreamteacher import checkpoint
-from dreamteacher.data import load_images, step_generator
-from dreamteacher.downstream import summary_table
-from dreamteacher.downstream.detection_config import DetectConfig
+from dreamteacher.data.image_set import load_images, step_generator
+from dreamteacher.data.images import find_images
+from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.downstream.classification.finetune import FinetuneConfig
+from dreamteacher.downstream.detection.config import DetectConfig
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate
-from dreamteacher.downstream.finetune import FinetuneConfig
-from dreamteacher.downstream.segmentation import SegmentConfig
-from dreamteacher.errors import UserError
-from dreamteacher.images import find_images
-from dreamteacher.pretrain import PretrainConfig, pretrain
-from dreamteacher.rundir import read_rows
+from dreamteacher.downstream.features import summary_table
+from dreamteacher.downstream.segmentation.few_masks import SegmentConfig
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.run_folder import read_rows
 
 COLUMNS = (
     "method", "student", "task", "metric", "value", "labels", "seed", "seconds", "images_seen", "status",

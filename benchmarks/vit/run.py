@@ -22,15 +22,16 @@ from typing import Any
 import timm
 from timm.models import VisionTransformer, register_model
 
-from dreamteacher import checkpoint, data
-from dreamteacher.demo import DemoConfig, demo_recipe, xray_folders
-from dreamteacher.downstream import Row, labelled_data, summary_table
+from dreamteacher.cli.demo import DemoConfig, demo_recipe, xray_folders
+from dreamteacher.data import image_set
+from dreamteacher.data.masks.loaded import load_labelled
+from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
-from dreamteacher.downstream.segmentation import split_masks
-from dreamteacher.labelled import load_labelled
-from dreamteacher.pretrain import pretrain
-from dreamteacher.rundir import read_rows
-from dreamteacher.students import Student, create_student, load_weights, read_weights, weight_file
+from dreamteacher.downstream.features import Row, labelled_data, summary_table
+from dreamteacher.downstream.segmentation.few_masks import split_masks
+from dreamteacher.models.student import Student, create_student, load_weights, read_weights, weight_file
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.run_folder import read_rows
 
 MEAN, TOKEN = "vit_demo_patch8_64", "vit_demo_patch8_token_64"
 
@@ -74,8 +75,8 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         print({k: round(v, 3) for k, v in last.items() if k.startswith(("loss", "r2", "rankme"))}, flush=True)
     if args.only_pretrain:
         return
-    real = data.load_images(train, (64, 64))
-    labelled = labelled_data(real, data.load_images(test, (64, 64)))
+    real = image_set.load_images(train, (64, 64))
+    labelled = labelled_data(real, image_set.load_images(test, (64, 64)))
     segments = split_masks(load_labelled(lungs, masks, (64, 64), binary=True))
     everything = EvaluateConfig(
         student=MEAN, train=train, test=test, images=lungs, masks=masks, binary_masks=True, size=(64, 64),

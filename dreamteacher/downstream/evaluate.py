@@ -12,8 +12,28 @@ from typing import Any
 
 from torch import Tensor
 
-from dreamteacher.distributed import pick_device
-from dreamteacher.downstream import (
+from dreamteacher.downstream.classification.finetune import finetune
+from dreamteacher.downstream.classification.finetune_full import (
+    TimmClassifier,
+    batch_size_of,
+    finetune_full,
+    recipe_of,
+)
+from dreamteacher.downstream.classification.knn import knn
+from dreamteacher.downstream.classification.linear import linear
+from dreamteacher.downstream.classification.linear_sgd import linear_sgd
+from dreamteacher.downstream.config import (
+    UNDRAWN,
+    EvaluateConfig,
+    budgets,
+    check_config,
+    mask_places,
+    with_classes,
+    with_masks,
+)
+from dreamteacher.downstream.detection.data import DetectionData, load_detection
+from dreamteacher.downstream.detection.train import detect
+from dreamteacher.downstream.features import (
     CLASSIFICATION,
     DETECTION,
     DISTILLED,
@@ -30,39 +50,24 @@ from dreamteacher.downstream import (
     separated,
     summary_table,
 )
-from dreamteacher.downstream.crops import SemanticData, load_files
-from dreamteacher.downstream.detection import detect
-from dreamteacher.downstream.detection_data import DetectionData, load_detection
-from dreamteacher.downstream.distilled import distilled, load_distilled, neck_weights
-from dreamteacher.downstream.evaluate_config import (
-    UNDRAWN,
-    EvaluateConfig,
-    budgets,
-    check_config,
-    mask_places,
-    with_classes,
-    with_masks,
-)
-from dreamteacher.downstream.finetune import finetune
-from dreamteacher.downstream.finetune_full import TimmClassifier, batch_size_of, finetune_full, recipe_of
-from dreamteacher.downstream.knn import knn
-from dreamteacher.downstream.linear import linear
-from dreamteacher.downstream.linear_sgd import linear_sgd
 from dreamteacher.downstream.loop import Saved
-from dreamteacher.downstream.panoptic import PanopticData, load_panoptic, panoptic
+from dreamteacher.downstream.panoptic.train import PanopticData, load_panoptic, panoptic
 from dreamteacher.downstream.presets import check_preset
-from dreamteacher.downstream.readout import level_of, readout
 from dreamteacher.downstream.results import LONG, Results
-from dreamteacher.downstream.segmentation import (
+from dreamteacher.downstream.segmentation.crops import SemanticData, load_files
+from dreamteacher.downstream.segmentation.distilled import distilled, load_distilled, neck_weights
+from dreamteacher.downstream.segmentation.few_masks import (
     SegmentationData,
     draw_masks,
     segment,
     segment_linear,
 )
-from dreamteacher.downstream.semantic import semantic
+from dreamteacher.downstream.segmentation.readout import level_of, readout
+from dreamteacher.downstream.segmentation.semantic import semantic
 from dreamteacher.downstream.sources import load_classes, load_masks
-from dreamteacher.errors import UserError
-from dreamteacher.students import Student, create_student, is_ours, recorded_student, weight_file
+from dreamteacher.models.student import Student, create_student, is_ours, recorded_student, weight_file
+from dreamteacher.runtime.distributed.share import pick_device
+from dreamteacher.runtime.errors import UserError
 
 __all__ = [
     "ClassificationData",

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dreamteacher import checkpoint
-from dreamteacher.errors import UserError
-from dreamteacher.optim import Ema
-from dreamteacher.rundir import RunDir, Signals
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.optim import Ema
+from dreamteacher.runtime.run_folder import RunDir, Signals
 
 
 class Saved:
     """Where one training keeps its last checkpoint: the same training goes on from there, bitwise.
 
     The caller begins its stream of batches at `step`; `run_steps` does the rest. Random numbers that layers
-    draw from torch's global generators (see `dreamteacher.distributed.seeded`) go on where they stopped.
+    draw from torch's global generators (see `dreamteacher.runtime.distributed.share.seeded`) go on where they stopped.
 
     Args:
         folder: made and locked; it belongs to this training alone.

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dreamteacher.downstream import detection_config, panoptic, semantic
-from dreamteacher.downstream.evaluate_config import EvaluateConfig
-from dreamteacher.downstream.finetune_full import FinetuneFullConfig
-from dreamteacher.downstream.segmentation import SegmentConfig
-from dreamteacher.errors import UserError, did_you_mean
+from dreamteacher.downstream.classification.finetune_full import FinetuneFullConfig
+from dreamteacher.downstream.config import EvaluateConfig
+from dreamteacher.downstream.detection import config as detection_config
+from dreamteacher.downstream.panoptic import train
+from dreamteacher.downstream.segmentation import semantic
+from dreamteacher.downstream.segmentation.few_masks import SegmentConfig
+from dreamteacher.runtime.errors import UserError, did_you_mean
 
 
 class EvaluatePreset(NamedTuple):
@@ -52,7 +54,7 @@ PRESETS: dict[str, EvaluatePreset] = {
     "bdd100k-instance": _detect("bdd100k-36", "Mask R-CNN on BDD100K, 36 epochs"),
     "bdd100k-panoptic": EvaluatePreset(
         "Panoptic FPN on BDD100K, 36 epochs",
-        {"tasks": ("panoptic",), "panoptic": panoptic.PRESETS["bdd100k-36"]},
+        {"tasks": ("panoptic",), "panoptic": train.PRESETS["bdd100k-36"]},
     ),
     "coco-1x": _detect("coco-1x", "Mask R-CNN on COCO, 12 epochs"),
     "coco-2x": _detect("coco-2x", "Mask R-CNN on COCO, 24 epochs"),

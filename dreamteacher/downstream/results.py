@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamteacher import __version__, checkpoint
-from dreamteacher.config import to_json
-from dreamteacher.distributed import resolve_precision
-from dreamteacher.downstream import (
+from dreamteacher import __version__
+from dreamteacher.data.layouts.table import layout_of
+from dreamteacher.downstream.config import EvaluateConfig, with_classes
+from dreamteacher.downstream.features import (
     DETECTION,
     DISTILLED,
     PANOPTIC,
@@ -24,12 +24,13 @@ from dreamteacher.downstream import (
     Row,
     device_of,
 )
-from dreamteacher.downstream.distilled import HEAD, REGRESSOR
-from dreamteacher.downstream.evaluate_config import EvaluateConfig, with_classes
 from dreamteacher.downstream.loop import Saved
-from dreamteacher.layouts import layout_of
-from dreamteacher.rundir import RunDir, read_rows
-from dreamteacher.students import Student
+from dreamteacher.downstream.segmentation.distilled import HEAD, REGRESSOR
+from dreamteacher.models.student import Student
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.config import to_json
+from dreamteacher.runtime.distributed.share import resolve_precision
+from dreamteacher.runtime.run_folder import RunDir, read_rows
 
 # Tasks that train for long: they keep a checkpoint.
 LONG = (*PUBLISHED, *STREAMED, *DETECTION, *PANOPTIC)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from dreamteacher.data import ImageSet, load_images
-from dreamteacher.downstream import ClassificationData, labelled_data
-from dreamteacher.downstream.segmentation import SegmentationData, split_masks
-from dreamteacher.errors import UserError
-from dreamteacher.images import IMAGE_SUFFIXES, Size, find_images
-from dreamteacher.labelled import load_labelled
-from dreamteacher.layouts import Part, check, has_parts, layout_of
-from dreamteacher.masks import SegmentationSet, load_layout
+from dreamteacher.data.image_set import ImageSet, load_images
+from dreamteacher.data.images import IMAGE_SUFFIXES, Size, find_images
+from dreamteacher.data.layouts.table import Part, check, has_parts, layout_of
+from dreamteacher.data.masks.loaded import load_labelled
+from dreamteacher.data.masks.pairs import SegmentationSet, load_layout
+from dreamteacher.downstream.features import ClassificationData, labelled_data
+from dreamteacher.downstream.segmentation.few_masks import SegmentationData, split_masks
+from dreamteacher.runtime.errors import UserError
 
 
 def test_source(train: Path | None, test: Path | None) -> Path | None:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from dreamteacher.errors import UserError
-from dreamteacher.features import FeatureSpec
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.spec import FeatureSpec
 
 Noise = Literal["stochastic", "fixed", "inversion", "none"]
 STRIDES = (4, 8, 16, 32)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dreamteacher.distributed import share_of
-from dreamteacher.errors import UserError
-from dreamteacher.memory import ran_out, reason
+from dreamteacher.runtime.distributed.share import share_of
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.memory import ran_out, reason
 from dreamteacher.teachers.base import Teacher
 
 MOST_ON_GPU = 32  # images at once where no number is given; a choice, not measured

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from dreamteacher.errors import UserError
-from dreamteacher.fetch import HUB_HOST, alternatives, cache_folder
+from dreamteacher.runtime.download.http import HUB_HOST, alternatives, cache_folder
+from dreamteacher.runtime.errors import UserError
 
 Kind = Literal["adm", "ddpm", "stable-diffusion", "stylegan2", "icgan-stylegan2", "biggan", "vae"]
 FAMILIES: dict[Kind, str] = {

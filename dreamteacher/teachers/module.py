@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from dreamteacher.distributed import share_of
-from dreamteacher.errors import UserError, did_you_mean, shorten
-from dreamteacher.features import FeatureSpec
+from dreamteacher.runtime.distributed.share import share_of
+from dreamteacher.runtime.errors import UserError, did_you_mean, shorten
+from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import STRIDES, Teacher
 
 Reader = Callable[[nn.Module, Tensor], tuple[Any, Mapping[int, Tensor]]]

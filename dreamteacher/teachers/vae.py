@@ -24,11 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dreamteacher import checkpoint
-from dreamteacher.config import from_json, parse_json
-from dreamteacher.distributed import randint, randn
-from dreamteacher.errors import UserError, shorten
-from dreamteacher.features import FeatureSpec
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.config import from_json, parse_json
+from dreamteacher.runtime.distributed.share import randint, randn
+from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import STRIDES, Teacher
 
 Kind = Literal["kl", "tiny", "vq", "dc"]

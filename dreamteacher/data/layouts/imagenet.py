@@ -1,0 +1,198 @@
+"""Layouts of images and image classes: ImageNet-1k, LSUN, FFHQ, as they are downloaded."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from dreamteacher.data.images import below, find_images
+from dreamteacher.data.layouts.layout import ImageFiles, Layout, Part, images_below
+from dreamteacher.runtime.errors import UserError, shorten
+
+IMAGENET = Layout(
+    what="ImageNet-1k (ILSVRC 2012)",
+    tree="train/WNID/*.JPEG and val/*.JPEG (flat or in WNID folders), or the same in ILSVRC/Data/CLS-LOC",
+    get="ILSVRC2012_img_train.tar (unpack its tars too) and ILSVRC2012_img_val.tar from image-net.org, or the Kaggle set",
+    counts={"images": (1_281_167, 50_000)},
+)
+LSUN = Layout(
+    what="LSUN with its images exported",
+    tree="a folder of images, or one such folder per category",
+    get="CATEGORY_train_lmdb from the LSUN site, and `data.py export` of the repository fyu/lsun",
+    counts={},
+)
+FFHQ = Layout(
+    what="FFHQ",
+    tree="images1024x1024/00000/00000.png ... (or thumbnails128x128, or the numbered folders themselves)",
+    get="images1024x1024 or thumbnails128x128 of NVlabs' ffhq-dataset",
+    counts={"images": (70_000, 70_000)},
+)
+
+_WNID = re.compile(r"n\d{8}")
+_DEVKIT = "ILSVRC2012_devkit_t12/data"
+_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+
+
+def imagenet(root: Path, part: Part) -> ImageFiles:
+    """Images with labels; class ids follow the sorted WNIDs of train/, as in torchvision and timm.
+
+    A flat val/ takes its labels from LOC_val_solution.csv (the Kaggle set: ImageId, "WNID x y x y ...") or
+    from ILSVRC2012_devkit_t12/data (ILSVRC2012_validation_ground_truth.txt: line i is the ILSVRC id of image
+    i; meta.mat: ILSVRC id -> WNID; needs scipy).
+
+    Source: the devkit's readme.txt; torchvision.datasets.ImageNet reads the same files.
+
+    Raises:
+        UserError: parts are missing, inner tars were not unpacked, counts of images and labels differ.
+    """
+    inner = root / "ILSVRC" / "Data" / "CLS-LOC"
+    data = inner if inner.is_dir() else root
+    IMAGENET.need(data, "train", *(("val",) if part == "val" else ()))
+    classes = tuple(
+        sorted(p.name for p in (data / "train").iterdir() if _WNID.fullmatch(p.name) and p.is_dir())
+    )
+    packed = sorted(p.name for p in (data / "train").glob("n*.tar"))
+    if packed:
+        raise IMAGENET.lacks(data, f"{len(packed)} tars in train are not unpacked ({shorten(packed)})")
+    if len(classes) < 2:
+        raise IMAGENET.lacks(data, f"train has {len(classes)} WNID folders (n01440764 ...)")
+    paths = images_below(IMAGENET, data, part)
+    flat = part == "val" and all(path.parent == data / "val" for path in paths)
+    if flat:
+        wnids = _flat_classes(root, data, paths)
+    else:
+        wnids = [path.relative_to(data / part).parts[0] for path in paths]
+    ids = {name: i for i, name in enumerate(classes)}
+    strange = sorted({name for name in wnids if name not in ids})
+    empty = sorted(set(classes) - set(wnids))
+    if strange:
+        raise IMAGENET.lacks(
+            data, f"{part} has {len(strange)} classes that train has not ({shorten(strange)})"
+        )
+    if empty:
+        raise IMAGENET.lacks(
+            data, f"{len(empty)} of {len(classes)} classes have no images in {part} ({shorten(empty)})"
+        )
+    IMAGENET.say_count("images", part, len(paths))
+    return ImageFiles(folder=data / part, paths=paths, labels=[ids[name] for name in wnids], classes=classes)
+
+
+def _flat_classes(root: Path, data: Path, paths: list[Path]) -> list[str]:
+    """The WNIDs of val/ILSVRC2012_val_00000001.JPEG ..."""
+    for place in (root, data):
+        if (place / "LOC_val_solution.csv").is_file():
+            known = _from_kaggle(place / "LOC_val_solution.csv")
+            break
+        if (place / _DEVKIT / _TRUTH).is_file():
+            known = _from_devkit(place / _DEVKIT)
+            break
+    else:
+        raise IMAGENET.lacks(
+            data,
+            f"val is flat and there is neither LOC_val_solution.csv nor {_DEVKIT}/{_TRUTH} to say what it shows",
+        )
+    unlabelled = [path.name for path in paths if path.stem not in known]
+    if unlabelled or len(paths) != len(known):
+        raise IMAGENET.lacks(
+            data,
+            f"val has {len(paths)} images for {len(known)} labels"
+            + (f", {len(unlabelled)} of them without one ({shorten(unlabelled)})" if unlabelled else ""),
+        )
+    return [known[path.stem] for path in paths]
+
+
+def _from_kaggle(path: Path) -> dict[str, str]:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or any(not row.get("ImageId") or not row.get("PredictionString") for row in rows):
+        raise UserError(f"'{path}' has not the columns ImageId and PredictionString.", "Copy it again.")
+    return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+
+
+def _from_devkit(folder: Path) -> dict[str, str]:
+    wnids = _meta(folder / "meta.mat")
+    lines = (folder / _TRUTH).read_text().split()
+    try:
+        return {f"ILSVRC2012_val_{i:08}": wnids[int(line)] for i, line in enumerate(lines, start=1)}
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"'{folder / _TRUTH}' holds {error}, which is no ILSVRC id.", "Unpack it again."
+        ) from None
+
+
+def _meta(path: Path) -> Mapping[int, str]:
+    """ILSVRC id -> WNID of the synsets without children, which are the classes."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise UserError(
+            "ImageNet's meta.mat needs the library 'scipy'.", "pip install 'dreamteacher[layouts]'"
+        ) from None
+    try:
+        synsets = loadmat(path, squeeze_me=True)["synsets"]
+        rows = zip(synsets["ILSVRC2012_ID"], synsets["WNID"], synsets["num_children"], strict=True)
+        return {int(number): str(wnid) for number, wnid, children in rows if children == 0}
+    except Exception as error:  # damaged MATLAB files fail in many ways
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise UserError(
+            f"'{path}' cannot be read: {reason}.", "Unpack ILSVRC2012_devkit_t12 again."
+        ) from None
+
+
+def lsun(root: Path, part: Part) -> ImageFiles:
+    """Exported images, all of them; folders named CATEGORY_train (and _val) become classes and parts.
+
+    LSUN is released as one LMDB per category, which is not read here: `data.py export` (fyu/lsun) writes the
+    images as they are, under folders of the first six letters of their keys or flat.
+
+    Raises:
+        UserError: there is an LMDB and no images; nothing at all.
+    """
+    LSUN.need(root)
+    if (root / "data.mdb").exists() or any(root.glob("*_lmdb/data.mdb")):
+        raise LSUN.lacks(root, "it holds the LMDB (data.mdb), not images")
+    try:
+        paths = find_images(root)
+    except UserError:
+        raise LSUN.lacks(root, "there are no images") from None
+    places = [below(root, path).split("/") for path in paths]
+    if part == "val" or any(place[0].endswith("_val") for place in places):
+        kept = [i for i, place in enumerate(places) if place[0].endswith("_val") == (part == "val")]
+        paths, places = [paths[i] for i in kept], [places[i] for i in kept]
+        if not paths:
+            raise LSUN.lacks(root, f"there are no images for {part} (folders CATEGORY_{part})")
+    names = [place[0].removesuffix(f"_{part}") for place in places]
+    classes = tuple(sorted(set(names)))
+    # Folders of one letter are the beginnings of keys, not categories.
+    if len(classes) < 2 or any(len(place) == 1 or len(place[0]) == 1 for place in places):
+        return ImageFiles(folder=root, paths=paths)
+    ids = {name: i for i, name in enumerate(classes)}
+    return ImageFiles(folder=root, paths=paths, labels=[ids[name] for name in names], classes=classes)
+
+
+def ffhq(root: Path, part: Part) -> ImageFiles:
+    """All 70,000 images, for either part: StyleGAN's authors trained on all.
+
+    Source: NVlabs/ffhq-dataset, README (folders of a thousand, five-digit names, numbered without gaps).
+
+    Raises:
+        UserError: no images, other names than NNNNN/NNNNN.png, gaps in the numbers.
+    """
+    FFHQ.need(root)
+    inner = [name for name in ("images1024x1024", "thumbnails128x128") if (root / name).is_dir()]
+    folder = root / inner[0] if inner else root
+    paths = images_below(FFHQ, folder, ".")
+    names = [below(folder, path) for path in paths]
+    strange = [name for name in names if not re.fullmatch(r"\d{5}/\d{5}\.png", name)]
+    if strange:
+        raise FFHQ.lacks(
+            folder, f"{len(strange)} of {len(names)} images have other names ({shorten(strange)})"
+        )
+    numbers = {int(name[6:11]) for name in names}
+    gaps = [f"{i - i % 1000:05}/{i:05}.png" for i in range(max(numbers)) if i not in numbers]
+    if gaps:
+        raise FFHQ.lacks(folder, f"{len(gaps)} of {max(numbers) + 1} images are missing ({shorten(gaps)})")
+    FFHQ.say_count("images", part, len(paths))
+    return ImageFiles(folder=folder, paths=paths)

@@ -1,0 +1,223 @@
+"""Images with masks of class ids: how they are paired by name and checked; and the masks of layouts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dreamteacher.data.images import (
+    IMAGE_SUFFIXES,
+    BadImage,
+    BadImageError,
+    Header,
+    Size,
+    below,
+    find_images,
+    read_header,
+    read_image,
+    read_mask,
+    scale_mask,
+)
+from dreamteacher.data.layouts.table import Part, mask_files
+from dreamteacher.data.npy import read_npy, read_npy_header
+from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.threads import in_threads
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationSet:
+    """Images with masks, decoded in memory.
+
+    Args:
+        images: uint8 N x 3 x H x W.
+        masks: int64 N x H x W, class ids and perhaps the id that is to be ignored.
+        classes: number of classes.
+        names: their names in id order.
+        unpaired: images that had no mask and were left out.
+        paths: of the images; () where they are not from files.
+    """
+
+    images: Tensor
+    masks: Tensor
+    classes: int
+    names: tuple[str, ...]
+    unpaired: tuple[Path, ...] = ()
+    paths: tuple[Path, ...] = ()
+
+
+def load_layout(
+    source: Path, size: Size, *, part: Part = "train", ignore_index: int = 255, binary: bool = False
+) -> SegmentationSet:
+    """The images and masks of LAYOUT:ROOT (see `layouts.mask_files`), whose classes are known.
+
+    Folders and files of one's own: `labelled.load_labelled`.
+
+    Args:
+        source: LAYOUT:ROOT.
+        size: (height, width) that images and masks are brought to, alike.
+        part: training or validation.
+        ignore_index: id of what the data set does not count.
+        binary: refused.
+
+    Raises:
+        UserError: files that are missing or cannot be read, shapes that differ, values that mean nothing.
+    """
+    if binary:
+        raise UserError(f"The masks of '{source}' are not black and white.", "Leave out --binary-masks.")
+    files = mask_files(source, part)
+    if 0 <= ignore_index < len(files.names):
+        raise UserError(
+            f"{ignore_index} is to be ignored, but is '{files.names[ignore_index]}' in '{source}'.",
+            "Leave the id to be ignored at 255: what a data set does not count becomes that.",
+        )
+    check_pairs(source, source, files.pairs, False, label_header)
+    images = torch.empty(len(files.pairs), 3, *size, dtype=torch.uint8)
+    masks = torch.empty(len(files.pairs), *size, dtype=torch.int64)
+
+    def load(i: int) -> BadImage | None:
+        image, mask = files.pairs[i]
+        try:
+            values = read_npy(mask) if mask.suffix == ".npy" else read_mask(mask, None)
+            masks[i] = scale_mask(files.class_ids(values, ignore_index), size)
+            images[i] = read_image(image, size)
+        except BadImageError as error:
+            return BadImage(error.path, error.reason)
+        except ValueError as error:
+            return BadImage(mask, f"it holds {error}")
+        return None
+
+    refuse_bad(in_threads(load, range(len(files.pairs)), 2, "reading masks"), source)
+    paths = tuple(image for image, _ in files.pairs)
+    return SegmentationSet(
+        images=images, masks=masks, classes=len(files.names), names=files.names, paths=paths
+    )
+
+
+def label_header(path: Path) -> Header:
+    """The header of a mask, a picture or an .npy array.
+
+    Raises:
+        BadImageError: it cannot be read.
+    """
+    return read_npy_header(path) if path.suffix == ".npy" else read_header(path)
+
+
+def count_classes(ids: Sequence[int], masks: Path, ignore_index: int) -> int:
+    """The largest id and one, where nothing else says how many classes there are.
+
+    Raises:
+        UserError: that makes fewer than two, or there are negative ids.
+    """
+    classes = max((i for i in ids if i != ignore_index), default=-1) + 1
+    if classes < 2 or min(i for i in ids if i != ignore_index) < 0:
+        raise UserError(
+            f"The masks in '{masks}' hold the ids {shorten(map(str, ids))}; "
+            f"{ignore_index} is ignored, and at least two classes from 0 are needed.",
+            "If they are black and white pictures, use --binary-masks.",
+        )
+    return classes
+
+
+def say_unpaired(folder: Path, unpaired: Sequence[Path], images: int) -> None:
+    """Says on stderr which of so many images are left out, if any are."""
+    if unpaired:
+        some = shorten(below(folder, p) for p in unpaired)
+        print(
+            f"{len(unpaired)} of {images} images have no mask and are left out: {some}",
+            file=sys.stderr,
+        )
+
+
+def find_pairs(
+    images_folder: Path, masks_folder: Path, mask_suffixes: Sequence[str] = IMAGE_SUFFIXES
+) -> tuple[list[tuple[Path, Path]], tuple[Path, ...]]:
+    """(image, mask) in order, and the images without a mask.
+
+    Raises:
+        UserError: masks without an image, or files whose names differ in nothing but their suffix.
+    """
+    by_name: list[dict[str, Path]] = []
+    for folder, suffixes in ((images_folder, IMAGE_SUFFIXES), (masks_folder, mask_suffixes)):
+        paths = find_images(folder, suffixes)
+        by_name.append({below(folder, p.with_suffix("")): p for p in paths})
+        if len(by_name[-1]) < len(paths):
+            same = (below(folder, p) for p in paths if by_name[-1][below(folder, p.with_suffix(""))] != p)
+            raise UserError(
+                f"Files in '{folder}' differ in nothing but their suffix: {shorten(same)}.",
+                "Keep one of each: images and masks are paired by name without suffix.",
+            )
+    images, masks = by_name
+    alone = [below(masks_folder, path) for name, path in masks.items() if name not in images]
+    if alone:
+        raise UserError(
+            f"{len(alone)} of {len(masks)} masks in '{masks_folder}' have no image of the same name in "
+            f"'{images_folder}': {shorten(alone)}.",
+            "Name mask and image alike (a/1.png for a/1.jpg), or remove those masks.",
+        )
+    unpaired = tuple(path for name, path in images.items() if name not in masks)
+    return [(path, masks[name]) for name, path in images.items() if name in masks], unpaired
+
+
+def check_pairs(
+    images_folder: Path,
+    masks_folder: Path,
+    pairs: Sequence[tuple[Path, Path]],
+    binary: bool,
+    read_mask_header: Callable[[Path], Header] = read_header,
+) -> list[Header]:
+    """Everything that the headers tell, before anything is decoded. Returns those of the masks.
+
+    Raises:
+        UserError: files that cannot be read, shapes that differ, coloured or JPEG masks where ids are wanted.
+    """
+
+    def check(i: int) -> Header | BadImage:
+        path = pairs[i // 2][i % 2]
+        try:
+            return read_mask_header(path) if i % 2 else read_header(path)
+        except BadImageError as error:
+            return BadImage(path, error.reason)
+
+    found = in_threads(check, range(2 * len(pairs)), 2, "checking masks")
+    refuse_bad(found, masks_folder)
+    headers = [h for h in found if isinstance(h, Header)]
+    coloured, oblong = [], []
+    for (image, mask), one, two in zip(pairs, headers[::2], headers[1::2], strict=True):
+        (h, w), (height, width) = one.size, two.size
+        if abs(h * width - w * height) > max(h, w, height, width):  # more than a pixel of rounding
+            oblong.append(f"{_seen(images_folder, image)} {w} x {h} and its mask {width} x {height}")
+        if two.format in ("JPEG", "MPO") or not (two.mode in ("1", "L", "P") or two.mode.startswith("I")):
+            coloured.append(f"{_seen(masks_folder, mask)} ({two.format}, {two.mode})")
+    if coloured and not binary:
+        raise UserError(
+            f"{len(coloured)} of {len(pairs)} masks in '{masks_folder}' have no class ids: "
+            f"{shorten(coloured)}.",
+            "Save ids as grey or palette PNG; or, if these are black and white, use --binary-masks.",
+        )
+    if oblong:
+        raise UserError(
+            f"{len(oblong)} of {len(pairs)} masks are not of their image's shape: {shorten(oblong)}.",
+            "Mask and image must show the same part of the scene: width / height must be the same.",
+        )
+    return headers[1::2]
+
+
+def _seen(folder: Path, path: Path) -> str:
+    """As `below`; where the folder is a layout, the path itself."""
+    return below(folder, path) if path.is_relative_to(folder) else str(path)
+
+
+def refuse_bad(found: Iterable[object], folder: Path) -> None:
+    """Raises a UserError if there is a BadImage among what was found."""
+    bad = [b for b in found if isinstance(b, BadImage)]
+    if bad:
+        raise UserError(
+            f"{len(bad)} images or masks of '{folder}' cannot be read: "
+            f"{shorten(f'{b.path} ({b.reason})' for b in bad)}.",
+            "Replace or remove them.",
+        )

@@ -1,0 +1,1 @@
+"""The method: a student learns a teacher's features."""

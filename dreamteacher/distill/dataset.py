@@ -1,0 +1,218 @@
+"""Feature datasets: pairs of (images, teacher maps), encoded from real images, synthesized, both, or stored."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dreamteacher.data import image_set
+from dreamteacher.distill.store.items import Kept, unpack
+from dreamteacher.distill.store.reader import FeatureStore
+from dreamteacher.losses import AtReduction, FeatureLoss, WhitenAxes, feature_loss, projected_loss, whiten
+from dreamteacher.runtime.distributed.share import ALONE, Draws, Precision, Share, autocast
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.prefetch import Copies, Sent, ahead
+from dreamteacher.teachers.base import Teacher
+from dreamteacher.teachers.in_parts import InParts
+
+DatasetKind = Literal["encoded", "synthesized", "mixture"]
+MODES = {"encoded": {"encode"}, "synthesized": {"sample"}, "mixture": {"encode", "sample"}}
+
+
+class FeatureBatch(NamedTuple):
+    """Images (float RGB in [0, 1], N x 3 x H x W) and the teacher's maps of exactly these images.
+
+    `waited` is the time in seconds that was spent waiting for images, the teacher's work not counted; `step`
+    counts batches from 0. Of a store that holds projected maps, `maps` are their coefficients and `kept` has
+    what the loss needs besides.
+    """
+
+    images: Tensor
+    maps: list[Tensor]
+    waited: float
+    step: int
+    kept: Kept | None = None
+
+    def target(self, level: int, axes: WhitenAxes) -> Tensor:
+        """What the student's map of a level is compared with in eq. 1."""
+        return whiten(self.maps[level], axes) if self.kept is None else self.maps[level]
+
+    def split(self, count: int) -> list[FeatureBatch]:
+        """`count` parts, images `i`, `i + count`, `i + 2 count` ...: so that each has a share of a mixture's kinds."""
+        if count == 1:
+            return [self]
+        return [self._rows(slice(i, None, count)) for i in range(count)]
+
+    def _rows(self, at: slice) -> FeatureBatch:
+        kept = self.kept
+        if kept is not None:
+            residuals = None if kept.residuals is None else kept.residuals[at]
+            kept = kept._replace(
+                maps=[m[at] for m in kept.maps], energies=[e[at] for e in kept.energies], residuals=residuals
+            )
+        return self._replace(images=self.images[at], maps=[m[at] for m in self.maps], kept=kept)
+
+
+# Each forgets a batch before it makes the next: else the maps of two would be in memory at once.
+Stream = Generator[FeatureBatch, None, None]
+
+
+def batch_loss(
+    maps: list[Tensor], batch: FeatureBatch, *, axes: WhitenAxes, at_weight: float, at_reduction: AtReduction
+) -> FeatureLoss:
+    """Eq. 3 of the student's maps against a batch, computed live or stored; of a store `axes` are its own."""
+    if batch.kept is None:
+        return feature_loss(maps, batch.maps, axes=axes, at_weight=at_weight, at_reduction=at_reduction)
+    assert batch.kept.residuals is not None  # a store has them wherever it projects
+    return projected_loss(
+        maps, batch.maps, batch.kept.energies, batch.kept.residuals, factors=batch.kept.factors,
+        at_weight=at_weight, at_reduction=at_reduction,
+    )  # fmt: skip
+
+
+def device_generator(
+    seed: int, step: int, stream: str, device: torch.device, share: Share = ALONE
+) -> torch.Generator:
+    """The random numbers of one step on `device`: the same for a run and its resumption, for one process and many."""
+    return Draws(device, image_set.step_generator(seed, step, stream).initial_seed(), share)
+
+
+def check_mode(teacher: Teacher, kind: DatasetKind, size: tuple[int, int]) -> None:
+    """Raises UserError when the teacher cannot serve this kind of dataset, or not at this size in pixels."""
+    if not MODES[kind] <= teacher.modes:
+        able = [f"--dataset {other}" for other, modes in MODES.items() if modes <= teacher.modes]
+        raise UserError(
+            f"The teacher '{teacher.name}' ({teacher.family}) cannot make a dataset that is {_WORDS[kind]}.",
+            f"Use {' or '.join(able)}.",
+        )
+    if "sample" in MODES[kind] and size != teacher.size:
+        height, width = teacher.size
+        raise UserError(
+            f"The teacher '{teacher.name}' makes images of {height} x {width}, not {size[0]} x {size[1]}.",
+            "Leave out --size" + (", or use --dataset encoded." if "encode" in teacher.modes else "."),
+        )
+    teacher.check_size(*size)
+
+
+_WORDS = {"encoded": "encoded", "synthesized": "synthesized", "mixture": "a mixture"}
+
+
+def synthesized_part(batch_size: int, share: float) -> int:
+    """How many images of a mixture's batch the teacher makes.
+
+    Raises:
+        UserError: when a batch would hold none of one kind.
+    """
+    made = round(share * batch_size)
+    if not 0 < made < batch_size:
+        raise UserError(
+            f"--share {share:g} of a batch of {batch_size} leaves no room for one of the two kinds.",
+            "Use a --share nearer 0.5, a larger --batch-size, or --dataset encoded or synthesized.",
+        )
+    return made
+
+
+def encoded(
+    teacher: Teacher | InParts, batches: Iterator[image_set.Batch], *, seed: int, device: torch.device,
+    precision: Precision, share: Share = ALONE,
+) -> Stream:  # fmt: skip
+    """Real images, already flipped, and the teacher's maps of what the student will see.
+
+    On a GPU a thread fetches the next batch and starts its copy while this one is worked on. Raw batches
+    (`data.batches(raw=True)`) travel as bytes.
+
+    Source: the paper's encoded feature dataset (sec. 3.1): q(x_t | x_0), one denoising pass, fresh noise.
+    """
+    copies = Copies(device)
+
+    def send(batch: image_set.Batch) -> tuple[Sent, int]:
+        return copies.send([batch.images]), batch.step
+
+    for (sent, step), waited in ahead(batches, send, threaded=device.type == "cuda"):
+        images = image_set.to_float(copies.receive(sent)[0])
+        generator = device_generator(seed, step, "teacher", device, share)
+        with autocast(device, precision):
+            maps = teacher.encode(images, generator=generator)
+        yield FeatureBatch(images, maps, waited, step)
+        del sent, images, maps
+
+
+def synthesized(
+    teacher: Teacher | InParts, *, batch_size: int, first_step: int, last_step: int, seed: int,
+    device: torch.device, precision: Precision, share: Share = ALONE,
+) -> Stream:  # fmt: skip
+    """New images from the teacher and their maps, made on the fly and never filtered.
+
+    Source: the paper's synthesized feature dataset (sec. 3.1).
+    """
+    for step in range(first_step, last_step):
+        generator = device_generator(seed, step, "teacher", device, share)
+        with autocast(device, precision):
+            images, maps = teacher.sample(share.of(batch_size), generator=generator)
+        yield FeatureBatch(images.float(), maps, 0.0, step)
+        del images, maps
+
+
+def mixture(
+    teacher: Teacher | InParts, batches: Iterator[image_set.Batch], *, made: int, seed: int, device: torch.device,
+    precision: Precision, share: Share = ALONE,
+) -> Stream:  # fmt: skip
+    """Batches of real images and, behind them, `made` of the teacher's own, with the maps of all.
+
+    Source: ours; the paper reports either kind alone. A teacher that can both encode and sample serves it.
+    """
+    for real in encoded(teacher, batches, seed=seed, device=device, precision=precision, share=share):
+        generator = device_generator(seed, real.step, "samples", device, share)
+        with autocast(device, precision):
+            images, maps = teacher.sample(share.of(made), generator=generator)
+        both = [torch.cat([a, b.to(a.dtype)]) for a, b in zip(real.maps, maps, strict=True)]
+        seen, waited, step = torch.cat([real.images, images.float()]), real.waited, real.step
+        del real, images, maps
+        yield FeatureBatch(seen, both, waited, step)
+        del seen, both
+
+
+def stored(
+    store: FeatureStore, images: image_set.ImageSet, *, batch_size: int, first_step: int, last_step: int, seed: int,
+    device: torch.device, workers: int = 0, teacher: Teacher | InParts | None = None, precision: Precision = "auto",
+    share: Share = ALONE,
+) -> Stream:  # fmt: skip
+    """Images and what a store holds of them; step k is the same batch wherever the iteration began.
+
+    The order is that of `data.batches`; which draw an image is seen with follows from seed and epoch; the image is
+    mirrored as the draw was, for a map that is mirrored is not the map of the mirrored image.
+
+    Args:
+        teacher: of a store of latents: it noises them and makes the maps, at its own t, as `encoded` does.
+
+    Raises:
+        UserError: for images that the store does not have.
+    """
+    batches = image_set.batches(
+        images, batch_size=batch_size, seed=seed, first_step=first_step, last_step=last_step, flip=False,
+        workers=workers, share=share, raw=True,
+    )  # fmt: skip
+    places, copies = store.places(images), Copies(device)
+
+    def read(batch: image_set.Batch) -> tuple[Sent, int]:
+        """The items beside their images, mirrored as recorded."""
+        at = places[batch.index]
+        rows, flips = store.rows(at, store.draws_of(at, batch.step // (len(images) // batch_size), seed))
+        return copies.send([image_set.flip_images(batch.images, flips), rows]), batch.step
+
+    for (sent, step), waited in ahead(batches, read, threaded=True):
+        pixels, rows = copies.receive(sent)
+        seen, kept = image_set.to_float(pixels), unpack(store.plan, rows)
+        if store.plan.what == "latents":
+            assert teacher is not None
+            generator = device_generator(seed, step, "teacher", device, share)
+            with autocast(device, precision):
+                maps = teacher.encode_latents(kept.maps[0], generator=generator)
+            yield FeatureBatch(seen, maps, waited, step)
+            del maps
+        else:
+            yield FeatureBatch(seen, kept.maps, waited, step, None if store.plan.raw else kept)
+        del sent, pixels, rows, seen, kept

@@ -1,0 +1,306 @@
+"""Fine-tuning: the whole backbone and a linear head, trained on a few labelled images per class.
+
+From a random initialisation the same code is the baseline of training with the labels only.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dreamteacher.data.image_set import step_generator
+from dreamteacher.downstream.features import (
+    ClassificationData,
+    Images,
+    Metric,
+    class_metrics,
+    device_of,
+    draw_labels,
+    frozen,
+    take,
+    to_input,
+)
+from dreamteacher.downstream.loop import Saved, run_steps
+from dreamteacher.models.student import Student
+from dreamteacher.runtime.distributed.share import Precision, autocast, seeded
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.optim import lr_at, parameter_groups, poly_lr_at
+
+Optimizer = Literal["adamw", "sgd"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """How the classifier is trained."""
+
+    steps: int = 40
+    """Updates, the same for every number of labels."""
+    batch_size: int = 16
+    """Images per update; cut to the number of labelled images."""
+    lr: float = 1e-3
+    """Peak learning rate of the linear head (AdamW, cosine)."""
+    backbone_lr_factor: float = 1.0
+    """The backbone's learning rate as a share of `lr`."""
+    weight_decay: float = 0.05
+    """Of matrices and kernels."""
+    flip: bool = True
+    """Mirror each image left to right with probability one half."""
+    crop: float = 0.125
+    """Random shifts up to this share of the image's sides, the border filled by reflection; 0 = none."""
+
+    def __post_init__(self) -> None:
+        check_training(self.steps, self.batch_size, self.lr)
+        if not 0 <= self.crop < 0.5:
+            raise UserError(f"crop is {self.crop}.", "Give a share from 0 to below 0.5.")
+
+
+def check_training(steps: int, batch_size: int, lr: float) -> None:
+    """Raises UserError for settings that nothing can be trained with."""
+    if steps < 1:
+        raise UserError(f"steps is {steps}.", "Give at least 1.")
+    if batch_size < 2:
+        raise UserError(f"batch_size is {batch_size}.", "Give at least 2, for BatchNorm.")
+    if lr <= 0:
+        raise UserError(f"lr is {lr}.", "Give a number above 0.")
+
+
+def shuffled_batches(count: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """`steps` batches of indices below `count`, from one permutation after another, none of them partial."""
+    batch_size = min(batch_size, count)
+    left = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        while len(left) < batch_size:
+            left = torch.cat([left, torch.randperm(count, generator=generator)])
+        yield left[:batch_size]
+        left = left[batch_size:]
+
+
+def train(
+    modules: Sequence[tuple[nn.Module, float]],
+    loss_at: Callable[[int], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    weight_decay: float,
+    warmup: float = 0.1,
+    optimizer: Optimizer = "adamw",
+    power: float | None = None,
+    saved: Saved | None = None,
+    title: str = "",
+) -> None:
+    """AdamW or SGD, a linear warm-up and a decay to zero; vectors (biases, norms) have no weight decay.
+
+    Args:
+        modules: (module, factor on its learning rate); what is not listed is not trained.
+        loss_at: step -> loss with a graph; called for each step in turn, from `saved.step` on.
+        steps: number of updates.
+        lr: peak learning rate.
+        weight_decay: of matrices and kernels.
+        warmup: share of the steps.
+        optimizer: AdamW (betas 0.9, 0.999), or SGD with momentum 0.9.
+        power: of a polynomial decay (see `dreamteacher.runtime.optim.poly_lr_at`); None: a half cosine.
+        saved: where the training is kept; None: it is not.
+        title: of a progress bar; none without one.
+    """
+    groups: list[dict[str, object]] = []
+    for module, factor in modules:
+        groups += [{**group, "factor": factor} for group in parameter_groups([module], weight_decay)]
+    groups = [group for group in groups if group["params"]]
+    update: torch.optim.Optimizer
+    if optimizer == "sgd":
+        update = torch.optim.SGD(groups, lr=lr, momentum=0.9)
+    else:
+        # Fused: one pass over the weights. With tiny batches on a CPU the update is else a third of the time.
+        update = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+    first = max(1, round(warmup * steps))
+
+    def rate_at(step: int) -> float:
+        if power is None:
+            return lr_at(step, total=steps, warmup=first, peak=lr)
+        return poly_lr_at(step, total=steps, warmup=first, peak=lr, power=power)
+
+    run_steps(
+        [module for module, _ in modules], update, lambda step: [loss_at(step)], rate_at,
+        steps=steps, saved=saved, title=title,
+    )  # fmt: skip
+
+
+def recalibrate(model: nn.Module, forward: Callable[[], object]) -> None:
+    """Sets the running statistics of every BatchNorm to those of one forward pass without gradients.
+
+    After a few dozen steps on tiny batches a running average still lags behind the weights.
+
+    Args:
+        model: holds the BatchNorm layers; everything else in it runs in evaluation mode.
+        forward: runs the model once or several times; the statistics are averaged over its batches.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+        norm.train()
+    with torch.no_grad():
+        forward()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
+class Classifier(nn.Module):
+    """A backbone and a linear head on its globally averaged last map.
+
+    Args:
+        student: taken in, not copied.
+        classes: number of classes.
+    """
+
+    def __init__(self, student: Student, classes: int) -> None:
+        super().__init__()
+        self.student = student
+        self.head = nn.Linear(student.specs[-1].channels, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images in [0, 1], N x 3 x H x W -> logits N x classes."""
+        return self.head(self.student.pooled(images))
+
+
+def augment(images: Tensor, *, flip: bool, crop: float, generator: torch.Generator) -> Tensor:
+    """Random mirroring and shifting, each image by itself.
+
+    Args:
+        images: N x 3 x H x W, any dtype.
+        flip: mirror left to right with probability one half.
+        crop: largest shift as a share of each side, [0, 1).
+        generator: of all draws (on the CPU).
+    """
+    count, _, height, width = images.shape
+    if flip:
+        mirrored = torch.rand(count, generator=generator) < 0.5
+        images = torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
+    down, right = round(crop * height), round(crop * width)
+    if not down and not right:
+        return images
+    rows = _shifted(height, down, count, generator).to(images.device)
+    columns = _shifted(width, right, count, generator).to(images.device)
+    each = torch.arange(count, device=images.device)
+    return images[each[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _shifted(length: int, most: int, count: int, generator: torch.Generator) -> Tensor:
+    """Source positions (count x length) of shifts in [-most, most], reflected at the border."""
+    shift = torch.randint(-most, most + 1, (count, 1), generator=generator)
+    position = (torch.arange(length)[None] + shift).abs()
+    return torch.where(position >= length, 2 * (length - 1) - position, position)
+
+
+def train_classifier(
+    student: Student,
+    images: Tensor,
+    labels: Tensor,
+    config: FinetuneConfig,
+    *,
+    classes: int,
+    seed: int,
+    precision: Precision = "auto",
+) -> Classifier:
+    """A classifier trained from a copy of the backbone, in evaluation mode.
+
+    BatchNorm normalises by the batch while training; afterwards its running statistics are set from the
+    labelled images, because a running average over few steps lags behind the weights.
+
+    Args:
+        student: where training starts; left as it is.
+        images: labelled images, uint8 N x 3 x H x W.
+        labels: N class ids (int64).
+        config: see `FinetuneConfig`.
+        classes: number of classes.
+        seed: of the head, the batches, the augmentation, and any dropout of the backbone.
+        precision: of the matrix products.
+    """
+    device = device_of(student)
+    images, labels = images.to(device), labels.to(device)
+    generator = step_generator(seed, 0, "finetune")
+    with seeded(seed, device):
+        model = Classifier(copy.deepcopy(student), classes).to(device).train()
+        batches = shuffled_batches(len(images), config.batch_size, config.steps, generator)
+
+        def loss_at(step: int) -> Tensor:
+            index = next(batches).to(device)
+            batch = augment(images[index], flip=config.flip, crop=config.crop, generator=generator)
+            with autocast(device, precision):
+                logits = model(to_input(batch, device))
+            return F.cross_entropy(logits.float(), labels[index])
+
+        parts = [(model.student, config.backbone_lr_factor), (model.head, 1.0)]
+        train(parts, loss_at, steps=config.steps, lr=config.lr, weight_decay=config.weight_decay)
+
+        def calibrate() -> None:
+            with autocast(device, precision):
+                for part in images.tensor_split(-(-len(images) // 128)):  # even parts: never one image alone
+                    model(to_input(part, device))
+
+        recalibrate(model, calibrate)
+    return model
+
+
+def predict(
+    model: nn.Module, images: Images, *, batch_size: int = 128, precision: Precision = "auto"
+) -> Tensor:
+    """Class probabilities N x classes (float32, on the CPU) in evaluation mode.
+
+    Args:
+        model: images in [0, 1] -> logits N x classes; left as it is.
+        images: uint8 N x 3 x H x W, or an image set.
+        batch_size: images at once.
+        precision: of the matrix products.
+    """
+    device = device_of(model)
+    scores = []
+    with frozen(model), autocast(device, precision):
+        for index in torch.arange(len(images)).split(batch_size):
+            scores.append(model(to_input(take(images, index), device)).float().softmax(1).cpu())
+    return torch.cat(scores)
+
+
+def finetune(
+    student: Student,
+    data: ClassificationData,
+    config: FinetuneConfig,
+    *,
+    labels: int,
+    seed: int,
+    precision: Precision = "auto",
+    batch_size: int = 128,
+) -> Iterator[Metric]:
+    """Accuracy, balanced accuracy and AUROC after fine-tuning on `labels` labelled images per class.
+
+    Args:
+        student: where fine-tuning starts; left as it is.
+        data: see `ClassificationData`.
+        config: see `FinetuneConfig`.
+        labels: labelled images per class.
+        seed: of the draw of the labels and of the training.
+        precision: of the matrix products.
+        batch_size: test images at once.
+    """
+    classes = len(data.classes)
+    drawn = draw_labels(data.train_labels, labels, classes=classes, seed=seed)
+    model = train_classifier(
+        student,
+        take(data.train, drawn),
+        data.train_labels[drawn],
+        config,
+        classes=classes,
+        seed=seed,
+        precision=precision,
+    )
+    scores = predict(model, data.test, batch_size=batch_size, precision=precision)
+    yield from class_metrics(scores, data.test_labels)

@@ -1,0 +1,36 @@
+"""k nearest neighbours in frozen features: nothing is trained, so only the representation counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from dreamteacher.downstream.features import Metric, class_metrics
+from dreamteacher.metrics import knn_predict
+
+
+def knn(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    *,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> Iterator[Metric]:
+    """Accuracy, balanced accuracy and AUROC of the weighted vote of all training images.
+
+    Args:
+        train_x: N x C features from `extract_features`.
+        train_y: N class ids (int64).
+        test_x: M x C features.
+        test_y: M class ids (int64).
+        classes: number of classes.
+        k: neighbours.
+        temperature: see `dreamteacher.metrics.knn_predict`.
+    """
+    train_y = train_y.to(train_x.device)
+    scores = knn_predict(train_x, train_y, test_x, classes=classes, k=k, temperature=temperature)
+    yield from class_metrics(scores, test_y)

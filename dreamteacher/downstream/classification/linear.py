@@ -1,0 +1,152 @@
+"""Linear probe: logistic regression on frozen features, its L2 strength chosen within the labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dreamteacher.data.image_set import step_generator
+from dreamteacher.downstream.features import Metric, class_metrics, draw_labels
+
+# On standardised features, strongest first; chosen strengths lay between 0.3 and 10 for 10 to 50 labels.
+L2_GRID = (10.0, 3.0, 1.0, 0.3, 0.1, 0.01)
+
+
+def fit_logistic(
+    x: Tensor, y: Tensor, *, classes: int, l2: float, tolerance: float = 1e-8, max_iter: int = 1000
+) -> tuple[Tensor, Tensor]:
+    """Multinomial logistic regression: mean cross-entropy + l2 / 2 * ||weight||^2, the bias not penalised.
+
+    Args:
+        x: N x C features; computed in float64.
+        y: N class ids (int64).
+        classes: number of classes.
+        l2: strength >= 0. scikit-learn's C is 1 / (l2 * N); for two classes 2 / (l2 * N), because there it
+            penalises one weight vector, the difference of our two.
+        tolerance: LBFGS stops when no gradient element exceeds it.
+        max_iter: LBFGS iterations at most.
+
+    Returns:
+        Weight (classes x C) and bias (classes), float64, on the device of `x`.
+    """
+    x = x.double()
+    basis = None
+    if x.shape[0] < x.shape[1]:
+        # The optimal weight lies in the span of the rows: N instead of C unknowns per class, nothing lost.
+        u, s, basis = torch.linalg.svd(x, full_matrices=False)
+        x = u * s
+    weight = x.new_zeros(classes, x.shape[1], requires_grad=True)
+    bias = x.new_zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=max_iter,
+        tolerance_grad=tolerance,
+        tolerance_change=0.0,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ weight.T + bias, y) + 0.5 * l2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)  # type: ignore[arg-type]
+    found = weight.detach() if basis is None else weight.detach() @ basis
+    return found, bias.detach()
+
+
+def choose_l2(x: Tensor, y: Tensor, folds: Tensor, *, classes: int, grid: Sequence[float] = L2_GRID) -> float:
+    """The strength of `grid` with the lowest cross-entropy on held-out folds (the mean over all rows).
+
+    Args:
+        x: N x C labelled features.
+        y: N class ids (int64).
+        folds: N fold ids (int64); rows that belong together share one. With one fold there is nothing to
+            hold out, and the middle of the grid is taken.
+        classes: number of classes.
+        grid: strengths to try, strongest first; of equals the first wins.
+    """
+    names = folds.unique().tolist()
+    if len(names) < 2:
+        return grid[len(grid) // 2]
+    losses = dict.fromkeys(grid, 0.0)
+    for fold in names:
+        held_out = folds == fold
+        for l2 in grid:
+            weight, bias = fit_logistic(x[~held_out], y[~held_out], classes=classes, l2=l2, tolerance=1e-4)
+            scores = x[held_out].double() @ weight.T + bias
+            losses[l2] += float(F.cross_entropy(scores, y[held_out], reduction="sum"))
+    return min(grid, key=lambda l2: losses[l2])
+
+
+def balanced_folds(y: Tensor, count: int, seed: int) -> Tensor:
+    """Fold ids that spread each class evenly and at random over at most `count` folds.
+
+    Args:
+        y: N class ids (int64).
+        count: folds; cut to the members of the largest class.
+        seed: of the assignment.
+    """
+    generator = step_generator(seed, 0, "folds")
+    count = max(1, min(count, int(torch.bincount(y).max())))
+    folds = torch.empty_like(y)
+    for c in y.unique().tolist():
+        members = (y == c).nonzero().flatten()
+        order = torch.randperm(len(members), generator=generator).to(y.device)
+        folds[members[order]] = torch.arange(len(members), device=y.device) % count
+    return folds
+
+
+def linear(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    *,
+    classes: int,
+    labels: int,
+    seed: int,
+    folds: int = 5,
+    grid: Sequence[float] = L2_GRID,
+) -> Iterator[Metric]:
+    """Accuracy, balanced accuracy and AUROC of a linear probe on `labels` labelled images per class.
+
+    The features are standardised by mean and deviation over ALL training images, which takes no label. The
+    test images serve for the final score alone.
+
+    Args:
+        train_x: N x C features from `extract_features`.
+        train_y: N class ids (int64), of which `labels` per class are looked at.
+        test_x: M x C features.
+        test_y: M class ids (int64).
+        classes: number of classes.
+        labels: labelled images per class.
+        seed: of the draw and of the folds.
+        folds: of the cross-validation that chooses the L2 strength.
+        grid: strengths to choose from.
+    """
+    drawn = draw_labels(train_y, labels, classes=classes, seed=seed).to(train_x.device)
+    mean, deviation = standardisation(train_x)
+    x = (train_x[drawn].double() - mean) / deviation
+    y = train_y.to(train_x.device)[drawn]
+    l2 = choose_l2(x, y, balanced_folds(y, folds, seed), classes=classes, grid=grid)
+    weight, bias = fit_logistic(x, y, classes=classes, l2=l2)
+    scores = ((test_x.double() - mean) / deviation) @ weight.T + bias
+    yield from class_metrics(scores.softmax(1), test_y)
+
+
+def standardisation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each column (float64); a constant column gets deviation 1.
+
+    Args:
+        x: N x C.
+    """
+    x = x.double()
+    deviation = x.std(0, unbiased=False)
+    return x.mean(0), torch.where(deviation > 1e-8, deviation, 1.0)

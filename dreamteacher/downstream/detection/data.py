@@ -1,0 +1,423 @@
+"""Images with instances: folders of instance PNGs or COCO JSON, checked before training, of any mixture of sizes.
+
+The mask of an object is kept as its bounding part, so that a picture with hundreds of objects takes the memory
+of their areas; it is laid into the whole picture only at the resolution that is trained at.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import resize
+
+from dreamteacher.data.coco.annotations import CocoImage, Rle, instance_mask, read_coco
+from dreamteacher.data.image_set import step_generator
+from dreamteacher.data.images import BadImageError, Size, below, read_header, read_image, read_mask
+from dreamteacher.data.layouts.table import InstanceFiles, instance_files, layout_of
+from dreamteacher.data.masks.pairs import find_pairs
+from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.threads import helpers, in_threads
+
+# Batches that are decoded ahead of the one that is trained on.
+_AHEAD = 2
+
+
+class Mask(NamedTuple):
+    """Where the pixels of an object lie: the part of the picture that holds them, bool h x w, and its place."""
+
+    top: int
+    left: int
+    pixels: Tensor
+
+    def whole(self, size: Size) -> Tensor:
+        """The mask in a picture of `size`: bool H x W."""
+        full = torch.zeros(size, dtype=torch.bool)
+        height, width = self.pixels.shape
+        full[self.top : self.top + height, self.left : self.left + width] = self.pixels
+        return full
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instances:
+    """The objects of one image, or what was found in it.
+
+    Args:
+        boxes: float32 K x 4: left, top, right, bottom in pixels, right > left, bottom > top.
+        labels: int64 K, 1 for the first class: torchvision's detectors keep 0 for the background.
+        masks: K of them.
+        crowd: K: whether it is a region of many objects, which is neither trained on nor counted; none: no such.
+        scores: float32 K, of what was found; none: this is the truth.
+        outlines: K segmentations in COCO's format where the file has them: the score draws polygons its own way.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    masks: tuple[Mask, ...]
+    crowd: tuple[bool, ...] = ()
+    scores: Tensor | None = None
+    outlines: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceSet:
+    """Images with their objects, decoded when they are asked for.
+
+    Args:
+        images: paths, or uint8 3 x H x W.
+        sizes: height and width of each.
+        counts: objects of each, crowds left out.
+        truth: index -> the objects of that image.
+        classes: names; label 1 is the first.
+    """
+
+    images: Sequence[Path | Tensor]
+    sizes: Sequence[Size]
+    counts: Sequence[int]
+    truth: Callable[[int], Instances]
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int) -> Tensor:
+        """uint8 3 x H x W.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        image = self.images[index]
+        if isinstance(image, Tensor):
+            return image
+        try:
+            return read_image(image, None)
+        except BadImageError as error:
+            raise UserError(f"The image '{image}' cannot be read: {error.reason}.", "Replace it.") from error
+
+    def subset(self, indices: Tensor) -> InstanceSet:
+        """These images, in this order."""
+        chosen = indices.tolist()
+        return replace(
+            self,
+            images=[self.images[i] for i in chosen],
+            sizes=[self.sizes[i] for i in chosen],
+            counts=[self.counts[i] for i in chosen],
+            truth=lambda index: self.truth(chosen[index]),
+        )
+
+    def shown(self) -> InstanceSet:
+        """The images that show an object; nothing is learned from a batch without any."""
+        return self.subset(
+            torch.tensor([i for i, count in enumerate(self.counts) if count], dtype=torch.int64)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionData:
+    """Images with instances in two parts that share their classes.
+
+    Args:
+        pool: where the training images are drawn from.
+        test: seen by nothing but the final score.
+    """
+
+    pool: InstanceSet
+    test: InstanceSet
+
+    def __post_init__(self) -> None:
+        if self.pool.classes != self.test.classes:
+            differ = sorted(set(self.pool.classes) ^ set(self.test.classes)) or ["their order"]
+            raise UserError(
+                f"The classes of the training and the test instances differ: {shorten(differ)}.",
+                "Give both files the same categories.",
+            )
+        for part, name in ((self.pool, "training"), (self.test, "test")):
+            if not any(part.counts):
+                raise UserError(
+                    f"None of the {len(part)} {name} images shows an object.",
+                    "Give images with instances: without them there is nothing to learn or to score.",
+                )
+
+
+def split_instances(everything: InstanceSet, seed: int = 0) -> DetectionData:
+    """One half of the images to draw training images from, and one to test on (the larger, of an odd number)."""
+    order = torch.randperm(len(everything), generator=step_generator(seed, 0, "split"))
+    half = len(order) // 2
+    pool, test = (everything.subset(index.sort().values) for index in (order[:half], order[half:]))
+    return DetectionData(pool=pool, test=test)
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def load_instances(images: Path, instances: Path) -> InstanceSet:
+    """Images and their objects; everything that is wrong is found here, and counted.
+
+    Args:
+        images: folder of images.
+        instances: a COCO JSON file whose file names start from `images`; or a folder with one PNG per image,
+            of its size and under its name, where pixel values (up to 16 bits) are 0 for the background and k
+            for the k-th object. All objects of such a folder are of one class; images without a PNG are left
+            out. Of COCO's annotations those without extent are left out, which is said on stderr.
+
+    Raises:
+        UserError: for files that are missing, damaged, of another size, or hold no instance.
+    """
+    images, instances = Path(images), Path(instances)
+    if not instances.exists():
+        raise UserError(
+            f"There are no instances at '{instances}'.",
+            "Give a COCO JSON file, or a folder of instance PNGs.",
+        )
+    return _load_folder(images, instances) if instances.is_dir() else _load_coco(images, instances)
+
+
+def load_detection(
+    images: Path, instances: Path | None, test_images: Path | None, test_instances: Path | None
+) -> DetectionData:
+    """Training and test images with instances; see `load_instances`.
+
+    Args:
+        images: folder of the training images, or LAYOUT:ROOT (see `layouts.instance_files`), instances included.
+        instances: of them; none for a layout.
+        test_images: none: they are in `images` too, which of a layout is its validation part.
+        test_instances: of the test images; none: half of the training images is set aside for the test.
+
+    Raises:
+        UserError: as `load_instances`, and for classes that differ or parts without objects.
+    """
+    if layout_of(images) is not None or instances is None:
+        test = instance_files(test_images or images, "val")
+        return DetectionData(pool=_of_layout(instance_files(images)), test=_of_layout(test))
+    pool = load_instances(images, instances)
+    if test_instances is None:
+        return split_instances(pool)
+    return DetectionData(pool=pool, test=load_instances(test_images or images, test_instances))
+
+
+def _of_layout(files: InstanceFiles) -> InstanceSet:
+    """The images of one part of a layout; each label file is decoded once, to count what it shows."""
+
+    def image(i: int) -> CocoImage:
+        try:
+            size = read_header(files.images[i]).size
+        except BadImageError as error:
+            raise UserError(f"'{error.path}' cannot be read: {error.reason}.", "Replace it.") from None
+        return CocoImage(id=i, path=files.images[i], size=size, annotations=files.read(i))
+
+    def count(i: int) -> tuple[Size, int]:
+        found = image(i)
+        return found.size, sum(not a.crowd for a in found.annotations)
+
+    found = in_threads(count, range(len(files.images)), 2, "reading instances")
+    return InstanceSet(
+        images=files.images,
+        sizes=[size for size, _ in found],
+        counts=[count for _, count in found],
+        truth=lambda index: instances_of_coco(image(index)),
+        classes=files.names,
+    )
+
+
+def _load_coco(images: Path, path: Path) -> InstanceSet:
+    everything = read_coco(path, images, skip_degenerate=True)
+    return InstanceSet(
+        images=[image.path for image in everything.images],
+        sizes=[image.size for image in everything.images],
+        counts=[sum(not a.crowd for a in image.annotations) for image in everything.images],
+        truth=lambda index: instances_of_coco(everything.images[index]),
+        classes=everything.names,
+    )
+
+
+def _load_folder(images: Path, folder: Path) -> InstanceSet:
+    pairs, _ = find_pairs(images, folder)
+    if not pairs:
+        raise UserError(f"No image of '{images}' has a PNG in '{folder}'.", "Name image and PNG alike.")
+
+    def load(pair: tuple[Path, Path]) -> tuple[Size, Instances] | str:
+        name = below(folder, pair[1])
+        try:
+            size, mask = read_header(pair[0]).size, read_header(pair[1])
+            if mask.format not in ("PNG", "TIFF", "BMP") or not (mask.mode in "1LP" or mask.mode[0] == "I"):
+                return f"{name} has no numbers of objects ({mask.format}, {mask.mode})"
+            if size != mask.size:
+                return f"{name} is {_by(mask.size)}, its image {_by(size)}"
+            return size, instances_of_ids(read_mask(pair[1], None))
+        except BadImageError as error:
+            return f"{error.path} ({error.reason})"
+
+    found = in_threads(load, pairs, 2, "reading instances")
+    wrong = [each for each in found if isinstance(each, str)]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} of {len(pairs)} instance PNGs in '{folder}' cannot be used: {shorten(wrong)}.",
+            "Save the number of each pixel's object as grey PNG, 8 or 16 bits, at the size of the image.",
+        )
+    good = [each for each in found if not isinstance(each, str)]
+    objects = [instances for _, instances in good]
+    return InstanceSet(
+        images=[image for image, _ in pairs],
+        sizes=[size for size, _ in good],
+        counts=[len(each.masks) for each in objects],
+        truth=objects.__getitem__,
+        classes=("object",),
+    )
+
+
+def _by(size: Size) -> str:
+    return f"{size[1]} x {size[0]}"
+
+
+def cut_mask(full: Tensor) -> Mask:
+    """The bounding part of a bool mask H x W; nothing where it is empty."""
+    rows, columns = full.any(1).nonzero().flatten(), full.any(0).nonzero().flatten()
+    if not len(rows):
+        return Mask(0, 0, torch.zeros(0, 0, dtype=torch.bool))
+    top, left = int(rows[0]), int(columns[0])
+    return Mask(top, left, full[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].clone())
+
+
+def instances_of_ids(ids: Tensor) -> Instances:
+    """The objects of a picture of their numbers (int64 H x W, 0 = background), in the order of their numbers.
+
+    Example:
+        >>> found = instances_of_ids(torch.tensor([[0, 7, 7], [2, 0, 7]]))
+        >>> found.boxes.tolist()
+        [[0.0, 1.0, 1.0, 2.0], [1.0, 0.0, 3.0, 2.0]]
+    """
+    rows, columns = ids.nonzero(as_tuple=True)
+    numbers, which = ids[rows, columns].unique(return_inverse=True)
+    ends = []
+    for place in (columns, rows):
+        for how in ("amin", "amax"):
+            ends.append(torch.zeros_like(numbers).scatter_reduce(0, which, place, how, include_self=False))
+    left, right, top, bottom = ends
+    boxes = torch.stack([left, top, right + 1, bottom + 1], dim=1)
+    masks = [
+        Mask(y0, x0, ids[y0:y1, x0:x1] == number)
+        for number, (x0, y0, x1, y1) in zip(numbers.tolist(), boxes.tolist(), strict=True)
+    ]
+    return Instances(boxes=boxes.float(), labels=torch.ones_like(numbers), masks=tuple(masks))
+
+
+def instances_of_coco(image: CocoImage) -> Instances:
+    """The annotations of an image; boxes are the file's own, cut at the border of the image."""
+    height, width = image.size
+    boxes = torch.tensor([a.box for a in image.annotations], dtype=torch.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    boxes = boxes.minimum(torch.tensor([width, height, width, height])).clamp(min=0)
+    return Instances(
+        boxes=boxes,
+        labels=torch.tensor([a.label + 1 for a in image.annotations], dtype=torch.int64),
+        masks=tuple(cut_mask(instance_mask(a, image.size)) for a in image.annotations),
+        crowd=tuple(a.crowd for a in image.annotations),
+        outlines=tuple(
+            {"size": list(a.segmentation.size), "counts": list(a.segmentation.counts)}
+            if isinstance(a.segmentation, Rle)
+            else [list(polygon) for polygon in a.segmentation or ()]
+            for a in image.annotations
+        ),
+    )
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+class Example(NamedTuple):
+    """An image (float32 3 x H x W in [0, 1]) and its objects as torchvision's detectors take them."""
+
+    image: Tensor
+    target: dict[str, Tensor]
+
+
+class Draw(NamedTuple):
+    """What is random about an example: which image, how long its shorter side becomes, whether it is mirrored."""
+
+    image: int
+    short: int
+    mirror: bool
+
+
+def scaled_size(size: Size, short: int, longest: int) -> Size:
+    """`size` scaled so that the shorter side is `short`, or less where the longer would exceed `longest`.
+
+    Example:
+        >>> scaled_size((480, 640), 800, 1333), scaled_size((100, 300), 200, 400)
+        ((800, 1067), (133, 400))
+    """
+    scale = min(short / min(size), longest / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def scaled_image(image: Tensor, size: Size) -> Tensor:
+    """uint8 3 x H x W -> float32 in [0, 1] of another size, bilinear and antialiased."""
+    return resize(image, list(size), antialias=True).float() / 255
+
+
+def example(data: InstanceSet, draw: Draw, longest: int) -> Example:
+    """One image of a set as it is trained on; crowds are left out.
+
+    Args:
+        data: the set.
+        draw: see `Draw`.
+        longest: bound on the longer side.
+    """
+    image, truth, have = data.image(draw.image), data.truth(draw.image), data.sizes[draw.image]
+    size = scaled_size(have, draw.short, longest)
+    keep = [i for i in range(len(truth.masks)) if not (truth.crowd and truth.crowd[i])]
+    scale = torch.tensor([size[1] / have[1], size[0] / have[0]]).repeat(2)
+    boxes = truth.boxes[keep] * scale
+    masks = scaled_masks([truth.masks[i] for i in keep], have, size)
+    scaled = scaled_image(image, size)
+    if draw.mirror:
+        scaled, masks = scaled.flip(2), masks.flip(2)
+        boxes = torch.stack([size[1] - boxes[:, 2], boxes[:, 1], size[1] - boxes[:, 0], boxes[:, 3]], dim=1)
+    return Example(scaled, {"boxes": boxes, "labels": truth.labels[keep], "masks": masks})
+
+
+def scaled_masks(masks: Sequence[Mask], have: Size, size: Size) -> Tensor:
+    """Masks of a picture of size `have` in the scaled picture: uint8 K x H x W, nearest neighbour."""
+    result = torch.zeros(len(masks), *size, dtype=torch.uint8)
+    ys, xs = (
+        ((torch.arange(new) + 0.5) * old / new).long().clamp(max=old - 1)
+        for new, old in zip(size, have, strict=True)
+    )
+    for mask, (top, left, pixels) in zip(result, masks, strict=True):
+        height, width = pixels.shape
+        rows, columns = (
+            ((ys >= top) & (ys < top + height)).nonzero(),
+            ((xs >= left) & (xs < left + width)).nonzero(),
+        )
+        if len(rows) and len(columns):
+            rows, columns = rows[:, 0], columns[:, 0]
+            part = pixels[(ys[rows] - top)[:, None], xs[columns] - left]
+            mask[int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1] = part
+    return result
+
+
+def example_batches(
+    data: InstanceSet, draws: Sequence[Sequence[Draw]], longest: int, workers: int
+) -> Iterator[list[Example]]:
+    """The batches of these draws, in order; the next ones are decoded in threads meanwhile.
+
+    Args:
+        data: the set.
+        draws: per batch, per example.
+        longest: bound on the longer side of an image.
+        workers: threads; change speed only.
+    """
+    waiting: deque[list[Future[Example]]] = deque()
+    with helpers(workers) as pool:
+        for batch in draws:
+            waiting.append([pool.submit(example, data, draw, longest) for draw in batch])
+            if len(waiting) > _AHEAD:
+                yield [future.result() for future in waiting.popleft()]
+        while waiting:
+            yield [future.result() for future in waiting.popleft()]

@@ -1,0 +1,323 @@
+"""What a backbone is worth: k nearest neighbours, linear probes, fine-tuning, segmentation, detection.
+
+A task is a function (backbone, data, settings) that yields (metric, value) pairs. It leaves the backbone it
+was given exactly as it was (weights, buffers, mode): probes freeze it, fine-tuning works on a copy. It knows
+no teacher, so every backbone is measured by the same code. This file holds what the tasks share: data,
+frozen features, draws of labels, and rows of results.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from dreamteacher import metrics
+from dreamteacher.data.image_set import ImageSet, step_generator
+from dreamteacher.data.images import below
+from dreamteacher.data.layouts.table import Part, image_files
+from dreamteacher.models.student import Student
+from dreamteacher.runtime.distributed.share import Precision, autocast
+from dreamteacher.runtime.errors import UserError, shorten
+
+Images: TypeAlias = Tensor | ImageSet
+Metric: TypeAlias = tuple[str, float]
+Row: TypeAlias = dict[str, Any]
+Levels = Literal["last", "all"]
+CLASSIFICATION = ("knn", "linear", "finetune")
+# The published protocols at full size: with all labels, for hours; they run only when they are named.
+PUBLISHED = ("linear-sgd", "finetune-full")
+SEGMENTATION = ("segment-frozen", "segment-finetune", "segment-linear")
+STREAMED = ("semantic", "readout")
+DETECTION = ("detect", "detect-cascade")
+PANOPTIC = ("panoptic",)
+# The model that label distillation leaves, scored as it is; only a run with a label head has one.
+DISTILLED = {"distilled": "miou", "distilled-classes": "accuracy"}
+# The metric that stands for a task in tables.
+HEADLINE = {
+    **dict.fromkeys((*CLASSIFICATION, *PUBLISHED), "accuracy"),
+    **dict.fromkeys((*SEGMENTATION, *STREAMED), "miou"),
+    **dict.fromkeys(DETECTION, "mask_ap"),
+    **dict.fromkeys(PANOPTIC, "pq"),
+    **DISTILLED,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationData:
+    """Labelled images in two parts that share their classes.
+
+    Args:
+        train: uint8 N x 3 x H x W or an image set; labels are drawn from here, and the probes may look at all
+            of these images without labels.
+        train_labels: N class ids (int64).
+        test: as `train`; seen by nothing but the final score.
+        test_labels: M class ids (int64).
+        classes: class names in id order.
+    """
+
+    train: Images
+    train_labels: Tensor
+    test: Images
+    test_labels: Tensor
+    classes: tuple[str, ...]
+
+
+def labelled_data(train: ImageSet, test: ImageSet) -> ClassificationData:
+    """Two image sets whose folders are their classes.
+
+    Raises:
+        UserError: one of them has no classes, or not those of the other.
+    """
+    if train.labels is None or test.labels is None or train.classes != test.classes:
+        raise UserError(
+            f"'{train.folder}' and '{test.folder}' do not have the same classes.",
+            "Put the images of both into the same subfolders, one per class.",
+        )
+    return ClassificationData(
+        train=train, train_labels=train.labels, test=test, test_labels=test.labels, classes=train.classes
+    )
+
+
+def take(images: Images, indices: Tensor) -> Tensor:
+    """The uint8 batch K x 3 x H x W of these indices, on the CPU."""
+    return images[indices] if isinstance(images, Tensor) else images.get(indices)
+
+
+def to_input(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 images as a student wants them: float32 in [0, 1], channels last, on `device`."""
+    images = images.to(device, non_blocking=True).float().div_(255)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's parameters lie."""
+    return next(module.parameters()).device
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within: evaluation mode (BatchNorm uses and keeps its statistics) and no gradients."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def extract_features(
+    student: Student,
+    images: Images,
+    *,
+    batch_size: int = 128,
+    precision: Precision = "auto",
+    levels: Levels = "last",
+) -> Tensor:
+    """Frozen global features of all images: extract once, then reuse for every probe.
+
+    Args:
+        student: left as it is; runs in evaluation mode.
+        images: uint8 N x 3 x H x W, or an image set.
+        batch_size: images at once; changes speed and memory only.
+        precision: of the forward pass.
+        levels: "last" averages the coarsest map over its positions; "all" does so with every map and
+            concatenates, fine to coarse.
+
+    Returns:
+        N x C float32 on the student's device.
+    """
+    device = device_of(student)
+    features = []
+    with frozen(student), autocast(device, precision):
+        for index in torch.arange(len(images)).split(batch_size):
+            batch = to_input(take(images, index), device)
+            if levels == "last":
+                features.append(student.pooled(batch).float())
+            else:
+                features.append(torch.cat([m.float().mean((2, 3)) for m in student(batch)], dim=1))
+    return torch.cat(features)
+
+
+def draw_labels(labels: Tensor, per_class: int, *, classes: int, seed: int) -> Tensor:
+    """Sorted indices of a class-balanced draw: `per_class` members of each class, without replacement.
+
+    Args:
+        labels: N class ids (int64).
+        per_class: members of each class.
+        classes: number of classes.
+        seed: same seed, same draw; a larger draw of one seed contains the smaller one.
+
+    Raises:
+        UserError: a class has fewer members.
+    """
+    generator = step_generator(seed, 0, "labels")
+    drawn = []
+    for c in range(classes):
+        members = (labels == c).nonzero().flatten()
+        if len(members) < per_class:
+            raise UserError(
+                f"{per_class} labels per class asked for; class {c} has {len(members)} images.",
+                "Ask for fewer labels, or add images to that class.",
+            )
+        drawn.append(members[torch.randperm(len(members), generator=generator)[:per_class]])
+    return torch.cat(drawn).sort().values
+
+
+def class_counts(folder: Path, part: Part = "train") -> Counter[str]:
+    """Images per class of a folder with one subfolder per class, or of LAYOUT:ROOT; only paths are read.
+
+    Raises:
+        UserError: there are fewer than two subfolders, or images beside them; a layout has no classes.
+    """
+    files = image_files(folder, part)
+    if files.labels is not None:
+        return Counter(files.classes[label] for label in files.labels)
+    parts = [below(files.folder, path).split("/") for path in files.paths]
+    counts = Counter(names[0] for names in parts if len(names) > 1)
+    if not files.by_folder or len(counts) < 2 or any(len(names) == 1 for names in parts):
+        raise UserError(
+            f"'{folder}' is not sorted into classes.",
+            "Put every image into one of at least two subfolders, one per class.",
+        )
+    return counts
+
+
+def check_classes(train: Path, test: Path, per_class: int) -> None:
+    """Checks two folders of classes by their paths alone.
+
+    Raises:
+        UserError: the classes differ, or a training class has fewer than `per_class` images.
+    """
+    counts, others = class_counts(train), class_counts(test, "val")
+    if set(counts) != set(others):
+        only = shorten(sorted(set(counts) ^ set(others)))
+        raise UserError(
+            f"Classes of '{train}' and '{test}' differ: {only} in one of them only.",
+            "Give both the same subfolders.",
+        )
+    name, count = min(counts.items(), key=lambda item: item[1])
+    if count < per_class:
+        raise UserError(
+            f"{per_class} labels per class asked for; class '{name}' of '{train}' has {count} images.",
+            "Ask for fewer labels, or add images to that class.",
+        )
+
+
+def class_metrics(scores: Tensor, target: Tensor) -> Iterator[Metric]:
+    """Accuracy, top-5 accuracy (of more than 5 classes), balanced accuracy and AUROC.
+
+    AUROC needs every class in the target and is left out otherwise.
+
+    Args:
+        scores: N x classes, larger is likelier; probabilities where there are more than two classes.
+        target: N class ids (int64).
+    """
+    scores, target = scores.cpu(), target.cpu()
+    pred = scores.argmax(1)
+    yield "accuracy", metrics.accuracy(pred, target)
+    if scores.shape[1] > 5:
+        yield "top5_accuracy", metrics.topk_accuracy(scores, target, 5)
+    yield "balanced_accuracy", metrics.balanced_accuracy(pred, target)
+    if int((torch.bincount(target, minlength=scores.shape[1]) > 0).sum()) == scores.shape[1]:
+        yield "auroc", metrics.auroc(scores, target)
+
+
+def row_title(row: Mapping[str, Any]) -> str:
+    """Task, labels and metric in words: what the rows of one line of a table share."""
+    unit = "masks" if row["task"] in (*SEGMENTATION, *STREAMED) else "labels per class"
+    unit = "images" if row["task"] in (*DETECTION, *PANOPTIC) else unit
+    amount = "all labels" if row["labels"] is None else f"{row['labels']} {unit}"
+    if row["task"] in DISTILLED:
+        amount = "as pretrained"
+    return f"{row['task']}, {amount}, {row['metric']}"
+
+
+def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
+    """(title, method) -> values over the seeds; a row evaluated again replaces the older one."""
+    latest = {(row_title(row), row["method"], row["seed"]): row["value"] for row in rows}
+    groups: dict[tuple[str, str], list[float]] = {}
+    for (title, method, _), value in latest.items():
+        groups.setdefault((title, method), []).append(value)
+    return groups
+
+
+def summary_table(rows: Sequence[Row], *, every_metric: bool = False) -> str:
+    """A Markdown table, aligned to be read as text: one line per task, one column per method.
+
+    A cell is the mean ± the sample deviation over the seeds; without ± there is one seed (or one backbone and
+    nothing drawn).
+
+    Args:
+        rows: of one or several methods.
+        every_metric: all metrics instead of the one that stands for each task.
+    """
+    rows = [row for row in rows if every_metric or row["metric"] == HEADLINE.get(row["task"])]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    groups = _grouped(rows)
+    lines = [["task", *methods]]
+    for title in dict.fromkeys(row_title(row) for row in rows):
+        lines.append([title, *(_cell(groups.get((title, method), [])) for method in methods)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(methods) + 1)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+class Separation(NamedTuple):
+    """How far method a lies above method b in one result.
+
+    Args:
+        title: task, labels and metric.
+        difference: mean of a minus mean of b.
+        deviations: the difference in units of the larger of the two sample deviations over the seeds; None
+            when neither has two values, infinite when both deviations are 0.
+    """
+
+    title: str
+    difference: float
+    deviations: float | None
+
+
+def separated(rows: Sequence[Row], a: str, b: str) -> list[Separation]:
+    """By how many deviations the mean of method `a` exceeds that of `b`, for each result that both have.
+
+    Args:
+        rows: of both methods.
+        a: a method's name.
+        b: another's.
+    """
+    groups = _grouped(rows)
+    found = []
+    for title in dict.fromkeys(row_title(row) for row in rows):
+        ours, theirs = groups.get((title, a)), groups.get((title, b))
+        if not ours or not theirs:
+            continue
+        difference = statistics.mean(ours) - statistics.mean(theirs)
+        spreads = [statistics.stdev(values) for values in (ours, theirs) if len(values) > 1]
+        deviations = None
+        if spreads and max(spreads) > 0:
+            deviations = difference / max(spreads)
+        elif spreads:
+            deviations = math.copysign(math.inf, difference) if difference else 0.0
+        found.append(Separation(title, difference, deviations))
+    return found

@@ -1,0 +1,314 @@
+"""Images with masks from the disk: random crops of random scale to train on, whole images to test on."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from tqdm import tqdm
+
+from dreamteacher.data.image_set import step_generator
+from dreamteacher.data.images import BadImage, BadImageError
+from dreamteacher.data.layouts.table import Part
+from dreamteacher.data.masks.streamed import SegmentationFiles, find_segmentation
+from dreamteacher.downstream.classification.finetune import shuffled_batches
+from dreamteacher.downstream.segmentation.few_masks import draw_masks
+from dreamteacher.runtime.errors import UserError, shorten
+
+# What lies beyond an image: close to 0 once a student has normalised it.
+FILL = (124, 116, 104)
+# Crops that are drawn until one is not nearly all of one class.
+_TRIES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropConfig:
+    """How images are scaled, and what part of them is seen in training."""
+
+    short_side: int = 512
+    """Images are scaled to this height or width, whichever is smaller, in pixels; 0: as they are."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Least and most of the random factor on that, for training."""
+    size: tuple[int, int] = (512, 512)
+    """Height and width of training crops, multiples of 32."""
+    most_of_one_class: float = 0.75
+    """Another crop is drawn (10 times at most) when one class fills more than this share; 1: never."""
+    flip: bool = True
+    """Mirror each crop left to right with probability one half."""
+
+    def __post_init__(self) -> None:
+        if any(side < 32 or side % 32 for side in self.size):
+            raise UserError(f"The crop size is {self.size[0]} x {self.size[1]}.", "Give multiples of 32.")
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise UserError(f"scale is {self.scale[0]} to {self.scale[1]}.", "Give least and most, above 0.")
+        if self.short_side < 0 or not 0 < self.most_of_one_class <= 1:
+            raise UserError(
+                "short_side is below 0, or most_of_one_class outside 0 to 1.", "Give numbers in these ranges."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticData:
+    """Streamed images with masks, in two parts that share their classes.
+
+    Args:
+        train: to train on, or to draw from.
+        test: seen by nothing but the final score.
+    """
+
+    train: SegmentationFiles
+    test: SegmentationFiles
+
+
+def split_files(everything: SegmentationFiles, seed: int = 0) -> SemanticData:
+    """One half to train on and one to test on (the larger, of an odd number)."""
+    order = torch.randperm(len(everything), generator=step_generator(seed, 0, "split"))
+    half = len(order) // 2
+    return SemanticData(
+        train=_chosen(everything, order[:half].sort().values),
+        test=_chosen(everything, order[half:].sort().values),
+    )
+
+
+def _chosen(files: SegmentationFiles, index: Tensor) -> SegmentationFiles:
+    return replace(files, pairs=tuple(files.pairs[i] for i in index.tolist()))
+
+
+def drawn_files(files: SegmentationFiles, masks: int | None, seed: int) -> SegmentationFiles:
+    """Those of `masks` labelled images drawn by the seed; all for None."""
+    return _chosen(files, draw_masks(len(files), masks or len(files), seed))
+
+
+def load_files(
+    images: Path | None,
+    masks: Path | None,
+    test_images: Path | None,
+    test_masks: Path | None,
+    *,
+    ignore_index: int,
+    binary: bool,
+    most: int,
+    workers: int,
+) -> SemanticData:
+    """Both parts, every mask and test image decoded once; see `masks_files.find_segmentation`.
+
+    Args:
+        images: to train on; without test images, a layout's validation part or a half of them is the test.
+        masks: of `images`; none for a layout.
+        test_images: to test on, or None.
+        test_masks: of `test_images`.
+        ignore_index: id in the masks that is no class.
+        binary: masks are black and white.
+        most: labelled images that will be drawn at most; 0: all there are.
+        workers: threads.
+
+    Raises:
+        UserError: for anything wrong with the files, or too few images.
+    """
+
+    def find(images: Path | None, masks: Path | None, part: Part, whole: bool) -> SegmentationFiles:
+        assert images is not None
+        return find_segmentation(
+            images, masks, ignore_index=ignore_index, binary=binary, part=part, whole=whole, workers=workers
+        )
+
+    if test_images is None and masks is not None:
+        data = split_files(find(images, masks, "train", True))
+    else:
+        pool = find(images, masks, "train", False)
+        test = find(test_images or images, test_masks if test_images else None, "val", True)
+        # A small set may lack the last classes: both take the larger number.
+        larger = max(pool, test, key=lambda part: part.classes)
+        train, test = (replace(p, classes=larger.classes, names=larger.names) for p in (pool, test))
+        data = SemanticData(train=train, test=test)
+    draw_masks(len(data.train), most or len(data.train), seed=0)  # fails where there are too few
+    return data
+
+
+# --- crops ----------------------------------------------------------------------------------------------------
+
+
+def scaled_size(size: Sequence[int], short_side: int, factor: float = 1.0) -> tuple[int, int]:
+    """(height, width) of an image whose shorter side becomes `short_side` (0: stays), times `factor`.
+
+    Example:
+        >>> scaled_size((600, 800), 300, 0.5)
+        (150, 200)
+    """
+    ratio = factor * (short_side / min(size) if short_side else 1)
+    return max(1, round(size[0] * ratio)), max(1, round(size[1] * ratio))
+
+
+def scaled(image: Tensor, size: tuple[int, int], top: int, left: int, part: tuple[int, int]) -> Tensor:
+    """The part at (top, left) of an image scaled to `size`; computed alone, equal to scaling all of it."""
+    y, x = image.shape[1] / size[0], image.shape[2] / size[1]
+    box = (left * x, top * y, (left + part[1]) * x, (top + part[0]) * y)
+    box = (*box[:2], min(box[2], image.shape[2]), min(box[3], image.shape[1]))
+    return pil_to_tensor(to_pil_image(image).resize((part[1], part[0]), Image.Resampling.BILINEAR, box=box))
+
+
+def scaled_mask(mask: Tensor, size: tuple[int, int], top: int, left: int, part: tuple[int, int]) -> Tensor:
+    """The same of a mask, nearest neighbour."""
+    rows, columns = (
+        ((torch.arange(length, dtype=torch.float64) + first + 0.5) * have / whole).long().clamp(max=have - 1)
+        for first, length, have, whole in zip((top, left), part, mask.shape, size, strict=True)
+    )
+    return mask[rows][:, columns]
+
+
+def random_crop(
+    image: Tensor, mask: Tensor, config: CropConfig, *, ignore_index: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A crop of an image at a random scale, and of its mask; mirrored or not; filled up where it is too small.
+
+    Args:
+        image: uint8 3 x H x W.
+        mask: int64 class ids of the same scene, at any resolution.
+        config: see `CropConfig`.
+        ignore_index: id in the mask that is no class, and of what is filled up.
+        generator: of all draws.
+
+    Returns:
+        uint8 3 x size and int64 size.
+    """
+    low, high = config.scale
+    factor = low + (high - low) * float(torch.rand((), generator=generator))
+    size = scaled_size(image.shape[1:], config.short_side, factor)
+    part = min(size[0], config.size[0]), min(size[1], config.size[1])
+    for _ in range(_TRIES if config.most_of_one_class < 1 else 1):
+        top, left = (
+            int(torch.randint(0, have - taken + 1, (), generator=generator))
+            for have, taken in zip(size, part, strict=True)
+        )
+        target = scaled_mask(mask, size, top, left, part)
+        counts = target[target != ignore_index].unique(return_counts=True)[1]
+        if len(counts) > 1 and int(counts.max()) <= config.most_of_one_class * int(counts.sum()):
+            break
+    pixels = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, *config.size)
+    pixels[:, : part[0], : part[1]] = scaled(image, size, top, left, part)
+    ids = torch.full(config.size, ignore_index)
+    ids[: part[0], : part[1]] = target
+    if config.flip and bool(torch.rand((), generator=generator) < 0.5):
+        pixels, ids = pixels.flip(2), ids.flip(1)
+    return pixels, ids
+
+
+class _Crops(NamedTuple):
+    images: Tensor
+    masks: Tensor
+    bad: list[BadImage]
+
+
+class _CropSet(Dataset[_Crops]):
+    """Item (step, indices) is the batch of that step, whatever came before it and in which process."""
+
+    def __init__(self, files: SegmentationFiles, config: CropConfig, seed: int) -> None:
+        self.files, self.config, self.seed = files, config, seed
+
+    def __getitem__(self, item: tuple[int, Tensor]) -> _Crops:
+        step, index = item
+        made, bad = [], []
+        for place, first in enumerate(index.tolist()):
+            generator = step_generator(self.seed, step, f"crop/{place}")
+            for i in range(first, first + len(self.files)):  # a damaged pair gives way to the next
+                try:
+                    image, mask = self.files.read(i % len(self.files))
+                except BadImageError as error:
+                    bad.append(BadImage(error.path, error.reason))
+                    continue
+                ignored = self.files.ignore_index
+                made.append(random_crop(image, mask, self.config, ignore_index=ignored, generator=generator))
+                break
+        if len(made) < len(index):
+            return _Crops(torch.empty(0), torch.empty(0), bad)
+        images, masks = zip(*made, strict=True)
+        return _Crops(torch.stack(images), torch.stack(masks), bad)
+
+
+def loader(data: Dataset[Any], items: Any, workers: int) -> DataLoader[Any]:
+    """data[item] for each of `items`, in order, made ahead by that many processes (0: by this one)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return DataLoader(
+        data, batch_size=None, sampler=items, num_workers=min(workers, cores),
+        collate_fn=_as_it_is, generator=torch.Generator(),
+    )  # fmt: skip
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def crops(
+    files: SegmentationFiles,
+    config: CropConfig,
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    first: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches `first` to `steps` - 1 of crops, uint8 N x 3 x H x W, and masks, int64 N x H x W.
+
+    The same for every number of workers, and wherever they begin. A pair found damaged gives way to the next, which is said on stderr.
+
+    Raises:
+        UserError: nothing can be read any more.
+    """
+    order = shuffled_batches(len(files), batch_size, steps, step_generator(seed, 0, "semantic"))
+    stream = loader(_CropSet(files, config, seed), itertools.islice(enumerate(order), first, None), workers)
+    known: set[BadImage] = set()
+    for batch in stream:
+        known |= set(batch.bad)
+        if not len(batch.images):
+            raise UserError(
+                f"None of {len(files)} images with masks can be read any more ({batch.bad[-1].path}).",
+                "Check that the disk is still there.",
+            )
+        yield batch.images, batch.masks
+    if known:
+        some = shorten(f"{b.path} ({b.reason})" for b in sorted(known))
+        print(f"{len(known)} damaged files gave way to others: {some}", file=sys.stderr)
+
+
+class _TestSet(Dataset[Any]):
+    """Item k is image k, scaled, and its mask as large as it is."""
+
+    def __init__(self, files: SegmentationFiles, short_side: int) -> None:
+        self.files, self.short_side = files, short_side
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | BadImage:
+        try:
+            image, mask = self.files.read(index)
+        except BadImageError as error:
+            return BadImage(error.path, error.reason)
+        size = scaled_size(image.shape[1:], self.short_side)
+        return scaled(image, size, 0, 0, size), mask
+
+
+def whole_images(
+    files: SegmentationFiles, short_side: int, *, workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each image, uint8 3 x H x W scaled to `short_side` (0: as it is), and its mask, as large as it is.
+
+    Raises:
+        UserError: one of them cannot be read any more.
+    """
+    stream = loader(_TestSet(files, short_side), range(len(files)), workers)
+    for item in tqdm(stream, total=len(files), desc="testing", disable=not sys.stderr.isatty()):
+        if isinstance(item, BadImage):
+            raise UserError(
+                f"'{item.path}' cannot be read any more: {item.reason}.",
+                "Check that the disk is still there.",
+            )
+        yield item

@@ -1,0 +1,444 @@
+"""Segmentation with a few masks: a light UPerNet head, backbone frozen or fine-tuned; and a linear probe."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+from dreamteacher.data.image_set import step_generator
+from dreamteacher.data.masks.pairs import SegmentationSet
+from dreamteacher.downstream.classification.finetune import (
+    check_training,
+    recalibrate,
+    shuffled_batches,
+    train,
+)
+from dreamteacher.downstream.classification.linear import choose_l2, fit_logistic, standardisation
+from dreamteacher.downstream.features import Metric, device_of, frozen, to_input
+from dreamteacher.metrics import confusion, iou_per_class, mean_iou
+from dreamteacher.models.regressor import LabelHead, Neck, resize
+from dreamteacher.models.student import Student
+from dreamteacher.runtime.distributed.share import Precision, autocast, seeded
+from dreamteacher.runtime.errors import UserError
+from dreamteacher.spec import FeatureSpec
+
+# The maps of the labelled images are kept when they take less than this; else they are computed each step.
+_MAPS_BYTES = 2 << 30
+# Pixels that the linear probe is fitted on, at most: bounds its memory (float64) and time.
+_LINEAR_PIXELS = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig:
+    """How the segmentation head is trained."""
+
+    steps: int = 60
+    """Updates, the same for every number of masks."""
+    batch_size: int = 4
+    """Images per update (at least 2); cut to the number of masks."""
+    lr: float = 2e-3
+    """Peak learning rate of the head (AdamW, cosine)."""
+    backbone_lr_factor: float = 0.5
+    """The backbone's learning rate as a share of `lr` when it is fine-tuned."""
+    weight_decay: float = 0.05
+    """Of matrices and kernels."""
+    width: int = 64
+    """Channels inside the head."""
+    dropout: float = 0.1
+    """Probability of dropping a channel before the last layer, [0, 1)."""
+    flip: bool = True
+    """Mirror a batch left to right with probability one half; switch off where classes have a side."""
+    ignore_index: int = 255
+    """Mask id that is neither learned nor scored."""
+
+    def __post_init__(self) -> None:
+        check_training(self.steps, self.batch_size, self.lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationData:
+    """Images with masks in two parts that share their classes.
+
+    Args:
+        pool: where the training masks are drawn from.
+        test: seen by nothing but the final score.
+    """
+
+    pool: SegmentationSet
+    test: SegmentationSet
+
+
+def split_masks(everything: SegmentationSet, seed: int = 0) -> SegmentationData:
+    """One half to draw training masks from and one to test on (the larger, of an odd number)."""
+    order = torch.randperm(len(everything.images), generator=step_generator(seed, 0, "split"))
+    half = len(order) // 2
+    pool, test = (
+        replace(everything, images=everything.images[index], masks=everything.masks[index])
+        for index in (order[:half].sort().values, order[half:].sort().values)
+    )
+    return SegmentationData(pool=pool, test=test)
+
+
+class SegmentationHead(nn.Module):
+    """UPerNet's neck, its maps side by side at the finest stride, and a per-pixel classifier.
+
+    Args:
+        specs: the backbone's levels, fine to coarse.
+        classes: number of classes.
+        width: channels of every inner map.
+        dropout: probability of dropping a channel before the last layer.
+        norm: normalise each level's channels first (LayerNorm), which ConvNeXt's raw maps need.
+        align_corners: of the last resize, to the image's size.
+
+    Source: UPerNet, arXiv 1807.10221; narrower than the 512 channels there. Equal to segmentation-models-pytorch's
+    UPerNet with `norm`, `align_corners` and its weights (`from_segmentation_models`): `tests/test_upernet.py`.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[FeatureSpec],
+        classes: int,
+        width: int = 64,
+        dropout: float = 0.1,
+        *,
+        norm: bool = False,
+        align_corners: bool = False,
+    ) -> None:
+        super().__init__()
+        self.align_corners = align_corners
+        self.norms = nn.ModuleList(LayerNorm2d(spec.channels) for spec in specs) if norm else None
+        self.neck = Neck(specs, width)
+        self.head = LabelHead(len(self.neck.specs), width, classes, dropout=dropout)
+
+    def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """One map per level -> float32 logits N x classes x H x W of `size` = (H, W)."""
+        if self.norms is not None:
+            maps = [norm(m) for norm, m in zip(self.norms, maps, strict=True)]
+        logits = self.head(self.neck(maps)).float()
+        if self.align_corners:
+            return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+        return resize(logits, size)
+
+
+def from_segmentation_models(weights: Mapping[str, Tensor], levels: int = 4) -> dict[str, Tensor]:
+    """The state dict of a `SegmentationHead` with `norm` from that of segmentation-models-pytorch's UPerNet.
+
+    Args:
+        weights: of the whole model; its encoder is passed over.
+        levels: maps that its decoder takes (4: encoder depth 5).
+
+    Raises:
+        UserError: a tensor of the decoder has no place here: it is no UPerNet, or has another depth.
+
+    Example:
+        >>> list(from_segmentation_models({"segmentation_head.0.bias": torch.zeros(2)}))
+        ['head.classify.bias']
+    """
+    names = {"decoder.psp.out_conv": "neck.ppm.bottleneck", "decoder.fusion_block": "head.fuse"}
+    names |= {f"decoder.psp.blocks.{i}.1": f"neck.ppm.branches.{i}.1" for i in range(4)}
+    names |= {f"decoder.feature_norms.{i}": f"norms.{i}" for i in range(levels)}
+    for i in range(levels - 1):  # theirs go from coarse to fine
+        names[f"decoder.fpn_lateral_blocks.{levels - 2 - i}.conv_norm_relu"] = f"neck.laterals.{i}"
+        names[f"decoder.fpn_conv_blocks.{levels - 2 - i}"] = f"neck.outputs.{i}"
+    names["segmentation_head.0"] = "head.classify"
+    found = {}
+    for key, value in weights.items():
+        place = next((theirs for theirs in names if key.startswith(f"{theirs}.")), None)
+        if place is not None:
+            found[names[place] + key.removeprefix(place)] = value
+        elif not key.startswith("encoder."):
+            raise UserError(
+                f"'{key}' is no weight of a UPerNet with {levels} levels.",
+                "Give the state dict of segmentation_models_pytorch.UPerNet.",
+            )
+    return found
+
+
+class Segmenter(nn.Module):
+    """A backbone and its segmentation head.
+
+    Args:
+        student: taken in, not copied.
+        head: made for the student's levels.
+    """
+
+    def __init__(self, student: Student, head: SegmentationHead) -> None:
+        super().__init__()
+        self.student = student
+        self.head = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images in [0, 1], N x 3 x H x W -> logits N x classes x H x W."""
+        return self.head(self.student(images), (images.shape[-2], images.shape[-1]))
+
+
+def draw_masks(pool: int, count: int, seed: int) -> Tensor:
+    """Sorted indices of `count` of `pool` labelled images; same seed, same draw, larger ones contain smaller.
+
+    Raises:
+        UserError: the pool is smaller, or fewer than 2 are asked for (BatchNorm cannot train on one image).
+    """
+    if not 2 <= count <= pool:
+        raise UserError(
+            f"{count} masks asked for; at least 2 are needed and {pool} are there to train on.",
+            "Ask for another number of masks, or add masks.",
+        )
+    order = torch.randperm(pool, generator=step_generator(seed, 0, "masks"))
+    return order[:count].sort().values
+
+
+def pixel_loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Cross-entropy averaged over the pixels that are not ignored; 0 when all are."""
+    total = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
+    return total / (target != ignore_index).sum().clamp_min(1)
+
+
+def train_segmenter(
+    student: Student,
+    images: Tensor,
+    masks: Tensor,
+    config: SegmentConfig,
+    *,
+    classes: int,
+    freeze: bool,
+    seed: int,
+    precision: Precision = "auto",
+    neck: Mapping[str, Tensor] | None = None,
+) -> Segmenter:
+    """A segmenter in evaluation mode.
+
+    Args:
+        student: left as it is; a copy of it, frozen or fine-tuned, is part of the result.
+        images: labelled images, uint8 N x 3 x H x W, N >= 2.
+        masks: N x H x W class ids (int64).
+        config: see `SegmentConfig`.
+        classes: number of classes.
+        freeze: train the head alone.
+        seed: of the head, the batches, mirroring, dropout.
+        precision: of the matrix products.
+        neck: where the head's neck starts (mixed pretraining transfers it); the head then has its width.
+    """
+    width = config.width if neck is None else int(neck["laterals.0.0.weight"].shape[0])
+    device = device_of(student)
+    images, masks = images.to(device), masks.to(device)
+    size = (images.shape[-2], images.shape[-1])
+    generator = step_generator(seed, 0, "segment")
+    with seeded(seed, device):
+        head = SegmentationHead(student.specs, classes, width, config.dropout).to(device)
+        if neck is not None:
+            head.neck.load_state_dict(neck)
+        head = head.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        backbone = copy.deepcopy(student).train(not freeze)
+        maps_of = _FrozenMaps(backbone, images, config, precision) if freeze else None
+        batches = shuffled_batches(len(images), config.batch_size, config.steps, generator)
+
+        def forward(index: Tensor, mirror: bool) -> Tensor:
+            with autocast(device, precision):
+                if maps_of is not None:
+                    return head(maps_of(index, mirror), size)
+                batch = to_input(images[index], device)
+                return head(backbone(batch.flip(3) if mirror else batch), size)
+
+        def loss_at(step: int) -> Tensor:
+            index = next(batches).to(device)
+            # One draw for the whole batch: the frozen maps of mirrored images are stored beside the others.
+            mirror = config.flip and bool(torch.rand((), generator=generator) < 0.5)
+            target = masks[index].flip(2) if mirror else masks[index]
+            return pixel_loss(forward(index, mirror), target, config.ignore_index)
+
+        parts: list[tuple[nn.Module, float]] = [(head, 1.0)]
+        parts += [] if freeze else [(backbone, config.backbone_lr_factor)]
+        train(parts, loss_at, steps=config.steps, lr=config.lr, weight_decay=config.weight_decay)
+
+        def calibrate() -> None:
+            for index in torch.arange(len(images), device=device).tensor_split(-(-len(images) // 32)):
+                forward(index, False)
+
+        recalibrate(head if freeze else nn.ModuleList([backbone, head]), calibrate)
+    return Segmenter(backbone, head).eval()
+
+
+class _FrozenMaps:
+    """The frozen backbone's maps of the labelled images, computed once where they fit.
+
+    Called with (indices, mirrored) it returns the maps of those images, fine to coarse.
+    """
+
+    def __init__(self, student: Student, images: Tensor, config: SegmentConfig, precision: Precision) -> None:
+        self.student, self.images, self.precision = student, images, precision
+        self.device = device_of(student)
+        height, width = images.shape[-2:]
+        per_image = sum(s.channels * (height // s.stride) * (width // s.stride) for s in student.specs)
+        sides = (False, True) if config.flip else (False,)
+        self.kept: dict[bool, list[Tensor]] = {}
+        if 4 * per_image * len(images) * len(sides) <= _MAPS_BYTES:
+            everything = torch.arange(len(images), device=self.device)
+            self.kept = {side: self._computed(everything, side) for side in sides}
+
+    def __call__(self, index: Tensor, mirror: bool) -> list[Tensor]:
+        if self.kept:
+            return [m[index] for m in self.kept[mirror]]
+        return self._computed(index, mirror)
+
+    def _computed(self, index: Tensor, mirror: bool) -> list[Tensor]:
+        parts = []
+        with frozen(self.student), autocast(self.device, self.precision):
+            for part in index.split(64):
+                batch = to_input(self.images[part], self.device)
+                parts.append(self.student(batch.flip(3) if mirror else batch))
+        return [torch.cat(level) for level in zip(*parts, strict=True)]
+
+
+def score(
+    predictions: Iterator[tuple[Tensor, Tensor]], names: Sequence[str], ignore_index: int
+) -> Iterator[Metric]:
+    """mIoU and the IoU of each class that occurs, from one confusion matrix over all batches.
+
+    Args:
+        predictions: batches of (class ids, target ids), both N x H x W.
+        names: class names in id order.
+        ignore_index: target id that is left out.
+    """
+    matrix = torch.zeros(len(names), len(names), dtype=torch.int64)
+    for pred, target in predictions:
+        matrix += confusion(pred.cpu(), target.cpu(), len(names), ignore_index)
+    yield "miou", mean_iou(matrix)
+    for name, iou in zip(names, iou_per_class(matrix).tolist(), strict=True):
+        if iou == iou:
+            yield f"iou/{name}", iou
+
+
+def segment(
+    student: Student,
+    data: SegmentationData,
+    config: SegmentConfig,
+    *,
+    masks: int,
+    freeze: bool,
+    seed: int,
+    precision: Precision = "auto",
+    batch_size: int = 64,
+    neck: Mapping[str, Tensor] | None = None,
+) -> Iterator[Metric]:
+    """mIoU and per-class IoU on the test set after training with `masks` masks of the pool.
+
+    Args:
+        student: left as it is.
+        data: see `SegmentationData`.
+        config: see `SegmentConfig`.
+        masks: labelled images to train on.
+        freeze: train the head alone.
+        seed: of the draw and of the training.
+        precision: of the matrix products.
+        batch_size: test images at once.
+        neck: see `train_segmenter`.
+    """
+    pool, test = data.pool, data.test
+    drawn = draw_masks(len(pool.images), masks, seed)
+    model = train_segmenter(
+        student,
+        pool.images[drawn],
+        pool.masks[drawn],
+        config,
+        classes=pool.classes,
+        freeze=freeze,
+        seed=seed,
+        precision=precision,
+        neck=neck,
+    )
+    yield from score_segmenter(model, test, config.ignore_index, precision=precision, batch_size=batch_size)
+
+
+def score_segmenter(
+    model: nn.Module,
+    test: SegmentationSet,
+    ignore_index: int,
+    *,
+    precision: Precision = "auto",
+    batch_size: int = 64,
+) -> Iterator[Metric]:
+    """mIoU and per-class IoU of a model (images in [0, 1] -> logits of their size) on a test set."""
+    device = device_of(model)
+
+    def predictions() -> Iterator[tuple[Tensor, Tensor]]:
+        for index in torch.arange(len(test.images)).split(batch_size):
+            with frozen(model), autocast(device, precision):
+                yield model(to_input(test.images[index], device)).argmax(1), test.masks[index]
+
+    yield from score(predictions(), test.names, ignore_index)
+
+
+def segment_linear(
+    student: Student,
+    data: SegmentationData,
+    *,
+    masks: int,
+    seed: int,
+    ignore_index: int = 255,
+    folds: int = 3,
+    grid: Sequence[float] = (1.0, 0.1, 0.01, 0.001),
+    precision: Precision = "auto",
+    batch_size: int = 64,
+) -> Iterator[Metric]:
+    """mIoU and per-class IoU of a linear classifier of each pixel's frozen features.
+
+    Every level is resized to the finest one and concatenated; the classifier is fitted there and its logits
+    are resized to the image. Its L2 strength is chosen by cross-validation over whole labelled images.
+
+    Args:
+        student: left as it is.
+        data: see `SegmentationData`.
+        masks: labelled images.
+        seed: of the draw.
+        ignore_index: mask id that is neither learned nor scored.
+        folds: of the cross-validation.
+        grid: L2 strengths, strongest first (see `dreamteacher.downstream.classification.linear.fit_logistic`).
+        precision: of the backbone's forward pass.
+        batch_size: test images at once.
+    """
+    pool, test = data.pool, data.test
+    drawn = draw_masks(len(pool.images), masks, seed)
+    columns = _columns(student, pool.images[drawn], precision)
+    finest = (columns.shape[-2], columns.shape[-1])
+    coarse = F.interpolate(pool.masks[drawn].float()[:, None], size=finest, mode="nearest-exact")[:, 0]
+    y = coarse.long().flatten().to(columns.device)
+    x = columns.movedim(1, 3).flatten(0, 2)
+    image = torch.arange(len(drawn), device=x.device).repeat_interleave(finest[0] * finest[1])
+    keep = (y != ignore_index).nonzero().flatten()
+    if len(keep) > _LINEAR_PIXELS:
+        order = torch.randperm(len(keep), generator=step_generator(seed, 0, "pixels"))
+        keep = keep[order[:_LINEAR_PIXELS].to(keep.device)]
+    x, y, image = x[keep], y[keep], image[keep]
+    mean, deviation = standardisation(x)
+    x = (x.double() - mean) / deviation
+    l2 = choose_l2(x, y, image % min(folds, masks), classes=pool.classes, grid=grid)
+    weight, bias = fit_logistic(x, y, classes=pool.classes, l2=l2, tolerance=1e-4)
+    scaled = (weight / deviation).float()
+    shift = (bias - (weight / deviation) @ mean).float()
+
+    def predictions() -> Iterator[tuple[Tensor, Tensor]]:
+        for index in torch.arange(len(test.images)).split(batch_size):
+            maps = _columns(student, test.images[index], precision)
+            logits = torch.einsum("nchw,kc->nkhw", maps, scaled) + shift[:, None, None]
+            target = test.masks[index]
+            yield resize(logits, (target.shape[-2], target.shape[-1])).argmax(1), target
+
+    yield from score(predictions(), pool.names, ignore_index)
+
+
+def _columns(student: Student, images: Tensor, precision: Precision, batch_size: int = 64) -> Tensor:
+    """All levels of each position of the finest one: N x (sum of channels) x H/4 x W/4, float32."""
+    device = device_of(student)
+    parts = []
+    for batch in images.split(batch_size):
+        with frozen(student), autocast(device, precision):
+            maps = [m.float() for m in student(to_input(batch, device))]
+        finest = (maps[0].shape[-2], maps[0].shape[-1])
+        parts.append(torch.cat([resize(m, finest) for m in maps], dim=1))
+    return torch.cat(parts)

@@ -1,0 +1,374 @@
+"""Atomic safetensors checkpoints: whole or absent, never half-written, and nothing in them can run code."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import pickletools
+import shutil
+import struct
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from dreamteacher.runtime.config import parse_json
+from dreamteacher.runtime.distributed.sharding import part_of
+from dreamteacher.runtime.errors import UserError, shorten
+
+PATTERN = "checkpoint-*.safetensors"
+_MOST_VALUES = 100_000  # in a tuple of a pickle
+
+
+def atomic_write(path: Path, write: Any) -> None:
+    """Calls write(temporary path), then fsyncs and renames it to `path`; on any failure nothing is left.
+
+    The temporary file lies in a hidden folder beside `path`, so that nothing that a library puts beside it
+    (safetensors has a temporary file of its own) outlives a kill unseen: `sweep` removes the folder.
+
+    Raises:
+        UserError: when the disk is full or the place cannot be written.
+    """
+    place = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = place / path.name
+    try:
+        place.mkdir(exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        reason = "the disk is full" if full else str(error)
+        raise UserError(
+            f"Could not write '{path}': {reason}.",
+            "Free space or choose another --out, then run the same command: it resumes.",
+        ) from error
+    finally:
+        shutil.rmtree(
+            place, ignore_errors=True
+        )  # the place itself may be what is wrong: keep the first error
+
+
+def sweep(folder: Path, *names: str) -> None:
+    """Removes what killed writers of these files, or of any in the folder, left half-written.
+
+    Only for who alone writes them: what another process is writing right now would be taken from it.
+    """
+    for name in names or ("*",):
+        for left in folder.glob(f".{name}.*.tmp"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small UTF-8 file atomically; file names that are not UTF-8 keep their bytes.
+
+    Half characters, which JSON of others may hold and UTF-8 cannot, become question marks.
+    """
+    errors = "surrogateescape"
+    try:
+        text.encode("utf-8", errors)
+    except UnicodeEncodeError:
+        errors = "replace"
+    atomic_write(path, lambda temporary: temporary.write_text(text, "utf-8", errors))
+
+
+def save(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
+    """Writes tensors and JSON facts into one safetensors file, atomically; logs beside it reach the disk before.
+
+    Args:
+        tensors: name -> tensor, any memory format or device.
+        meta: JSON values, kept under the metadata key "dreamteacher".
+    """
+    # One contiguous CPU copy a tensor: safetensors stores plain row-major arrays and refuses shared storage.
+    plain = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    text = json.dumps(meta)
+    facts = {"dreamteacher": text, "sha256": digest(plain, text)}
+    for log in path.parent.glob("*.jsonl"):  # or, after a power cut, a run would resume without lines of them
+        with open(log, "rb") as file, contextlib.suppress(OSError):
+            os.fsync(file.fileno())
+    atomic_write(path, lambda temporary: save_file(plain, temporary, facts))
+
+
+def digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
+    """SHA-256 of the facts and each tensor's name, dtype, shape and bytes: safetensors has no checksum."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        if tensor.nbytes:
+            digest.update((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))
+    return digest.hexdigest()
+
+
+def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Reads what `save` wrote.
+
+    Raises:
+        UserError: when the file is missing, truncated, altered, not safetensors, or not one of ours.
+    """
+    try:
+        return _read(path)
+    except _DAMAGE as error:
+        raise UserError(
+            f"'{path}' cannot be read: {_reason(error)}.",
+            "The file is missing, truncated or of another kind: delete it to fall back on an earlier one.",
+        ) from None
+
+
+_DAMAGE = (OSError, SafetensorError, ValueError)
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "").rstrip(".") or type(error).__name__
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """As `load`, with one of _DAMAGE for what is damaged, and a UserError for what is whole and not ours."""
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata() or {}
+        if "dreamteacher" not in facts:
+            raise UserError(
+                f"'{path}' is a safetensors file, but not one that dreamteacher wrote.",
+                "Remove it from the run folder; where weights are wanted, give a file from `dreamteacher export`.",
+            )
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    if "sha256" in facts and facts["sha256"] != digest(tensors, facts["dreamteacher"]):
+        raise ValueError("its content has changed since it was written")
+    return tensors, parse_json(facts["dreamteacher"])
+
+
+def before(folder: Path) -> str:
+    """For the error that stops a run: what there is to go back to."""
+    return "The last checkpoint is from before." if latest(folder) else "No checkpoint was written yet."
+
+
+def latest(folder: Path, *, whole: bool = False) -> Path | None:
+    """The newest checkpoint of a run folder that can be read, or None when there is none at all.
+
+    A damaged newest file is passed over, so that an earlier one still serves.
+
+    Args:
+        whole: compare every byte with the checksum, not only open the file; and rename damaged files to
+            damaged-*, where `prune` does not count them as kept. Only for who alone writes to the folder.
+
+    Raises:
+        UserError: when checkpoints exist and none can be read.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for path in sorted(folder.glob(PATTERN), reverse=True):
+        try:
+            if whole:
+                _read(path)
+            else:
+                with safe_open(path, framework="pt") as file:
+                    file.keys()
+        except _DAMAGE as error:
+            damaged.append((path, _reason(error)))
+            continue
+        for bad, reason in damaged if whole else ():
+            aside = bad.with_name(f"damaged-{bad.name}")
+            bad.replace(aside)
+            print(
+                f"'{bad}' is damaged ({reason}): it is now '{aside.name}', and '{path.name}' serves.",
+                flush=True,
+            )
+        return path
+    if damaged:
+        raise UserError(
+            f"None of the checkpoints in '{folder}' can be read: {shorten(p.name for p, _ in damaged)} "
+            f"({damaged[0][1]}).",
+            "They are truncated, altered or foreign. Remove them to start the run anew.",
+        )
+    return None
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies; names sort by step."""
+    return folder / f"checkpoint-{step:08d}.safetensors"
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` checkpoints."""
+    for path in sorted(folder.glob(PATTERN))[:-keep]:
+        path.unlink(missing_ok=True)
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An optimizer's state as flat tensors and JSON scalars; `unpack_optimizer` is its inverse."""
+    state = optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
+    groups: list[dict[str, Any]] = [{} for _ in state["param_groups"]]
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            (tensors if torch.is_tensor(value) else scalars)[f"optimizer/{index}/{key}"] = value
+    for index, entries in enumerate(state["param_groups"]):
+        for key, value in entries.items():
+            if torch.is_tensor(value):  # timm's LAMB counts its steps in the group, as a tensor
+                tensors[f"optimizer/group{index}/{key}"] = value
+            elif key != "params":
+                groups[index][key] = value
+    return tensors, {"scalars": scalars, "groups": groups}
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]
+) -> None:
+    """Restores what `pack_optimizer` took, bitwise."""
+    groups = optimizer.state_dict()["param_groups"]
+    for group, saved in zip(groups, meta["groups"], strict=True):
+        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in [*tensors.items(), *meta["scalars"].items()]:
+        if not name.startswith("optimizer/"):
+            continue
+        _, place, key = name.split("/")
+        if place.startswith("group"):
+            groups[int(place.removeprefix("group"))][key] = value.clone()
+            continue
+        if torch.is_tensor(value):
+            # Moments lie in memory as their parameter does (channels_last): same kernels, same last bits.
+            like = parameters[int(place)]
+            same = value.shape == like.shape
+            value = part_of(value, like)
+            value = torch.empty_like(like, dtype=value.dtype).copy_(value) if same else value.clone()
+        state.setdefault(int(place), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def load_exactly(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path | str) -> None:
+    """`load_state_dict(strict=True)` with a short error that lists what does not fit.
+
+    Raises:
+        UserError: naming missing, unexpected and wrongly shaped keys.
+    """
+    own = module.state_dict()
+    missing = [k for k in own if k not in tensors]
+    unexpected = [k for k in tensors if k not in own]
+    shapes = [
+        f"{k} {tuple(tensors[k].shape)} != {tuple(own[k].shape)}"
+        for k in own
+        if k in tensors and tensors[k].shape != own[k].shape
+    ]
+    if missing or unexpected or shapes:
+        found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+        parts = [f"{len(keys)} {what} ({shorten(keys, 2)})" for what, keys in found.items() if keys]
+        raise UserError(
+            f"'{path}' does not fit the network ({len(own)} tensors): {'; '.join(parts)}.",
+            "It was made for another architecture: name the one that it was made with.",
+        )
+    module.load_state_dict(dict(tensors))
+
+
+def _refuse_bombs(path: Path) -> None:
+    """Raises ValueError for a file of torch's whose reading could take time or memory without end.
+
+    `weights_only` runs no code, but it inflates what is compressed (torch compresses nothing), makes a bytearray of
+    any length that it is asked for (no state dict has one), and hashes a key of tuples of tuples, which 300 bytes
+    make as large as they like.
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # as torch decides it
+        file.seek(0)
+        if not zipped:
+            for _ in range(
+                4
+            ):  # magic number, version, system, and what was saved; the keys of storages follow
+                _weigh(file)
+            return
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if any(m.compress_type != zipfile.ZIP_STORED for m in members):
+                raise ValueError("it is compressed")
+            for member in members:
+                if member.filename.lower().endswith(".pkl"):  # torch's reader takes either case
+                    _weigh(io.BytesIO(archive.read(member)))
+
+
+def _weigh(stream: IO[bytes]) -> None:
+    """Walks through one pickle, building nothing, with the values on its stack as numbers: how large a tuple is.
+
+    Raises:
+        ValueError: for a tuple of more than _MOST_VALUES, counted with all that is in it, or a bytearray.
+    """
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: dict[Any, int] = {}
+    for code, argument, _ in pickletools.genops(stream):
+        if "bytearray" in str(argument).lower():
+            raise ValueError("it asks for a bytearray")
+        name, before = code.name, code.stack_before
+        if name == "MARK":
+            marks.append(len(stack))
+        elif "PUT" in name or name == "MEMOIZE":
+            memo[len(memo) if argument is None else argument] = stack[-1]
+        elif name.endswith("GET"):
+            stack.append(memo.get(argument, 1))
+        else:
+            count = len(before)
+            if pickletools.markobject in before:
+                count = len(stack) - marks.pop() + before.index(pickletools.markobject)
+            items = stack[len(stack) - count :]
+            del stack[len(stack) - count :]
+            weight = 1 + sum(items) if "TUPLE" in name else items[0] if name == "DUP" else 1
+            if weight > _MOST_VALUES:
+                raise ValueError("it holds tuples of tuples without end")
+            stack += [weight] * len(code.stack_after)
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """The named tensors of a foreign file: .safetensors, or torch's own format read without running anything.
+
+    In torch's format the state dict may lie under 'state_dict' or 'model'.
+
+    Raises:
+        UserError: when the file is missing, damaged, or holds no state dict.
+    """
+    if not path.is_file():
+        raise UserError(f"No weight file at '{path}', so it cannot be read.", "Check the path.")
+    content: Any
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            with warnings.catch_warnings():  # torch warns of pickles that it then refuses: our error says it
+                warnings.simplefilter("ignore")
+                _refuse_bombs(path)
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError, SafetensorError, OSError, RuntimeError, ValueError, LookupError,
+        AttributeError, TypeError, ArithmeticError, AssertionError, EOFError, MemoryError, struct.error,
+        zipfile.BadZipFile,
+    ) as error:  # fmt: skip
+        raise UserError(
+            f"'{path}' cannot be read as plain weights (damaged, or a pickle that holds more than tensors).",
+            "Copy or download it again, or save the state dict alone: torch.save(model.state_dict(), path).",
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    found = {str(k): v for k, v in content.items()} if isinstance(content, Mapping) else {}
+    if not found or not all(isinstance(v, torch.Tensor) for v in found.values()):
+        raise UserError(
+            f"'{path}' holds no state dict (names -> tensors), nor one under 'state_dict' or 'model'.",
+            "Save the state dict alone: torch.save(model.state_dict(), path), or as .safetensors.",
+        )
+    return found

@@ -1,0 +1,186 @@
+"""Where the work runs: device, precision and, with torchrun, which part of every batch is this process's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from dreamteacher.runtime.errors import UserError
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of every batch that one of several processes works on: rows rank, rank + ranks, rank + 2 ranks ...
+
+    Rows are taken at intervals, so that a batch norm or a deviation over groups of images n, n + N / 4 ... meets the
+    same groups in one process and in several.
+
+    Example:
+        >>> list(range(8))[Share(1, 2).rows]
+        [1, 3, 5, 7]
+    """
+
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def rows(self) -> slice:
+        """Its rows of a batch."""
+        return slice(self.rank, None, self.ranks)
+
+    def of(self, count: int) -> int:
+        """How many of `count` rows are its own; `count` is a multiple of `ranks`."""
+        return count // self.ranks
+
+
+ALONE = Share()
+
+
+def launched() -> Share:
+    """This process among those that torchrun started (RANK and WORLD_SIZE), or alone."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return Share(int(os.environ.get("RANK", "0")), ranks) if ranks > 1 else ALONE
+
+
+def check_batch(what: str, batch: int, share: Share, *, together: int = 1) -> None:
+    """Raises UserError when a batch (or a part of one) cannot be split evenly over the processes.
+
+    Args:
+        together: images that belong in one process, such as those of a group; one process alone may leave a rest.
+    """
+    if share.ranks > 1 and batch % (together * share.ranks):
+        raise UserError(
+            f"{what} has {batch} images, which {share.ranks} processes cannot share evenly"
+            + (f" in groups of {together}." if together > 1 else "."),
+            f"Use a multiple of {together * share.ranks}, or another number of processes.",
+        )
+
+
+class Draws(torch.Generator):
+    """The random numbers of one process's rows: `randn`, `rand` and `randint` draw for the whole batch and keep these.
+
+    So what an image meets does not depend on how many processes there are. Torch's own functions take it for a plain
+    generator, and would give the same numbers to every process.
+    """
+
+    share: Share
+
+    def __new__(cls, device: torch.device | str, seed: int, share: Share = ALONE) -> Draws:
+        self = super().__new__(cls, torch.device(device))  # type: ignore[call-arg]
+        self.manual_seed(seed)
+        self.share = share
+        return self
+
+
+def share_of(generator: torch.Generator | None) -> Share:
+    """Whose rows a generator draws."""
+    return generator.share if isinstance(generator, Draws) else ALONE
+
+
+def randn(shape: Sequence[int], generator: torch.Generator, **where: Any) -> torch.Tensor:
+    """`torch.randn`, where the first axis is the batch's: with `Draws` these rows of the whole batch.
+
+    Example:
+        >>> whole = randn((4, 2), Draws("cpu", 0))
+        >>> bool((whole[1::2] == randn((2, 2), Draws("cpu", 0, Share(1, 2)))).all())
+        True
+    """
+    return _own(torch.randn(_whole(shape, generator), generator=generator, **where), generator)
+
+
+def rand(shape: Sequence[int], generator: torch.Generator, **where: Any) -> torch.Tensor:
+    """`torch.rand`, as `randn`."""
+    return _own(torch.rand(_whole(shape, generator), generator=generator, **where), generator)
+
+
+def randint(high: int, shape: Sequence[int], generator: torch.Generator, **where: Any) -> torch.Tensor:
+    """`torch.randint` from 0, as `randn`."""
+    return _own(torch.randint(high, _whole(shape, generator), generator=generator, **where), generator)
+
+
+def _whole(shape: Sequence[int], generator: torch.Generator) -> tuple[int, ...]:
+    return (shape[0] * share_of(generator).ranks, *shape[1:])
+
+
+def _own(drawn: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    share = share_of(generator)
+    return drawn if share.ranks == 1 else drawn[share.rows].clone()
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device to run on: the one named, or the GPU where there is one; with torchrun each process's own GPU.
+
+    Raises:
+        UserError: for a device that this machine or this torch does not have.
+    """
+    if launched().ranks > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"Device '{name}' cannot be used: {str(error).splitlines()[0][:60]}...",
+            "Use auto, cpu, cuda or cuda:1; `dreamteacher doctor` lists what is here.",
+        ) from None
+    return device
+
+
+def resolve_precision(device: torch.device, precision: Precision) -> torch.dtype:
+    """The dtype of matrix products: bfloat16 where the hardware computes it natively, else float32.
+
+    Convolutions in float32 are left as torch has them: on a GPU in TF32, unless a program switches that off with
+    `torch.backends.cudnn.allow_tf32 = False`.
+    """
+    if precision == "float32":
+        return torch.float32
+    if precision == "bfloat16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        native = torch.cuda.get_device_properties(device).major >= 8  # older ones emulate it, slowly
+        return torch.bfloat16 if native else torch.float32
+    if device.type == "cpu" and _cpu_flag("avx512_bf16"):
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_flag(flag: str) -> bool:
+    try:
+        with open("/proc/cpuinfo") as info:
+            return any(line.startswith("flags") and flag in line.split() for line in info)
+    except OSError:  # not Linux: stay with float32
+        return False
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Autocast for `device`; normalisations stay in float32 and parameters always are."""
+    dtype = resolve_precision(device, precision)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within: torch's global generators start from `seed`; afterwards they are as they were before.
+
+    For layers that draw from nothing else: their initialisation, dropout, stochastic depth.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -1,0 +1,1 @@
+"""Files from elsewhere, whole, checked and resumed."""

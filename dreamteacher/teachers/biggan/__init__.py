@@ -1,0 +1,1 @@
+"""BigGAN, BigBiGAN and IC-GAN."""

@@ -1,0 +1,1 @@
+"""U-Nets of diffusion models in pixels: ADM, DDPM."""

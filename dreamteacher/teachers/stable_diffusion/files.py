@@ -1,0 +1,255 @@
+"""What is read of a Stable Diffusion pipeline folder in diffusers' layout: configs, weights, schedule, prompt.
+
+Weights are read from safetensors alone. The text encoders run once, here, and are not kept.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dreamteacher.runtime.checkpoint import read_state_dict
+from dreamteacher.runtime.config import parse_json
+from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.teachers.stable_diffusion.network import Kind
+from dreamteacher.teachers.vae import ORIGINAL, modern_attention, tiny_from_original
+
+STEM = "diffusion_pytorch_model"
+TEXT_STEM = "model"
+LAYOUT = ("unet/", "vae/", "text_encoder/", "tokenizer/", "scheduler/")
+CLASSES: dict[str, type[UNet2DConditionModel | AutoencoderKL | AutoencoderTiny]] = {
+    "UNet2DConditionModel": UNet2DConditionModel,
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderTiny": AutoencoderTiny,
+}
+
+
+def check_pipeline(path: Path, parts: tuple[str, ...]) -> None:
+    """Raises UserError naming every file that a pipeline's folder lacks, of those that are read.
+
+    Args:
+        parts: folders that must hold a network; a tokenizer for each text encoder and the schedule besides.
+    """
+    needed = [[f"{part}/config.json"] for part in parts]
+    for part in parts:
+        if part.startswith("text_encoder"):
+            tokens = part.replace("text_encoder", "tokenizer")
+            needed += [[f"{tokens}/{n}", f"{tokens}/tokenizer.json"] for n in ("vocab.json", "merges.txt")]
+    needed.append(["scheduler/scheduler_config.json"])
+    lacking = [either[0] for either in needed if not any((path / name).is_file() for name in either)]
+    if lacking:
+        raise UserError(
+            f"'{path}' is not a whole Stable Diffusion pipeline: it lacks {shorten(lacking)}.",
+            f"Give the model's folder in diffusers' layout: {', '.join(LAYOUT)}.",
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The table in a JSON file.
+
+    Raises:
+        UserError: for a file that is missing, damaged or holds something else.
+    """
+    try:
+        found = parse_json(path.read_text("utf-8"))
+        return {str(k): v for k, v in found.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"'{path}' cannot be read: {type(error).__name__} {str(error).splitlines()[0]}.",
+            "Download the whole folder again.",
+        ) from None
+
+
+def read_config(folder: Path, classes: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+    """Class and arguments from diffusers' config.json; entries that the class does not take are left out.
+
+    Raises:
+        UserError: for a network of none of `classes`.
+    """
+    path = folder / "config.json"
+    values = read_json(path)
+    name = values.get("_class_name")
+    if name not in classes:
+        raise UserError(
+            f"'{path}' describes a {name}, not a {' or '.join(classes)}.",
+            "Stable Diffusion 1.x, 2.x and SDXL can be read, in diffusers' layout.",
+        )
+    taken = inspect.signature(CLASSES[name].__init__).parameters
+    return name, {k: v for k, v in values.items() if k in taken}
+
+
+def safetensors_of(folder: Path, stem: str) -> list[Path]:
+    """The files that hold a part's weights: one, its half-precision variant, or several with an index.
+
+    Raises:
+        UserError: where there are none, saying why others are not read.
+    """
+    for variant in ("", ".fp16"):
+        if (folder / f"{stem}{variant}.safetensors").is_file():
+            return [folder / f"{stem}{variant}.safetensors"]
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if isinstance(names, dict) and names:
+            return [folder / Path(str(name)).name for name in sorted(set(names.values()))]
+        raise UserError(f"'{index}' names no files of weights.", "Download the whole folder again.")
+    others = [p.name for p in sorted(folder.glob("*")) if p.suffix in (".bin", ".ckpt", ".pt", ".pth")]
+    why = f"; {shorten(others)} may run code when it is read, so it is not" if others else ""
+    raise UserError(
+        f"'{folder}' has no {stem}.safetensors (nor {stem}.fp16.safetensors){why}.",
+        "Download the safetensors files of the model.",
+    )
+
+
+def part_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights of a network's folder, in the precision of its files.
+
+    Raises:
+        UserError: for missing or damaged files.
+    """
+    return {k: v for file in safetensors_of(folder, STEM) for k, v in read_state_dict(file).items()}
+
+
+def schedule_steps(file: Path) -> int:
+    """The number of steps of a pipeline's schedule, which must be Stable Diffusion's own.
+
+    What the network predicts (epsilon, or v as Stable Diffusion 2.1 at 768 px) is of no consequence: features
+    are taken before its last layer, from an input that is noised alike.
+
+    Raises:
+        UserError: for any schedule but scaled_linear from 0.00085 to 0.012.
+    """
+    found = read_json(file)
+    kind, first, last = (found.get(k, "?") for k in ("beta_schedule", "beta_start", "beta_end"))
+    steps = found.get("num_train_timesteps", 1000)
+    changed = [k for k in ("trained_betas", "rescale_betas_zero_snr") if found.get(k)]
+    try:
+        right = math.isclose(first, 0.00085) and math.isclose(last, 0.012) and steps > 0
+    except TypeError:
+        right = False
+    if kind != "scaled_linear" or not right or changed:
+        more = f", with {' and '.join(changed)}" if changed else ""
+        raise UserError(
+            f"'{file}' has the schedule {kind} from {first} to {last} in {steps} steps{more}.",
+            "Networks trained on Stable Diffusion's own (scaled_linear, 0.00085 to 0.012) can be used.",
+        )
+    return steps
+
+
+def embed_prompt(path: Path, prompt: str, *, xl: bool) -> dict[str, Tensor]:
+    """A pipeline's embedding of a prompt, float32: "prompt" (1, 77, D) and for SDXL "pooled" (1, P).
+
+    Stable Diffusion 1.x and 2.x take the encoder's last state; SDXL the states before the last layers of its
+    two encoders side by side, and the pooled output of the second. An empty prompt is encoded like any other:
+    the zeros that SDXL pipelines may use instead stand for an absent NEGATIVE prompt, and there is no guidance
+    here.
+
+    Args:
+        path: the pipeline's folder.
+
+    Raises:
+        UserError: for damaged parts, a prompt that is too long, or when transformers is not installed.
+
+    Test: equal (1e-6) to `encode_prompt` of the library's pipelines.
+    """
+    try:
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    except ImportError:
+        raise UserError(
+            "Converting Stable Diffusion needs transformers, once, to encode the prompt.",
+            "Install it: pip install 'dreamteacher[text]'",
+        ) from None
+    parts: list[tuple[str, str, Any]] = [("tokenizer", "text_encoder", CLIPTextModel)]
+    if xl:
+        check_pipeline(path, ("text_encoder_2",))
+        parts.append(("tokenizer_2", "text_encoder_2", CLIPTextModelWithProjection))
+    states, out = [], {}
+    for tokens, name, kind in parts:
+        tokenizer, encoder = _read_text(path, tokens, name, CLIPTokenizer, kind)
+        ids, mask = _tokens(tokenizer, prompt, encoder.config, path / tokens)
+        used = mask if getattr(encoder.config, "use_attention_mask", False) and not xl else None
+        with torch.no_grad():
+            found = encoder(ids, attention_mask=used, output_hidden_states=True)
+        states.append(found.hidden_states[-2] if xl else found.last_hidden_state)
+        if name == "text_encoder_2":
+            out["pooled"] = found.text_embeds
+    return {"prompt": torch.cat(states, dim=-1), **out}
+
+
+def _read_text(path: Path, tokens: str, name: str, tokenizers: Any, encoders: Any) -> tuple[Any, Any]:
+    """A pipeline's tokenizer and text encoder in float32, every weight of which was in the file."""
+    file = safetensors_of(path / name, TEXT_STEM)[0]
+    variant = "fp16" if file.name.endswith(".fp16.safetensors") else None
+    try:
+        tokenizer = tokenizers.from_pretrained(path / tokens, local_files_only=True)
+        with torch.random.fork_rng(devices=[]):  # weights that a file lacks are drawn, and refused below
+            encoder, facts = encoders.from_pretrained(
+                path / name, local_files_only=True, use_safetensors=True, variant=variant,
+                output_loading_info=True,
+            )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(
+            f"The text encoder '{path / name}' cannot be read: {reason}",
+            f"Download {name}/ and {tokens}/ again.",
+        ) from None
+    if facts["missing_keys"]:
+        raise UserError(f"'{file}' lacks {shorten(sorted(facts['missing_keys']), 2)}.", "Download it again.")
+    return tokenizer, encoder.float().eval()
+
+
+def _tokens(tokenizer: Any, prompt: str, config: Any, where: Path) -> tuple[Tensor, Tensor]:
+    """Token ids of a prompt and their mask, each (1, 77)."""
+    most = min(tokenizer.model_max_length, config.max_position_embeddings)
+    count = len(tokenizer(prompt).input_ids)
+    if count > most:
+        raise UserError(
+            f"The prompt has {count - 2} tokens, and at most {most - 2} are read.", "Shorten the prompt."
+        )
+    found = tokenizer(prompt, padding="max_length", max_length=most, return_tensors="pt")
+    if int(found.input_ids.max()) >= config.vocab_size:
+        raise UserError(
+            f"The tokenizer '{where}' gives tokens that its text encoder does not know.",
+            "They are of different models: download the whole folder again.",
+        )
+    return found.input_ids, found.attention_mask
+
+
+def read_file(file: Path) -> dict[str, Tensor]:
+    """Weights that stand alone in a safetensors file.
+
+    Raises:
+        UserError: for a file that is missing, damaged, or of another format.
+    """
+    if file.suffix != ".safetensors":
+        raise UserError(
+            f"'{file}' is not a safetensors file.", "Only that format is read: download the weights in it."
+        )
+    return read_state_dict(file)
+
+
+def read_vae(place: Path) -> tuple[Kind, dict[str, Any], dict[str, Tensor]]:
+    """Kind, arguments and weights of an autoencoder: diffusers' folder, or TAESD's original encoder file.
+
+    Raises:
+        UserError: for missing, damaged or foreign files.
+    """
+    original = place / ORIGINAL[0] if place.is_dir() else place
+    if original.is_file():
+        weights = tiny_from_original(read_file(original), None)
+        width = [weights["encoder.layers.0.weight"].shape[0]] * 4
+        last = max((k for k in weights), key=lambda k: int(k.split(".")[2]))
+        latent = weights[last].shape[0]
+        return "tiny", {"latent_channels": latent, "encoder_block_out_channels": width}, weights
+    folder = place / "vae" if (place / "vae" / "config.json").is_file() else place
+    name, config = read_config(folder, ("AutoencoderKL", "AutoencoderTiny"))
+    return "tiny" if name == "AutoencoderTiny" else "kl", config, modern_attention(part_weights(folder))
