@@ -17,7 +17,7 @@ import timm
 import torch
 
 from dreamteacher import __version__
-from dreamteacher.runtime.distributed.share import pick_device, resolve_precision
+from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.run_folder import read_rows
 
 COLUMNS = ("method", "student", "task", "metric", "value", "labels", "seed", "seconds")

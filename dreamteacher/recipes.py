@@ -16,8 +16,8 @@ from tyro.conf import Positional
 
 from dreamteacher.data.labelled import read_labelled
 from dreamteacher.data.layouts import table as layouts_table
+from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.estimate import millions
-from dreamteacher.distill.step import PretrainConfig
 from dreamteacher.distill.train_interpreter import TrainInterpreterConfig
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.evaluate import check_config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dreamteacher.distill.step import PretrainConfig
+from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.train_interpreter import TrainInterpreterConfig
 from dreamteacher.downstream.classification.finetune_full import recipe_of
 from dreamteacher.downstream.config import EvaluateConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dreamteacher.distill.step import Mode, PretrainConfig
+from dreamteacher.distill.config import Mode, PretrainConfig
 from dreamteacher.distill.train_interpreter import TrainInterpreterConfig
 from dreamteacher.recipes_row import DATA, Places, Recipe
 from dreamteacher.teachers.training.train import PresetName, TrainTeacherConfig

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from dreamteacher.distill.step import PretrainConfig
+from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.train_interpreter import TrainInterpreterConfig
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.presets import preset_config

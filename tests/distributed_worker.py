@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from dreamteacher.cli import main as cli
-from dreamteacher.data import image_set
+from dreamteacher.data import batches as data_batches
 from dreamteacher.distill import step as distill_step
 from dreamteacher.distill.dataset import FeatureBatch
 from dreamteacher.distill.pretrain import PretrainConfig, Training, pretrain
@@ -220,7 +220,7 @@ def cut(run: Path, step: int) -> str:
 def stumble(job: dict) -> None:
     """What happens to one process at a batch; of several events, each in a start of its own."""
     torch.set_num_threads(1)
-    original, rank = image_set.batches, launched().rank
+    original, rank = data_batches.batches, launched().rank
     starts = Path(job["starts"]) / f"rank-{rank}"  # what torchrun counted at each start of this process
     before = len(starts.read_text()) if starts.exists() else 0
     with open(starts, "a") as file:
@@ -233,7 +233,7 @@ def stumble(job: dict) -> None:
                 happen(what, rank)
             yield batch
 
-    image_set.batches = batches
+    data_batches.batches = batches
     sys.exit(cli.main(job["arguments"]))
 
 

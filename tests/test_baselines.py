@@ -22,7 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dreamteacher.data.image_set import batches, load_images
+from dreamteacher.data.batches import batches
+from dreamteacher.data.image_set import load_images
 from dreamteacher.downstream.evaluate import EvaluateConfig, check_config, evaluate, method_name
 from dreamteacher.models.student import Student, create_student, recorded_student
 from dreamteacher.runtime.run_folder import read_rows

@@ -31,7 +31,7 @@ from dreamteacher.downstream.classification.linear_sgd import LinearSgdConfig
 from dreamteacher.downstream.evaluate import EvaluateConfig
 from dreamteacher.downstream.features import ClassificationData
 from dreamteacher.models.student import Student, create_student
-from dreamteacher.runtime.distributed.share import seeded
+from dreamteacher.runtime.distributed.device import seeded
 from dreamteacher.testing import check_task
 
 NAME = "test_resnet"

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import DAMAGE, cut, fill, noise, pixels, refused, text
 
-from dreamteacher.data import image_set
-from dreamteacher.data.image_set import ImageSet, batches, load_images
+from dreamteacher.data import batches as data_batches
+from dreamteacher.data import image_set, seeds
+from dreamteacher.data.batches import batches
+from dreamteacher.data.image_set import ImageSet, load_images
 from dreamteacher.data.images import BadImage
 from dreamteacher.runtime.errors import UserError
 
@@ -123,12 +125,12 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageSet, ImageSet]:
     return load_images(folder, (16, 16)), load_images(folder, (16, 16), cache_gb=0)
 
 
-def run(images: ImageSet, first: int = 0, last: int = 12, **options: Any) -> list[image_set.Batch]:
+def run(images: ImageSet, first: int = 0, last: int = 12, **options: Any) -> list[data_batches.Batch]:
     options = {"batch_size": 5, "seed": 3, "flip": True} | options
     return list(batches(images, first_step=first, last_step=last, **options))
 
 
-def same(a: list[image_set.Batch], b: list[image_set.Batch]) -> bool:
+def same(a: list[data_batches.Batch], b: list[data_batches.Batch]) -> bool:
     return len(a) == len(b) and all(
         x.step == y.step and torch.equal(x.images, y.images) and torch.equal(x.index, y.index)
         for x, y in zip(a, b, strict=True)
@@ -174,7 +176,7 @@ def test_an_epoch_shows_each_image_once(count: int, batch_size: int, seed: int) 
     steps = count // batch_size
     for epoch in range(2):
         index = torch.cat([
-            image_set.batch_indices(count, batch_size=batch_size, seed=seed, step=s)
+            data_batches.batch_indices(count, batch_size=batch_size, seed=seed, step=s)
             for s in range(epoch * steps, (epoch + 1) * steps)
         ])  # fmt: skip
         assert len(index) == len(index.unique()) == steps * batch_size
@@ -214,10 +216,10 @@ def test_no_global_random_state_is_touched(workers: int, sets: tuple[ImageSet, I
 
 def test_step_generators_are_reproducible_and_independent() -> None:
     keys = [(seed, step, s) for seed in range(3) for step in range(30) for s in ("", "flip", "order")]
-    draws = {k: torch.rand(4, generator=image_set.step_generator(*k)) for k in keys}
+    draws = {k: torch.rand(4, generator=seeds.step_generator(*k)) for k in keys}
     assert len({tuple(d.tolist()) for d in draws.values()}) == len(keys)
-    assert torch.equal(draws[1, 7, "flip"], torch.rand(4, generator=image_set.step_generator(1, 7, "flip")))
-    many = torch.stack([torch.rand(500, generator=image_set.step_generator(0, s)) for s in range(20)])
+    assert torch.equal(draws[1, 7, "flip"], torch.rand(4, generator=seeds.step_generator(1, 7, "flip")))
+    many = torch.stack([torch.rand(500, generator=seeds.step_generator(0, s)) for s in range(20)])
     assert (torch.corrcoef(many) - torch.eye(20)).abs().max() < 0.2
 
 
@@ -242,7 +244,7 @@ def cut_stream(tmp_path: Path) -> tuple[ImageSet, list[Path]]:
 def test_damage_met_while_streaming(workers: int, cut_stream: tuple[ImageSet, list[Path]]) -> None:
     images, bad = cut_stream
     replaced = {2: 3, 5: 0, 6: 7}  # the next readable one of the same class
-    plain = [image_set.batch_indices(12, batch_size=4, seed=0, step=s) for s in range(6)]
+    plain = [data_batches.batch_indices(12, batch_size=4, seed=0, step=s) for s in range(6)]
     found = run(images, 0, 6, batch_size=4, seed=0, flip=False, workers=workers)
     for batch, index in zip(found, plain, strict=True):
         assert batch.index.tolist() == [replaced.get(i, i) for i in index.tolist()]

@@ -44,7 +44,7 @@ from dreamteacher.downstream.detection.model import Batcher, build_detector, roi
 from dreamteacher.downstream.detection.scores import average_precision
 from dreamteacher.downstream.detection.train import build_groups, detect, predict, rate_at, train_detector
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate
-from dreamteacher.downstream.features import summary_table
+from dreamteacher.downstream.tables import summary_table
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.optim import layer_decay_groups, layer_depths
 from dreamteacher.testing import check_task

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 from dreamteacher.cli import main as cli
 from dreamteacher.cli.demo import DemoConfig, demo_recipe
+from dreamteacher.data import batches as data_batches
 from dreamteacher.data import image_set
 from dreamteacher.distill import dataset
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
@@ -80,7 +81,7 @@ def streams(kind: str, teacher: Any, images: image_set.ImageSet, share: Share) -
         made = dataset.synthesized(teacher, batch_size=4, first_step=1, last_step=3, **common)
         return list(made)
     real = 2 if kind == "mixture" else 4
-    batches = image_set.batches(
+    batches = data_batches.batches(
         images, batch_size=real, seed=3, first_step=1, last_step=3, flip=True, share=share
     )
     if kind == "mixture":

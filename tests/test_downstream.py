@@ -17,8 +17,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from dreamteacher import metrics
 from dreamteacher.data.image_set import ImageSet
-from dreamteacher.data.masks.pairs import SegmentationSet
-from dreamteacher.downstream import evaluate, features
+from dreamteacher.data.masks.loaded import SegmentationSet
+from dreamteacher.downstream import evaluate, features, tasks
 from dreamteacher.downstream.classification import finetune, linear
 from dreamteacher.downstream.classification.finetune import FinetuneConfig
 from dreamteacher.downstream.classification.finetune_full import FinetuneFullConfig
@@ -29,7 +29,7 @@ from dreamteacher.downstream.segmentation import few_masks
 from dreamteacher.downstream.segmentation.few_masks import SegmentationData, SegmentConfig
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.config import from_json, to_json
-from dreamteacher.runtime.distributed.share import seeded
+from dreamteacher.runtime.distributed.device import seeded
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.testing import check_task
 
@@ -64,7 +64,7 @@ def squares(count: int, seed: int) -> SegmentationSet:
 
 
 # What needs instances, segments, masks on the disk, or a run with a label head: tested in files of their own.
-OTHERS = {*features.DETECTION, *features.DISTILLED, *features.STREAMED, *features.PANOPTIC}
+OTHERS = {*tasks.DETECTION, *tasks.DISTILLED, *tasks.STREAMED, *tasks.PANOPTIC}
 
 
 @pytest.fixture(scope="module")
@@ -484,7 +484,7 @@ def test_every_task_gives_rows(student: Student, data: ClassificationData, maske
     )
     assert all(set(row) == KEYS and row["method"] == "fixed" and row["student"] == NAME for row in rows)
     assert json.loads(json.dumps(rows)) == rows
-    assert {row["task"] for row in rows} == set(evaluate.TASKS) - OTHERS - {*features.PUBLISHED}
+    assert {row["task"] for row in rows} == set(evaluate.TASKS) - OTHERS - {*tasks.PUBLISHED}
     assert counted(rows, "knn", "accuracy") == [(None, 0)]  # the same backbone again: nothing was drawn
     for task in ("linear", "finetune"):
         assert counted(rows, task, "auroc") == [(4, 0), (4, 1)]

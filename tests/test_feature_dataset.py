@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+from dreamteacher.data import batches as data_batches
 from dreamteacher.data import image_set
-from dreamteacher.distill import dataset
+from dreamteacher.distill import dataset, kinds
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import read_rows
@@ -45,7 +46,9 @@ def stream(kind: str, folder, first: int = 0):
     if kind == "synthesized":
         return dataset.synthesized(Echo(), batch_size=6, first_step=first, last_step=4, **common)
     made = dataset.synthesized_part(6, 1 / 3) if kind == "mixture" else 0
-    batches = image_set.batches(images, batch_size=6 - made, seed=3, first_step=first, last_step=4, flip=True)
+    batches = data_batches.batches(
+        images, batch_size=6 - made, seed=3, first_step=first, last_step=4, flip=True
+    )
     if kind == "encoded":
         return dataset.encoded(Echo(), batches, **common)
     return dataset.mixture(Echo(), batches, made=made, **common)
@@ -69,7 +72,7 @@ def test_a_mixture_holds_its_share_of_samples(image_folder):
         grey = (batch.images[:, 0] == batch.images[:, 1]).flatten(1).all(1)  # the folder's images are grey
         assert grey.tolist() == [True] * 4 + [False] * 2
     real = [b.images[:4] for b in stream("mixture", image_folder)]
-    alone = image_set.batches(
+    alone = data_batches.batches(
         image_set.load_images(image_folder, (64, 64)),
         batch_size=4,
         seed=3,
@@ -93,8 +96,8 @@ def test_a_mixture_holds_its_share_of_samples(image_folder):
 )
 def test_what_a_teacher_cannot_serve_is_refused(modes, kind, size, words):
     with pytest.raises(UserError, match=words):
-        dataset.check_mode(Echo(modes), kind, size)
-    dataset.check_mode(Echo(("encode", "sample")), kind, (64, 64))
+        kinds.check_mode(Echo(modes), kind, size)
+    kinds.check_mode(Echo(("encode", "sample")), kind, (64, 64))
 
 
 def test_a_share_that_leaves_nothing_is_refused():

@@ -25,7 +25,8 @@ from pictures import refused
 from PIL import Image
 from torch import Tensor
 
-from dreamteacher.data import image_set
+from dreamteacher.data import batches as data_batches
+from dreamteacher.data import image_set, seeds
 from dreamteacher.distill import dataset
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
 from dreamteacher.distill.store import make, writer
@@ -324,7 +325,7 @@ def test_batches_belong_together_resume_and_show_every_draw(asked):
         far = (batch.maps[0].flip(3) - seen).flatten(1).abs().amax(1)
         assert bool((near < 0.03).all())  # the noise of the teacher
         assert bool((far > 0.1).all())
-        order = image_set.batch_indices(13, batch_size=4, seed=5, step=batch.step)
+        order = data_batches.batch_indices(13, batch_size=4, seed=5, step=batch.step)
         rows, _ = store.rows(order, store.draws_of(order, batch.step // 3, 5))  # 3 batches an epoch
         assert all(map(torch.equal, batch.maps, unpack(store.plan, rows).maps))
     for a, b in zip(batches[5:], stream(store, asked, first=5), strict=True):
@@ -346,7 +347,7 @@ def test_a_stored_batch_has_the_loss_of_the_live_one(asked):
     images = images_of(asked)
     places = {p.read_bytes(): i for i, p in enumerate(images.paths)}
     assert len(places) == 13
-    order = image_set.batch_indices(13, batch_size=4, seed=5, step=2)
+    order = data_batches.batch_indices(13, batch_size=4, seed=5, step=2)
     draws = store.draws_of(order, 0, 5)
     maps = [live(store, asked.teacher, images, int(i), int(k)) for i, k in zip(order, draws, strict=True)]
     teacher = [torch.stack(level).double() for level in zip(*maps, strict=True)]
@@ -401,7 +402,7 @@ def test_latents_alone_are_exact(tmp_path):
         store, images, batch_size=3, first_step=0, last_step=1, seed=7, device=CPU, teacher=teacher,
         precision="float32",
     )  # fmt: skip
-    generator = dataset.device_generator(7, 0, "teacher", CPU)
+    generator = seeds.device_generator(7, 0, "teacher", CPU)
     for stored, fresh in zip(batch.maps, teacher.encode(batch.images, generator=generator), strict=True):
         torch.testing.assert_close(stored, fresh, rtol=1e-4, atol=1e-4)
     assert batch.kept is None
@@ -459,7 +460,7 @@ def test_pretraining_from_projected_maps_learns_stops_and_resumes_bitwise(run, m
     assert whole[-1]["loss"] < 0.8 * whole[0]["loss"]
     assert whole[-1]["r2/s4"] > whole[0]["r2/s4"]
     assert "compared with the teacher, at most" in capsys.readouterr().out
-    original = image_set.batches
+    original = data_batches.batches
 
     def signalled(*args, **kwargs):
         for batch in original(*args, **kwargs):
@@ -467,7 +468,7 @@ def test_pretraining_from_projected_maps_learns_stops_and_resumes_bitwise(run, m
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(image_set, "batches", signalled)
+    monkeypatch.setattr(data_batches, "batches", signalled)
     with pytest.raises(SystemExit) as stop:
         pretrain(config)
     assert stop.value.code == 128 + signal.SIGTERM

@@ -21,7 +21,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pictures import refused
 from test_shards import encoded, shard
 
-from dreamteacher.data.image_set import batches, load_images
+from dreamteacher.data.batches import batches
+from dreamteacher.data.image_set import load_images
 from dreamteacher.data.shards import tar_images
 from dreamteacher.reports.maps import _pick_images
 from dreamteacher.runtime.download import http

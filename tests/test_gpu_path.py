@@ -18,7 +18,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dreamteacher.data import image_set
+from dreamteacher.data import batches as data_batches
+from dreamteacher.data import image_set, seeds
 from dreamteacher.distill import dataset
 from dreamteacher.distill import pretrain as loop
 from dreamteacher.distill import step as distill_step
@@ -450,7 +451,9 @@ def small_stream(
         folder=Path(), paths=[Path(str(i)) for i in range(16)], size=size, labels=None, classes=(),
         cache=pixels, bad=(),
     )  # fmt: skip
-    batches = image_set.batches(images, batch_size=8, seed=0, first_step=0, last_step=9, flip=True, raw=True)
+    batches = data_batches.batches(
+        images, batch_size=8, seed=0, first_step=0, last_step=9, flip=True, raw=True
+    )
     return dataset.encoded(teacher, batches, seed=0, device=device, precision=precision)
 
 
@@ -621,10 +624,10 @@ def test_raw_batches_made_floats_on_the_device_are_the_same_bits(image_folder):
     images = image_set.load_images(image_folder, (64, 64))
     asked = {"batch_size": 4, "seed": 1, "first_step": 0, "last_step": 3, "flip": True}
     for raw, plain in zip(
-        image_set.batches(images, raw=True, **asked), image_set.batches(images, **asked), strict=True
+        data_batches.batches(images, raw=True, **asked), data_batches.batches(images, **asked), strict=True
     ):
         assert raw.images.dtype == torch.uint8
-        made = image_set.to_float(raw.images)
+        made = data_batches.to_float(raw.images)
         assert torch.equal(made, plain.images)
         assert made.is_contiguous(memory_format=torch.channels_last)
 
@@ -679,7 +682,7 @@ def nothing_is_kept() -> Iterator[None]:
     """What was made of tensors that are not there must not be met by other tests."""
     yield
     diffusion._fixed_noise.cache_clear()
-    image_set._epoch_order.cache_clear()
+    data_batches._epoch_order.cache_clear()
 
 
 def step_on_fake_gpu(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
@@ -690,8 +693,8 @@ def step_on_fake_gpu(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> set[t
     cuda = torch.device("cuda")
     for module in (dataset, distill_step):
         monkeypatch.setattr(module, "autocast", cuda_autocast)
-    monkeypatch.setattr(dataset, "device_generator", lambda *_: torch.Generator().manual_seed(0))
-    monkeypatch.setattr(image_set, "flip_images", lambda images, _: images)  # on the host, before the copy
+    monkeypatch.setattr(seeds, "device_generator", lambda *_: torch.Generator().manual_seed(0))
+    monkeypatch.setattr(data_batches, "flip_images", lambda images, _: images)  # on the host, before the copy
     here = functools.partial(prefetch.ahead, threaded=False)  # what watches, watches one thread
     monkeypatch.setattr(dataset, "ahead", lambda items, work, *, threaded: here(items, work))
     monkeypatch.setattr(prefetch.Copies, "__init__", lambda self, device: None)

@@ -19,10 +19,9 @@ from safetensors.torch import load_file
 from test_docs import masked
 from torch import Tensor
 
-from dreamteacher.data import image_set
+from dreamteacher.data import batches, seeds
 from dreamteacher.data.labelled import LabelledSet, draw, from_masks
-from dreamteacher.data.masks.loaded import load_labelled
-from dreamteacher.data.masks.pairs import SegmentationSet
+from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled
 from dreamteacher.distill.dataset import FeatureBatch
 from dreamteacher.distill.make_labels import MakeLabelsConfig, make_labels
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
@@ -31,9 +30,9 @@ from dreamteacher.distill.train_interpreter import TrainInterpreterConfig, prepa
 from dreamteacher.downstream.evaluate import EvaluateConfig, check_config, evaluate
 from dreamteacher.downstream.features import draw_labels
 from dreamteacher.downstream.segmentation import distilled
-from dreamteacher.downstream.segmentation.distilled import load_distilled
 from dreamteacher.downstream.segmentation.few_masks import SegmentConfig, draw_masks
 from dreamteacher.losses import feature_loss, interpreter_loss, label_distillation
+from dreamteacher.models.distilled import load_distilled
 from dreamteacher.models.interpreter import load_interpreter, read_interpreter_spec
 from dreamteacher.models.regressor import FeatureRegressor, resize
 from dreamteacher.models.student import create_student
@@ -113,15 +112,15 @@ def test_a_step_is_equation_4_on_the_teachers_maps(config: TrainInterpreterConfi
     """The first loss from its parts: this step's draw of images, flips and noise, and the fresh network."""
     config = dataclasses.replace(config, dropout=0.0, seed=1)
     job = prepare(config)
-    chosen = image_set.batch_indices(8, batch_size=4, seed=1, step=0)
-    flips = torch.rand(4, generator=image_set.step_generator(1, 0, "flip")) < 0.5
+    chosen = batches.batch_indices(8, batch_size=4, seed=1, step=0)
+    flips = torch.rand(4, generator=seeds.step_generator(1, 0, "flip")) < 0.5
     assert flips.any()
     assert not flips.all()
-    images = image_set.flip_images(job.labelled.images[chosen], flips).float() / 255
+    images = batches.flip_images(job.labelled.images[chosen], flips).float() / 255
     target = torch.stack(
         [m.flip(-1) if f else m for m, f in zip(job.labelled.targets[chosen], flips, strict=True)]
     )
-    seed = image_set.step_generator(1, 0, "teacher").initial_seed()
+    seed = seeds.step_generator(1, 0, "teacher").initial_seed()
     teacher = load_teacher(config.teacher)
     maps = teacher.encode(images, generator=torch.Generator().manual_seed(seed))
     logits = resize(job.spec.build(config.seed)(maps), (64, 64))
@@ -315,7 +314,7 @@ def test_a_mixed_run_resumes_bitwise(
         squares, tiny_teacher, tmp_path / "run", interpreter=trained, epochs=4, save_every=3, ema=0.9
     )
     whole = pretrain(dataclasses.replace(config, out=tmp_path / "whole"))
-    original = image_set.batches
+    original = batches.batches
 
     def stopped(*args, **kwargs):
         for batch in original(*args, **kwargs):
@@ -323,11 +322,11 @@ def test_a_mixed_run_resumes_bitwise(
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(image_set, "batches", stopped)
+    monkeypatch.setattr(batches, "batches", stopped)
     with pytest.raises(SystemExit) as stop:
         pretrain(config)
     assert stop.value.code == 128 + signal.SIGTERM
-    monkeypatch.setattr(image_set, "batches", original)
+    monkeypatch.setattr(batches, "batches", original)
     pretrain(config)
     assert whole is not None
     for name in ("backbone", "regressor", "head"):

@@ -18,7 +18,7 @@ from pictures import noise, refused
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dreamteacher.data.masks.pairs import SegmentationSet
+from dreamteacher.data.masks.loaded import SegmentationSet
 from dreamteacher.downstream.classification.finetune import shuffled_batches
 from dreamteacher.models.student import create_student
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher, alphas_cumprod, build_unet, noised
@@ -170,7 +170,7 @@ def test_training_together_is_training_one_by_one(classes):
     y = torch.arange(100) % classes
     x = torch.randn(100, 6, generator=generator()) + F.one_hot(y % 6, 6) * 2
     together = ddpm_seg.train_ensemble(x, y, config, classes=classes, seed=5)
-    from dreamteacher.data.image_set import step_generator
+    from dreamteacher.data.seeds import step_generator
 
     stops = []
     for m, model in enumerate(one_by_one(PixelEnsemble(6, classes, 4, 5))):

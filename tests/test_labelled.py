@@ -20,8 +20,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dreamteacher.data.images import BadImageError, read_image, read_mask, scale_mask
-from dreamteacher.data.masks.loaded import load_labelled
-from dreamteacher.data.masks.pairs import SegmentationSet
+from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled
 from dreamteacher.data.npy import read_npy, read_npy_header
 
 SIZE = (24, 24)

@@ -22,8 +22,7 @@ from dreamteacher.data.coco.annotations import CocoAnnotation
 from dreamteacher.data.coco.run_lengths import Rle
 from dreamteacher.data.image_set import load_images
 from dreamteacher.data.layouts import table as layouts_table
-from dreamteacher.data.layouts.bdd100k import run_lengths
-from dreamteacher.data.layouts.layout import MaskFiles
+from dreamteacher.data.layouts.layout import run_lengths
 from dreamteacher.data.layouts.table import (
     check,
     image_files,
@@ -33,7 +32,8 @@ from dreamteacher.data.layouts.table import (
     mask_files,
     panoptic_files,
 )
-from dreamteacher.data.masks.pairs import load_layout
+from dreamteacher.data.masks.loaded import load_layout
+from dreamteacher.data.sources import MaskFiles
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate
 from dreamteacher.downstream.features import check_classes, class_counts
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dreamteacher.data.images import Size, read_mask
-from dreamteacher.data.masks.loaded import load_labelled
-from dreamteacher.data.masks.pairs import SegmentationSet
+from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled
 
 load = partial(load_labelled, absent_ok=True)
 

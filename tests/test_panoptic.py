@@ -36,9 +36,9 @@ from dreamteacher.downstream.panoptic.train import (
     panoptic_example,
     train_panoptic,
 )
-from dreamteacher.metrics_panoptic import panoptic_counts, panoptic_quality
+from dreamteacher.metrics import panoptic_counts, panoptic_quality
 from dreamteacher.models.student import Student, create_student
-from dreamteacher.runtime.distributed.share import seeded
+from dreamteacher.runtime.distributed.device import seeded
 from dreamteacher.testing import check_task
 
 NAME = "test_resnet"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dreamteacher.metrics_panoptic import Segments, panoptic_counts, panoptic_quality
+from dreamteacher.metrics import Segments, panoptic_counts, panoptic_quality
 
 CLASSES = 3
 

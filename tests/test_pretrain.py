@@ -16,8 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dreamteacher.data import image_set
-from dreamteacher.distill import dataset
+from dreamteacher.data import batches, image_set, seeds
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
 from dreamteacher.losses import feature_loss, whiten
 from dreamteacher.runtime import checkpoint
@@ -91,7 +90,7 @@ def test_kill_and_resume_is_bitwise(config, optimizer):
 def test_signals_save_and_exit_with_128_plus_n(config, number, monkeypatch):
     whole = pretrain(dataclasses.replace(config, out=config.out.with_name("whole"), epochs=4))
     config = dataclasses.replace(config, epochs=4)
-    original = image_set.batches
+    original = batches.batches
 
     def signalled(*args, **kwargs):
         for batch in original(*args, **kwargs):
@@ -99,12 +98,12 @@ def test_signals_save_and_exit_with_128_plus_n(config, number, monkeypatch):
                 os.kill(os.getpid(), number)
             yield batch
 
-    monkeypatch.setattr(image_set, "batches", signalled)
+    monkeypatch.setattr(batches, "batches", signalled)
     with pytest.raises(SystemExit) as stop:
         pretrain(config)
     assert stop.value.code == 128 + number
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 6)
-    monkeypatch.setattr(image_set, "batches", original)
+    monkeypatch.setattr(batches, "batches", original)
     pretrain(config)
     assert whole is not None
     assert_equal(everything(whole), everything(config.out))
@@ -138,9 +137,9 @@ def test_first_loss_is_that_of_the_parts(config):
 
     pretrain(dataclasses.replace(config, epochs=1, warmup_epochs=0, log_every=1))
     images = image_set.load_images(config.images, (64, 64))
-    batch = next(image_set.batches(images, batch_size=8, seed=0, first_step=0, last_step=1, flip=True))
+    batch = next(batches.batches(images, batch_size=8, seed=0, first_step=0, last_step=1, flip=True))
     teacher = load_teacher(config.teacher)
-    generator = dataset.device_generator(0, 0, "teacher", torch.device("cpu"))
+    generator = seeds.device_generator(0, 0, "teacher", torch.device("cpu"))
     maps = teacher.encode(batch.images, generator=generator)
     student = create_student("test_resnet", seed=0)
     regressor = FeatureRegressor(student.specs, teacher.specs, width=8, seed=0).train()
@@ -259,13 +258,13 @@ def test_changed_config_on_resume_is_refused_and_named(config):
 
 
 def test_nan_stops_with_the_step_and_keeps_the_checkpoint(config, monkeypatch):
-    original = image_set.batches
+    original = batches.batches
 
     def poisoned(*args, **kwargs):
         for batch in original(*args, **kwargs):
             yield batch._replace(images=batch.images * float("nan")) if batch.step == 9 else batch
 
-    monkeypatch.setattr(image_set, "batches", poisoned)
+    monkeypatch.setattr(batches, "batches", poisoned)
     with pytest.raises(UserError, match="map s4 is not finite at step 10"):
         pretrain(config)
     last = checkpoint.latest(config.out)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dreamteacher.cli import main as cli
 from dreamteacher.cli.main import main
 from dreamteacher.data.layouts.table import instance_files
-from dreamteacher.distill.step import PretrainConfig
+from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.train_interpreter import TrainInterpreterConfig
 from dreamteacher.downstream.detection.config import PRESETS as DETECT
 from dreamteacher.downstream.detection.data import load_detection

@@ -26,18 +26,10 @@ from dreamteacher.cli import main as cli
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
 from dreamteacher.reports import charts
 from dreamteacher.reports import maps as reports_maps
-from dreamteacher.reports.charts import (
-    Dots,
-    Scale,
-    Series,
-    chart_scales,
-    data_uri,
-    dot_plot,
-    line_chart,
-    nice_ticks,
-)
+from dreamteacher.reports.charts import Dots, Scale, Series, chart_scales, dot_plot, line_chart, nice_ticks
 from dreamteacher.reports.report import ReportConfig, report, write_report
 from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.page import data_uri
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.diffusion.teacher import build_unet
 from dreamteacher.teachers.registry import save_teacher

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torchvision.models.segmentation.fcn import FCNHead as TorchvisionHead
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from dreamteacher.data.image_set import step_generator
-from dreamteacher.data.masks.pairs import load_layout
+from dreamteacher.data.masks.loaded import load_layout
 from dreamteacher.data.masks.streamed import SegmentationFiles, find_segmentation
+from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream import evaluate
 from dreamteacher.downstream.classification import finetune
 from dreamteacher.downstream.config import TASK_NAMES
@@ -30,7 +30,7 @@ from dreamteacher.downstream.segmentation.crops import CropConfig, SemanticData,
 from dreamteacher.downstream.segmentation.readout import ReadoutConfig, readout
 from dreamteacher.downstream.segmentation.semantic import SemanticConfig
 from dreamteacher.models.student import Student, create_student
-from dreamteacher.runtime.distributed.share import seeded
+from dreamteacher.runtime.distributed.device import seeded
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.optim import poly_lr_at
 from dreamteacher.spec import FeatureSpec

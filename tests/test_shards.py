@@ -14,7 +14,8 @@ import torch
 from pictures import cut, fill, noise, refused
 from safetensors.torch import load_file
 
-from dreamteacher.data.image_set import ImageSet, batches, load_images
+from dreamteacher.data.batches import batches
+from dreamteacher.data.image_set import ImageSet, load_images
 from dreamteacher.data.images import BadImageError, Packed, read_header, read_image
 from dreamteacher.data.layouts.table import image_files
 from dreamteacher.data.shards import tar_images

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dreamteacher.data import image_set
+from dreamteacher.data import batches, image_set, seeds
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.distributed.share import Share
 from dreamteacher.runtime.errors import UserError
@@ -348,7 +348,7 @@ def test_one_step_touches_what_it_should(image_folder: Path) -> None:
     before = {k: v.clone() for k, v in trainee.g.state_dict().items()}
     d_before = {k: v.clone() for k, v in trainee.d.state_dict().items()}
     images = image_set.load_images(image_folder, (64, 64)).get(torch.arange(4)).float() / 255
-    latents = torch.randn(4, 8, generator=image_set.step_generator(0, 0, "latents/g"))
+    latents = torch.randn(4, 8, generator=seeds.step_generator(0, 0, "latents/g"))
     with torch.no_grad():
         styles = trainee.g.mapping(latents)[:, 0]
     seen = trainee.step(0, images)
@@ -465,7 +465,7 @@ def test_stop_and_resume_is_bitwise(
     config = dataclasses.replace(config, steps=18, ada=ada, batch_size=4)
     whole = dataclasses.replace(config, out=config.out.with_name("whole"))
     train_teacher(whole)
-    original = image_set.batches
+    original = batches.batches
 
     def signalled(*args, **kwargs):  # type: ignore[no-untyped-def]
         for batch in original(*args, **kwargs):
@@ -474,7 +474,7 @@ def test_stop_and_resume_is_bitwise(
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(image_set, "batches", signalled)
+        patch.setattr(batches, "batches", signalled)
         with pytest.raises(SystemExit) as stop:
             train_teacher(config)
     assert stop.value.code == 128 + signal.SIGTERM

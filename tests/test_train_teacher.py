@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dreamteacher.cli import main as cli
-from dreamteacher.data import image_set
+from dreamteacher.data import batches, image_set
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import from_json, to_json
@@ -213,7 +213,7 @@ def test_kill_and_resume_is_bitwise(config: TrainTeacherConfig) -> None:
 
 def signalled_at(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process gets a signal when it asks for the images of a step."""
-    original = image_set.batches
+    original = batches.batches
 
     def signalled(*args, **kwargs):  # type: ignore[no-untyped-def]
         for batch in original(*args, **kwargs):
@@ -221,7 +221,7 @@ def signalled_at(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPa
                 os.kill(os.getpid(), number)
             yield batch
 
-    monkeypatch.setattr(image_set, "batches", signalled)
+    monkeypatch.setattr(batches, "batches", signalled)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -14,9 +14,10 @@ from test_train_teacher import TINY
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dreamteacher.data import image_set
+from dreamteacher.data import batches, image_set
 from dreamteacher.runtime import prefetch
-from dreamteacher.runtime.distributed.share import Draws, resolve_precision
+from dreamteacher.runtime.distributed.device import resolve_precision
+from dreamteacher.runtime.distributed.share import Draws
 from dreamteacher.runtime.run_folder import RunDir
 from dreamteacher.teachers.training import diffusion as training_diffusion
 from dreamteacher.teachers.training import stylegan2, train
@@ -103,7 +104,7 @@ def test_the_loop_sends_bytes_beside_the_step(image_folder, tmp_path, monkeypatc
     with contextlib.closing(RunDir(tmp_path / "run")) as run:
         train._Loop(config, plan, look, images, run, {"config": {}}).run_all()  # type: ignore[arg-type]
     assert sent == [torch.uint8] * 3
-    plain = image_set.batches(images, batch_size=8, seed=3, first_step=0, last_step=3, flip=True)
+    plain = batches.batches(images, batch_size=8, seed=3, first_step=0, last_step=3, flip=True)
     for got, batch in zip(seen, plain, strict=True):
         assert torch.equal(got, batch.images)
         assert got.is_contiguous(memory_format=torch.channels_last)

@@ -20,10 +20,10 @@ from dreamteacher.downstream.detection import train
 from dreamteacher.downstream.detection.config import DetectConfig
 from dreamteacher.downstream.detection.model import build_detector
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate
-from dreamteacher.downstream.segmentation.distilled import load_distilled, neck_weights
 from dreamteacher.downstream.segmentation.few_masks import SegmentationHead
 from dreamteacher.downstream.segmentation.semantic import FCNHead
 from dreamteacher.exports.write import export, load_snippet
+from dreamteacher.models.distilled import load_distilled, neck_weights
 from dreamteacher.models.plain_vit import SWIN_MODULES, size_settings
 from dreamteacher.models.pyramid import SimplePyramid
 from dreamteacher.models.regressor import FeatureRegressor, Neck

@@ -32,12 +32,13 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from dreamteacher import __version__
-from dreamteacher.data.image_set import ImageSet, load_images, step_generator
+from dreamteacher.data.image_set import ImageSet, load_images
+from dreamteacher.data.seeds import step_generator
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import to_json
-from dreamteacher.runtime.distributed.share import Precision, autocast, pick_device, seeded
+from dreamteacher.runtime.distributed.device import Precision, autocast, pick_device, seeded
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.optim import lr_at, parameter_groups, set_lr
 from dreamteacher.runtime.run_folder import RunDir

@@ -35,13 +35,14 @@ from typing import Any
 import torch
 
 from dreamteacher import __version__
-from dreamteacher.data import image_set
+from dreamteacher.data import batches as data_batches
 from dreamteacher.distill import dataset
 from dreamteacher.distill.pretrain import PretrainConfig, Training
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
+from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.distributed.group import from_first, gathered, join
-from dreamteacher.runtime.distributed.share import ALONE, Share, pick_device, resolve_precision
+from dreamteacher.runtime.distributed.share import ALONE, Share
 from dreamteacher.runtime.run_folder import Progress
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.registry import load_teacher
@@ -127,7 +128,7 @@ def stepper(
     regressor = FeatureRegressor(student.specs, teacher.specs, width=args.width).to(device)
     training = Training(config, student, regressor, steps=10**6, share=who)
     images = noise_images(teacher.size, 2 * config.batch_size)
-    batches = image_set.batches(
+    batches = data_batches.batches(
         images, batch_size=config.batch_size, seed=0, first_step=0, last_step=10**6, flip=True, share=who
     )
     stream = dataset.encoded(teacher, batches, seed=0, device=device, precision="auto", share=who)

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dreamteacher import __version__
-from dreamteacher.runtime.distributed.share import autocast, pick_device, resolve_precision
+from dreamteacher.runtime.distributed.device import autocast, pick_device, resolve_precision
 from dreamteacher.teachers.diffusion.teacher import DiffusionSpec, DiffusionTeacher, build_unet, decoder_maps
 from dreamteacher.teachers.training.diffusion import PRESETS, network_spec
 

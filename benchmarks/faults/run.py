@@ -37,7 +37,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dreamteacher import __version__
-from dreamteacher.distill import pretrain
+from dreamteacher.distill import config, pretrain
 from dreamteacher.distill import step as distill_step
 from dreamteacher.distill.store import make
 from dreamteacher.distill.store import writer as store_writer
@@ -162,7 +162,7 @@ def prepare(folder: Path, images: int, steps: int) -> dict[str, Verb]:
     teacher = str(folder / "teacher")
 
     def pretraining(out: Path) -> object:
-        return pretrain.pretrain(distill_step.PretrainConfig(
+        return pretrain.pretrain(config.PretrainConfig(
             **shared, out=out, teacher=teacher, student="test_resnet", width=8, batch_size=8, warmup_epochs=1,
             epochs=steps / (images // 8), log_every=3, save_every=4, probe_every=10, ema=0.9,
         ))  # fmt: skip

@@ -41,7 +41,7 @@ from dreamteacher.downstream.features import labelled_data
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import changed_keys
-from dreamteacher.runtime.distributed.share import pick_device, resolve_precision
+from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.errors import UserError, shorten
 from dreamteacher.runtime.run_folder import read_rows
 from dreamteacher.teachers.registry import fingerprint

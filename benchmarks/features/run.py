@@ -44,7 +44,7 @@ from dreamteacher.distill.store.make import MakeFeaturesConfig, make_features
 from dreamteacher.distill.store.reader import FeatureStore
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
-from dreamteacher.runtime.distributed.share import pick_device, resolve_precision
+from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.run_folder import Progress
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import Teacher

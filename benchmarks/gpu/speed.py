@@ -33,13 +33,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dreamteacher import __version__
-from dreamteacher.data import image_set
+from dreamteacher.data import batches, image_set
 from dreamteacher.distill import dataset
 from dreamteacher.distill.pretrain import PretrainConfig, Training
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime import compile as runtime_compile
-from dreamteacher.runtime.distributed.share import pick_device, resolve_precision
+from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import Progress
 from dreamteacher.teachers.in_parts import InParts
@@ -200,7 +200,7 @@ def measure(name: str, batch: int, compile: str, args: argparse.Namespace) -> di
             return dataset.synthesized(InParts(teacher), **steps, **common)
         images = random_images(4 * size, args.size)
         return dataset.encoded(
-            InParts(teacher), image_set.batches(images, seed=0, flip=True, raw=True, **steps), **common
+            InParts(teacher), batches.batches(images, seed=0, flip=True, raw=True, **steps), **common
         )
 
     progress = Progress(10**6, 0, batch, "benchmark")

@@ -23,10 +23,11 @@ import torch
 from dreamteacher.data import image_set
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
-from dreamteacher.downstream.features import labelled_data, summary_table
+from dreamteacher.downstream.features import labelled_data
+from dreamteacher.downstream.tables import summary_table
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.distributed.share import pick_device
+from dreamteacher.runtime.distributed.device import pick_device
 from dreamteacher.runtime.run_folder import RunDir
 from dreamteacher.teachers.training.diffusion import PRESETS, DiffusionTrainee, network_spec
 from dreamteacher.teachers.training.train import TrainTeacherConfig, train_teacher

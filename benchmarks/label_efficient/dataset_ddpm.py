@@ -15,7 +15,7 @@ import torch
 from ddpm_seg import PixelConfig, PixelEnsemble, PixelSegmenter, collect, predict, train_ensemble
 from torch import Tensor
 
-from dreamteacher.data.image_set import step_generator
+from dreamteacher.data.seeds import step_generator
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.teachers.base import Teacher
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamteacher.data.image_set import step_generator
+from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.finetune import shuffled_batches
 from dreamteacher.downstream.features import to_input
 from dreamteacher.runtime.errors import UserError

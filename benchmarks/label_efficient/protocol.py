@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from dreamteacher.cli.demo import xray_folders
-from dreamteacher.data.image_set import step_generator
 from dreamteacher.data.images import Size, below, find_images
-from dreamteacher.data.masks.loaded import load_labelled
-from dreamteacher.data.masks.pairs import SegmentationSet
+from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled
+from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.segmentation.few_masks import split_masks
 from dreamteacher.metrics import confusion
 from dreamteacher.runtime.errors import UserError, shorten

@@ -34,17 +34,17 @@ from protocol import SETS, Benchmark, load_benchmark, score
 from torch import Tensor, nn
 
 from dreamteacher.data.labelled import LabelledSet
-from dreamteacher.distill.dataset import device_generator
+from dreamteacher.data.seeds import device_generator
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
 from dreamteacher.distill.train_interpreter import TrainInterpreterConfig, train_interpreter
 from dreamteacher.downstream.features import device_of, frozen, to_input
-from dreamteacher.downstream.segmentation.distilled import load_distilled, neck_weights
 from dreamteacher.downstream.segmentation.few_masks import SegmentConfig, draw_masks, train_segmenter
+from dreamteacher.models.distilled import load_distilled, neck_weights
 from dreamteacher.models.interpreter import load_interpreter
 from dreamteacher.models.regressor import resize
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.distributed.share import autocast, pick_device
+from dreamteacher.runtime.distributed.device import autocast, pick_device
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.teachers.registry import load_teacher
 

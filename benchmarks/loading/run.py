@@ -35,6 +35,7 @@ import torch
 from PIL import Image
 
 from dreamteacher import __version__
+from dreamteacher.data import batches as data_batches
 from dreamteacher.data import image_set
 from dreamteacher.data.images import find_images
 
@@ -123,7 +124,7 @@ def measure(args: argparse.Namespace, folder: Path, size: tuple[int, int]) -> li
 
         def act() -> float:
             first = next(starts)
-            batches = image_set.batches(
+            batches = data_batches.batches(
                 images, batch_size=batch, seed=0, first_step=first, last_step=first + ahead + args.batches,
                 flip=True, workers=workers,
             )  # fmt: skip

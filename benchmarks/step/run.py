@@ -26,12 +26,12 @@ import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dreamteacher import __version__
-from dreamteacher.data import image_set
+from dreamteacher.data import batches, image_set
 from dreamteacher.distill import dataset
 from dreamteacher.distill.pretrain import PretrainConfig, Training
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
-from dreamteacher.runtime.distributed.share import autocast, pick_device, resolve_precision
+from dreamteacher.runtime.distributed.device import autocast, pick_device, resolve_precision
 from dreamteacher.runtime.run_folder import Progress
 from dreamteacher.teachers.registry import load_teacher
 
@@ -61,7 +61,7 @@ def main() -> None:
     images = noise_images(teacher.size, 4 * args.batch_size)
     stream = dataset.encoded(
         teacher,
-        image_set.batches(images, batch_size=args.batch_size, seed=0, first_step=0, last_step=10**6, flip=True),
+        batches.batches(images, batch_size=args.batch_size, seed=0, first_step=0, last_step=10**6, flip=True),
         seed=0, device=device, precision="auto",
     )  # fmt: skip
     progress = Progress(10**6, 0, args.batch_size, "benchmark")

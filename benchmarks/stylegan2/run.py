@@ -20,8 +20,9 @@ from dreamteacher.data import image_set
 from dreamteacher.data.masks.loaded import load_labelled
 from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
-from dreamteacher.downstream.features import labelled_data, summary_table
+from dreamteacher.downstream.features import labelled_data
 from dreamteacher.downstream.segmentation.few_masks import split_masks
+from dreamteacher.downstream.tables import summary_table
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime import checkpoint
 

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dreamteacher import __version__
-from dreamteacher.runtime.distributed.share import autocast, pick_device, resolve_precision
+from dreamteacher.runtime.distributed.device import autocast, pick_device, resolve_precision
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.biggan import teacher as big
 from dreamteacher.teachers.diffusion.teacher import DiffusionSpec, DiffusionTeacher, build_unet

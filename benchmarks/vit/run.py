@@ -27,8 +27,10 @@ from dreamteacher.data import image_set
 from dreamteacher.data.masks.loaded import load_labelled
 from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
-from dreamteacher.downstream.features import Row, labelled_data, summary_table
+from dreamteacher.downstream.features import labelled_data
 from dreamteacher.downstream.segmentation.few_masks import split_masks
+from dreamteacher.downstream.tables import summary_table
+from dreamteacher.downstream.tasks import Row
 from dreamteacher.models.student import Student, create_student, load_weights, read_weights, weight_file
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.run_folder import read_rows

@@ -19,8 +19,9 @@ from dreamteacher.data import image_set
 from dreamteacher.data.masks.loaded import load_labelled
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
 from dreamteacher.downstream.evaluate import EvaluateConfig, check_config, evaluate_student
-from dreamteacher.downstream.features import labelled_data, summary_table
+from dreamteacher.downstream.features import labelled_data
 from dreamteacher.downstream.segmentation.few_masks import split_masks
+from dreamteacher.downstream.tables import summary_table
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.reports.report import write_report
 from dreamteacher.runtime import checkpoint

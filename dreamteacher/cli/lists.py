@@ -15,7 +15,7 @@ import torch
 from tyro.conf import Positional
 
 from dreamteacher import __version__
-from dreamteacher.runtime.distributed.share import pick_device, resolve_precision
+from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.errors import UserError
 
 CORE = ("torch", "torchvision", "timm", "diffusers", "safetensors", "pillow", "tyro", "tqdm")

@@ -154,7 +154,7 @@ def _main(arguments: list[str]) -> int:
             raise
         return _report(text, error)
     except RuntimeError as error:
-        from dreamteacher.data.image_set import worker_died
+        from dreamteacher.data.batches import worker_died
 
         died = worker_died(error)
         if died is None:

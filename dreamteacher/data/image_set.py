@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from dreamteacher.data.images import BadImage, BadImageError, ImageFile, Size, below, read_header, read_image
 from dreamteacher.data.layouts.table import Part, image_files
-from dreamteacher.runtime.distributed.share import ALONE, Share
 from dreamteacher.runtime.errors import UserError, shorten
 from dreamteacher.runtime.threads import in_threads
 
 _MOST_TRIED = 1000
-
-
-class Batch(NamedTuple):
-    """float32 N x 3 x H x W in [0, 1], channels last (raw: uint8); int64 N, the images' places in their set; the step."""
-
-    images: Tensor
-    index: Tensor  # type: ignore[assignment]  # a tuple's own `index` is not needed here
-    step: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,143 +217,3 @@ def folder_labels(folder: Path, paths: Sequence[ImageFile]) -> tuple[Tensor | No
         return None, ()
     ids = {name: i for i, name in enumerate(classes)}
     return torch.tensor([ids[p[0]] for p in parts]), classes
-
-
-def step_generator(seed: int, step: int, stream: str = "") -> torch.Generator:
-    """The random numbers of one step, for one purpose: independent of every other (seed, step, stream)."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{stream}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=step_generator(seed, epoch, "order"))
-
-
-def batch_indices(count: int, *, batch_size: int, seed: int, step: int) -> Tensor:
-    """int64 indices of a step (from 0): a new order in every epoch; its incomplete last batch is dropped."""
-    epoch, part = divmod(step, count // batch_size)
-    return _epoch_order(count, seed, epoch)[part * batch_size : (part + 1) * batch_size]
-
-
-def flip_images(images: Tensor, flips: Tensor) -> Tensor:
-    """Mirrors those images (N x C x H x W, left and right) whose entry in `flips` (bool N) is true."""
-    mirrored = images.clone()
-    mirrored[flips] = images[flips].flip(-1)
-    return mirrored
-
-
-def to_float(pixels: Tensor) -> Tensor:
-    """uint8 N x 3 x H x W as float32 in [0, 1], channels last; floats stay as they are."""
-    if pixels.is_floating_point():
-        return pixels
-    return pixels.to(torch.float32, memory_format=torch.channels_last).div_(255)
-
-
-def batches(
-    images: ImageSet,
-    *,
-    batch_size: int,
-    seed: int,
-    first_step: int,
-    last_step: int,
-    flip: bool,
-    workers: int = 0,
-    share: Share = ALONE,
-    raw: bool = False,
-) -> Iterator[Batch]:
-    """Batches of steps `first_step` to `last_step` - 1, over as many epochs as that takes.
-
-    Step k is the same batch, bit for bit, wherever the iteration began, cached or streamed, with any number
-    of workers. (Files with a good header and damaged pixels are the exception: a cache leaves them out from
-    the start, which changes the order; a stream puts another image in their place.)
-
-    Args:
-        flip: mirror each image with probability 1/2.
-        workers: processes that decode when the set has no cache; 0: this one.
-        share: whose rows of each batch are read and given.
-        raw: leave `to_float` to whoever has the images on a device: a quarter of the bytes to copy.
-
-    Raises:
-        UserError: at once, when the batch is larger than the set.
-    """
-    if not 1 <= batch_size <= len(images):
-        raise UserError(
-            f"A batch of {batch_size} cannot be drawn from {len(images)} images.",
-            f"Use a batch size of 1 to {len(images)}.",
-        )
-    steps = range(first_step, last_step)
-    return _batches(images, batch_size, seed, steps, flip, workers, share, raw)
-
-
-_GONE = (
-    ConnectionError,
-    EOFError,
-    FileNotFoundError,
-)  # a batch whose sender is dead: decoding raises none of them
-
-
-def worker_died(error: Exception) -> UserError | None:
-    """What torch says of a process of a loader that was killed, as an error of ours; none for other errors.
-
-    It may be raised wherever the main thread is, for torch notices by a signal.
-    """
-    if "DataLoader worker" not in str(error) and not isinstance(error, _GONE):
-        return None
-    return UserError(
-        "A process that decodes images has died (was it killed, or is the machine's memory full?).",
-        "Run the same command again: it resumes from the last checkpoint. Fewer --workers need less memory.",
-    )
-
-
-def _batches(
-    images: ImageSet,
-    batch_size: int,
-    seed: int,
-    steps: range,
-    flip: bool,
-    workers: int,
-    share: Share,
-    raw: bool,
-) -> Iterator[Batch]:
-    stream: Iterable[_Decoded] = ()
-    if images.cache is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        stream = DataLoader(
-            _Steps(images, batch_size, seed, share), batch_size=None, sampler=steps, num_workers=min(workers, cores),
-            collate_fn=_as_it_is, generator=torch.Generator(),
-        )  # fmt: skip
-    decoded = iter(stream)
-    for step in steps:
-        if images.cache is None:
-            try:
-                pixels, index = images._record(next(decoded))
-            except (RuntimeError, *_GONE) as error:
-                died = worker_died(error)
-                if died is None:
-                    raise
-                with contextlib.suppress(RuntimeError, AttributeError):  # or torch raises it again, anywhere
-                    decoded._shutdown_workers()  # type: ignore[attr-defined]
-                raise died from None
-        else:
-            index = batch_indices(len(images), batch_size=batch_size, seed=seed, step=step)[share.rows]
-            pixels = images.get(index)
-        if flip:
-            flips = torch.rand(batch_size, generator=step_generator(seed, step, "flip")) < 0.5
-            pixels = flip_images(pixels, flips[share.rows])
-        yield Batch(pixels if raw else to_float(pixels), index, step)
-
-
-class _Steps(Dataset[_Decoded]):
-    """Item k is what step k shows: a loader that begins at any step needs no history."""
-
-    def __init__(self, images: ImageSet, batch_size: int, seed: int, share: Share) -> None:
-        self.images, self.batch_size, self.seed, self.share = images, batch_size, seed, share
-
-    def __getitem__(self, step: int) -> _Decoded:
-        index = batch_indices(len(self.images), batch_size=self.batch_size, seed=self.seed, step=step)
-        return _decode(self.images, index[self.share.rows].tolist(), own_class=False)
-
-
-def _as_it_is(decoded: Any) -> Any:
-    return decoded

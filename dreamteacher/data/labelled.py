@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dreamteacher.data import image_set
 from dreamteacher.data.layouts.table import MASKS, layout_of
-from dreamteacher.data.masks.loaded import load_labelled
-from dreamteacher.data.masks.pairs import SegmentationSet, load_layout
+from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled, load_layout
+from dreamteacher.data.seeds import step_generator
 from dreamteacher.runtime.config import parse_json
 from dreamteacher.runtime.errors import UserError, shorten
 
@@ -141,7 +141,7 @@ def draw(labelled: LabelledSet, count: int | None, seed: int) -> tuple[LabelledS
     if count is None:
         return labelled, labelled.take(every[:0])
     if labelled.pooled:
-        generator, parts = image_set.step_generator(seed, 0, "labels"), []
+        generator, parts = step_generator(seed, 0, "labels"), []
         for c, name in enumerate(labelled.classes):
             members = (labelled.targets == c).nonzero().flatten()
             if not 1 <= count <= len(members):
@@ -156,7 +156,7 @@ def draw(labelled: LabelledSet, count: int | None, seed: int) -> tuple[LabelledS
             raise UserError(
                 f"--labels {count} asked for; {len(labelled)} images have masks.", "Ask for another number."
             )
-        order = torch.randperm(len(labelled), generator=image_set.step_generator(seed, 0, "masks"))
+        order = torch.randperm(len(labelled), generator=step_generator(seed, 0, "masks"))
         index = order[:count].sort().values
     rest = torch.ones(len(labelled), dtype=torch.bool)
     rest[index] = False

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dreamteacher.data.coco.segments import Scene, parse_panoptic, read_segments
 from dreamteacher.data.images import BadImage, BadImageError, read_header, read_image
-from dreamteacher.data.layouts.bdd100k import PanopticFiles
-from dreamteacher.metrics_panoptic import Segments
+from dreamteacher.data.sources import PanopticFiles
+from dreamteacher.metrics import Segments
 from dreamteacher.runtime.errors import UserError, shorten
 from dreamteacher.runtime.threads import in_threads
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from dreamteacher.data.images import IMAGE_SUFFIXES, ImageFile, Packed
-from dreamteacher.data.layouts.layout import ImageFiles
+from dreamteacher.data.sources import ImageFiles
 from dreamteacher.runtime.download.archive import Tar
 from dreamteacher.runtime.download.objects import address_of, bring_shards, expand
 from dreamteacher.runtime.errors import UserError, shorten

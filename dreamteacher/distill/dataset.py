@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dreamteacher.data import batches as data_batches
 from dreamteacher.data import image_set
+from dreamteacher.data.seeds import device_generator
 from dreamteacher.distill.store.items import Kept, unpack
 from dreamteacher.distill.store.reader import FeatureStore
 from dreamteacher.losses import AtReduction, FeatureLoss, WhitenAxes, feature_loss, projected_loss, whiten
-from dreamteacher.runtime.distributed.share import ALONE, Draws, Precision, Share, autocast
+from dreamteacher.runtime.distributed.device import Precision, autocast
+from dreamteacher.runtime.distributed.share import ALONE, Share
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.prefetch import Copies, Sent, ahead
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.in_parts import InParts
-
-DatasetKind = Literal["encoded", "synthesized", "mixture"]
-MODES = {"encoded": {"encode"}, "synthesized": {"sample"}, "mixture": {"encode", "sample"}}
 
 
 class FeatureBatch(NamedTuple):
@@ -73,33 +73,6 @@ def batch_loss(
     )  # fmt: skip
 
 
-def device_generator(
-    seed: int, step: int, stream: str, device: torch.device, share: Share = ALONE
-) -> torch.Generator:
-    """The random numbers of one step on `device`: the same for a run and its resumption, for one process and many."""
-    return Draws(device, image_set.step_generator(seed, step, stream).initial_seed(), share)
-
-
-def check_mode(teacher: Teacher, kind: DatasetKind, size: tuple[int, int]) -> None:
-    """Raises UserError when the teacher cannot serve this kind of dataset, or not at this size in pixels."""
-    if not MODES[kind] <= teacher.modes:
-        able = [f"--dataset {other}" for other, modes in MODES.items() if modes <= teacher.modes]
-        raise UserError(
-            f"The teacher '{teacher.name}' ({teacher.family}) cannot make a dataset that is {_WORDS[kind]}.",
-            f"Use {' or '.join(able)}.",
-        )
-    if "sample" in MODES[kind] and size != teacher.size:
-        height, width = teacher.size
-        raise UserError(
-            f"The teacher '{teacher.name}' makes images of {height} x {width}, not {size[0]} x {size[1]}.",
-            "Leave out --size" + (", or use --dataset encoded." if "encode" in teacher.modes else "."),
-        )
-    teacher.check_size(*size)
-
-
-_WORDS = {"encoded": "encoded", "synthesized": "synthesized", "mixture": "a mixture"}
-
-
 def synthesized_part(batch_size: int, share: float) -> int:
     """How many images of a mixture's batch the teacher makes.
 
@@ -116,7 +89,7 @@ def synthesized_part(batch_size: int, share: float) -> int:
 
 
 def encoded(
-    teacher: Teacher | InParts, batches: Iterator[image_set.Batch], *, seed: int, device: torch.device,
+    teacher: Teacher | InParts, batches: Iterator[data_batches.Batch], *, seed: int, device: torch.device,
     precision: Precision, share: Share = ALONE,
 ) -> Stream:  # fmt: skip
     """Real images, already flipped, and the teacher's maps of what the student will see.
@@ -128,11 +101,11 @@ def encoded(
     """
     copies = Copies(device)
 
-    def send(batch: image_set.Batch) -> tuple[Sent, int]:
+    def send(batch: data_batches.Batch) -> tuple[Sent, int]:
         return copies.send([batch.images]), batch.step
 
     for (sent, step), waited in ahead(batches, send, threaded=device.type == "cuda"):
-        images = image_set.to_float(copies.receive(sent)[0])
+        images = data_batches.to_float(copies.receive(sent)[0])
         generator = device_generator(seed, step, "teacher", device, share)
         with autocast(device, precision):
             maps = teacher.encode(images, generator=generator)
@@ -157,7 +130,7 @@ def synthesized(
 
 
 def mixture(
-    teacher: Teacher | InParts, batches: Iterator[image_set.Batch], *, made: int, seed: int, device: torch.device,
+    teacher: Teacher | InParts, batches: Iterator[data_batches.Batch], *, made: int, seed: int, device: torch.device,
     precision: Precision, share: Share = ALONE,
 ) -> Stream:  # fmt: skip
     """Batches of real images and, behind them, `made` of the teacher's own, with the maps of all.
@@ -191,21 +164,21 @@ def stored(
     Raises:
         UserError: for images that the store does not have.
     """
-    batches = image_set.batches(
+    batches = data_batches.batches(
         images, batch_size=batch_size, seed=seed, first_step=first_step, last_step=last_step, flip=False,
         workers=workers, share=share, raw=True,
     )  # fmt: skip
     places, copies = store.places(images), Copies(device)
 
-    def read(batch: image_set.Batch) -> tuple[Sent, int]:
+    def read(batch: data_batches.Batch) -> tuple[Sent, int]:
         """The items beside their images, mirrored as recorded."""
         at = places[batch.index]
         rows, flips = store.rows(at, store.draws_of(at, batch.step // (len(images) // batch_size), seed))
-        return copies.send([image_set.flip_images(batch.images, flips), rows]), batch.step
+        return copies.send([data_batches.flip_images(batch.images, flips), rows]), batch.step
 
     for (sent, step), waited in ahead(batches, read, threaded=True):
         pixels, rows = copies.receive(sent)
-        seen, kept = image_set.to_float(pixels), unpack(store.plan, rows)
+        seen, kept = data_batches.to_float(pixels), unpack(store.plan, rows)
         if store.plan.what == "latents":
             assert teacher is not None
             generator = device_generator(seed, step, "teacher", device, share)

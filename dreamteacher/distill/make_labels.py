@@ -25,16 +25,16 @@ from dreamteacher import __version__
 from dreamteacher.data import image_set
 from dreamteacher.data.images import below
 from dreamteacher.data.labelled import SAMPLES
-from dreamteacher.distill.dataset import device_generator
+from dreamteacher.data.seeds import device_generator, step_generator
 from dreamteacher.distill.train_interpreter import sample_maps
-from dreamteacher.downstream.segmentation.distilled import Distilled, load_distilled
+from dreamteacher.models.distilled import Distilled, load_distilled
 from dreamteacher.models.interpreter import Interpreter, load_interpreter
 from dreamteacher.models.regressor import resize
-from dreamteacher.reports.charts import data_uri, page
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import changed_keys, describe, to_json
-from dreamteacher.runtime.distributed.share import Precision, autocast, pick_device
+from dreamteacher.runtime.distributed.device import Precision, autocast, pick_device
 from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.page import data_uri, page
 from dreamteacher.runtime.run_folder import Progress, RunDir, Signals, read_rows
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.registry import fingerprint, load_teacher
@@ -245,10 +245,7 @@ class _Batches:
             raise UserError("Samples have the teacher's own size.", "Leave out --size.")
         self.names = [f"{i:06d}.png" for i in range(config.samples)]
         if "encode" not in labeller.teacher.modes:
-            seeds = [
-                image_set.step_generator(config.seed, i, "sample").initial_seed()
-                for i in range(config.samples)
-            ]
+            seeds = [step_generator(config.seed, i, "sample").initial_seed() for i in range(config.samples)]
             self.seeds = torch.tensor(seeds)
 
     def __len__(self) -> int:

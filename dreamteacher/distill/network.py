@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dreamteacher.data.image_set import step_generator
+from dreamteacher.data.seeds import step_generator
 from dreamteacher.models.interpreter import Interpreter
 from dreamteacher.models.regressor import FeatureRegressor, LabelHead
 from dreamteacher.models.student import Student

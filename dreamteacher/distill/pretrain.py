@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from dreamteacher import __version__
+from dreamteacher.data import batches as data_batches
 from dreamteacher.data import image_set
-from dreamteacher.distill import dataset
+from dreamteacher.distill import dataset, kinds
+from dreamteacher.distill.config import PretrainConfig, steps_of
 from dreamteacher.distill.estimate import disk_bytes, dry_run, millions
-from dreamteacher.distill.step import PretrainConfig, Training, steps_of
+from dreamteacher.distill.step import Training
 from dreamteacher.distill.store.reader import FeatureStore
 from dreamteacher.distill.train_interpreter import InterpreterJob, TrainInterpreterConfig, prepare
 from dreamteacher.models.interpreter import (
@@ -28,15 +30,10 @@ from dreamteacher.models.student import create_student
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.compile import compiled, wants_compile
 from dreamteacher.runtime.config import describe, to_json
+from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.distributed.group import Told, agree, from_first, gathered, join, together
 from dreamteacher.runtime.distributed.sharding import shard
-from dreamteacher.runtime.distributed.share import (
-    Share,
-    check_batch,
-    launched,
-    pick_device,
-    resolve_precision,
-)
+from dreamteacher.runtime.distributed.share import Share, check_batch, launched
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import Progress, RunDir, Signals
 from dreamteacher.teachers.base import Teacher
@@ -67,7 +64,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
     if read:
         read.check_reads(teacher.specs, fingerprint(config.teacher))
     size = config.size or (store.plan.size if store else teacher.size)
-    dataset.check_mode(teacher, config.dataset, size)
+    kinds.check_mode(teacher, config.dataset, size)
     student = create_student(config.student, init=config.init, seed=config.seed)
     images = _images(config, size)
     bad = images.bad if images else ()
@@ -335,7 +332,7 @@ def _stream(
             workers=config.workers, teacher=teacher, precision=config.precision, share=share,
         )  # fmt: skip
     made = dataset.synthesized_part(part, config.share) if config.dataset == "mixture" else 0
-    batches = image_set.batches(
+    batches = data_batches.batches(
         images, batch_size=part - made, seed=config.seed, first_step=first, last_step=last, flip=config.flip,
         workers=config.workers, share=share, raw=True,
     )  # fmt: skip

@@ -17,16 +17,22 @@ import torch
 from torch import Tensor
 
 from dreamteacher import __version__, metrics
-from dreamteacher.data import image_set
+from dreamteacher.data import batches
 from dreamteacher.data.labelled import LabelledSet, draw, read_labelled
-from dreamteacher.distill.dataset import device_generator
+from dreamteacher.data.seeds import device_generator, step_generator
 from dreamteacher.distill.estimate import millions
 from dreamteacher.losses import interpreter_loss
 from dreamteacher.models.interpreter import InterpreterSpec, save_interpreter
 from dreamteacher.models.regressor import resize
 from dreamteacher.runtime import checkpoint, optim
 from dreamteacher.runtime.config import describe, to_json
-from dreamteacher.runtime.distributed.share import Precision, autocast, pick_device, resolve_precision, seeded
+from dreamteacher.runtime.distributed.device import (
+    Precision,
+    autocast,
+    pick_device,
+    resolve_precision,
+    seeded,
+)
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import Progress, RunDir, Signals
 from dreamteacher.teachers.base import Noise, Teacher
@@ -265,7 +271,7 @@ class InterpreterJob:
                 if images.seeds is not None:
                     found.append(sample_maps(self.teacher, images.seeds[some], self.device)[1])
                     continue
-                x = image_set.flip_images(images.images[some], mirrored).to(self.device)
+                x = batches.flip_images(images.images[some], mirrored).to(self.device)
                 x = x.to(torch.float32, memory_format=torch.channels_last).div_(255)
                 found.append(self.teacher.encode(x, generator=generator))
         return found[0] if len(found) == 1 else [torch.cat(level) for level in zip(*found, strict=True)]
@@ -273,8 +279,8 @@ class InterpreterJob:
     def step(self, index: int) -> float:
         """One optimizer step (number `index`, from 0) on a batch of labelled images; returns the loss (eq. 4)."""
         c, seed = self.config, self.config.seed
-        chosen = image_set.batch_indices(len(self.labelled), batch_size=self.batch, seed=seed, step=index)
-        flips = torch.rand(len(chosen), generator=image_set.step_generator(seed, index, "flip")) < 0.5
+        chosen = batches.batch_indices(len(self.labelled), batch_size=self.batch, seed=seed, step=index)
+        flips = torch.rand(len(chosen), generator=step_generator(seed, index, "flip")) < 0.5
         if not c.flip or self.labelled.seeds is not None:  # a sample's maps cannot be mirrored
             flips = torch.zeros_like(flips)
         generator = device_generator(seed, index, "teacher", self.device)
@@ -284,7 +290,7 @@ class InterpreterJob:
         if not self.labelled.pooled:
             target = torch.where(flips.view(-1, 1, 1), target.flip(-1), target)
         self.interpreter.train()
-        with seeded(image_set.step_generator(seed, index, "dropout").initial_seed(), self.device):
+        with seeded(step_generator(seed, index, "dropout").initial_seed(), self.device):
             with autocast(self.device, c.precision):
                 logits = self.interpreter(maps).float()
             loss = interpreter_loss(

@@ -14,7 +14,13 @@ from dreamteacher.downstream.classification.finetune_full import FinetuneFullCon
 from dreamteacher.downstream.classification.linear_sgd import LinearSgdConfig
 from dreamteacher.downstream.detection.config import DetectConfig, check_detect
 from dreamteacher.downstream.detection.scores import check_scores
-from dreamteacher.downstream.features import (
+from dreamteacher.downstream.features import check_classes
+from dreamteacher.downstream.panoptic.train import PanopticConfig
+from dreamteacher.downstream.segmentation.few_masks import SegmentConfig
+from dreamteacher.downstream.segmentation.readout import ReadoutConfig
+from dreamteacher.downstream.segmentation.semantic import SemanticConfig
+from dreamteacher.downstream.sources import check_masks, test_source
+from dreamteacher.downstream.tasks import (
     CLASSIFICATION,
     DETECTION,
     DISTILLED,
@@ -22,15 +28,9 @@ from dreamteacher.downstream.features import (
     PUBLISHED,
     SEGMENTATION,
     STREAMED,
-    check_classes,
 )
-from dreamteacher.downstream.panoptic.train import PanopticConfig
-from dreamteacher.downstream.segmentation.distilled import has_head, is_pooled
-from dreamteacher.downstream.segmentation.few_masks import SegmentConfig
-from dreamteacher.downstream.segmentation.readout import ReadoutConfig
-from dreamteacher.downstream.segmentation.semantic import SemanticConfig
-from dreamteacher.downstream.sources import check_masks, test_source
-from dreamteacher.runtime.distributed.share import Precision, pick_device
+from dreamteacher.models.distilled import has_head, is_pooled
+from dreamteacher.runtime.distributed.device import Precision, pick_device
 from dreamteacher.runtime.errors import UserError, did_you_mean
 
 Task = Literal[

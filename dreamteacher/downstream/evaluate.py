@@ -33,29 +33,13 @@ from dreamteacher.downstream.config import (
 )
 from dreamteacher.downstream.detection.data import DetectionData, load_detection
 from dreamteacher.downstream.detection.train import detect
-from dreamteacher.downstream.features import (
-    CLASSIFICATION,
-    DETECTION,
-    DISTILLED,
-    HEADLINE,
-    PANOPTIC,
-    SEGMENTATION,
-    STREAMED,
-    ClassificationData,
-    Metric,
-    Row,
-    device_of,
-    extract_features,
-    row_title,
-    separated,
-    summary_table,
-)
+from dreamteacher.downstream.features import ClassificationData, device_of, extract_features
 from dreamteacher.downstream.loop import Saved
 from dreamteacher.downstream.panoptic.train import PanopticData, load_panoptic, panoptic
 from dreamteacher.downstream.presets import check_preset
 from dreamteacher.downstream.results import LONG, Results
 from dreamteacher.downstream.segmentation.crops import SemanticData, load_files
-from dreamteacher.downstream.segmentation.distilled import distilled, load_distilled, neck_weights
+from dreamteacher.downstream.segmentation.distilled import distilled
 from dreamteacher.downstream.segmentation.few_masks import (
     SegmentationData,
     draw_masks,
@@ -65,8 +49,21 @@ from dreamteacher.downstream.segmentation.few_masks import (
 from dreamteacher.downstream.segmentation.readout import level_of, readout
 from dreamteacher.downstream.segmentation.semantic import semantic
 from dreamteacher.downstream.sources import load_classes, load_masks
+from dreamteacher.downstream.tables import row_title, separated, summary_table
+from dreamteacher.downstream.tasks import (
+    CLASSIFICATION,
+    DETECTION,
+    DISTILLED,
+    HEADLINE,
+    PANOPTIC,
+    SEGMENTATION,
+    STREAMED,
+    Metric,
+    Row,
+)
+from dreamteacher.models.distilled import load_distilled, neck_weights
 from dreamteacher.models.student import Student, create_student, is_ours, recorded_student, weight_file
-from dreamteacher.runtime.distributed.share import pick_device
+from dreamteacher.runtime.distributed.device import pick_device
 from dreamteacher.runtime.errors import UserError
 
 __all__ = [

@@ -22,7 +22,7 @@ class Saved:
     """Where one training keeps its last checkpoint: the same training goes on from there, bitwise.
 
     The caller begins its stream of batches at `step`; `run_steps` does the rest. Random numbers that layers
-    draw from torch's global generators (see `dreamteacher.runtime.distributed.share.seeded`) go on where they stopped.
+    draw from torch's global generators (see `dreamteacher.runtime.distributed.device.seeded`) go on where they stopped.
 
     Args:
         folder: made and locked; it belongs to this training alone.

@@ -15,21 +15,14 @@ from typing import Any
 from dreamteacher import __version__
 from dreamteacher.data.layouts.table import layout_of
 from dreamteacher.downstream.config import EvaluateConfig, with_classes
-from dreamteacher.downstream.features import (
-    DETECTION,
-    DISTILLED,
-    PANOPTIC,
-    PUBLISHED,
-    STREAMED,
-    Row,
-    device_of,
-)
+from dreamteacher.downstream.features import device_of
 from dreamteacher.downstream.loop import Saved
-from dreamteacher.downstream.segmentation.distilled import HEAD, REGRESSOR
+from dreamteacher.downstream.tasks import DETECTION, DISTILLED, PANOPTIC, PUBLISHED, STREAMED, Row
+from dreamteacher.models.distilled import HEAD, REGRESSOR
 from dreamteacher.models.student import Student
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import to_json
-from dreamteacher.runtime.distributed.share import resolve_precision
+from dreamteacher.runtime.distributed.device import resolve_precision
 from dreamteacher.runtime.run_folder import RunDir, read_rows
 
 # Tasks that train for long: they keep a checkpoint.

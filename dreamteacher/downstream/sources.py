@@ -8,8 +8,7 @@ from pathlib import Path
 from dreamteacher.data.image_set import ImageSet, load_images
 from dreamteacher.data.images import IMAGE_SUFFIXES, Size, find_images
 from dreamteacher.data.layouts.table import Part, check, has_parts, layout_of
-from dreamteacher.data.masks.loaded import load_labelled
-from dreamteacher.data.masks.pairs import SegmentationSet, load_layout
+from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled, load_layout
 from dreamteacher.downstream.features import ClassificationData, labelled_data
 from dreamteacher.downstream.segmentation.few_masks import SegmentationData, split_masks
 from dreamteacher.runtime.errors import UserError

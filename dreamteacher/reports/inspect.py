@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from dreamteacher import metrics
-from dreamteacher.data import image_set
+from dreamteacher.data import image_set, seeds
 from dreamteacher.data.masks.loaded import load_labelled
 from dreamteacher.downstream.classification.linear import linear
 from dreamteacher.downstream.features import draw_labels
-from dreamteacher.reports.charts import data_uri, page, pca_basis, pca_colours
+from dreamteacher.reports.charts import pca_basis, pca_colours
 from dreamteacher.reports.inspect_scores import halves, pixel_probe, pixels_at, recognition, standardised
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.distributed.share import Precision, autocast, pick_device
+from dreamteacher.runtime.distributed.device import Precision, autocast, pick_device
 from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.page import data_uri, page
 from dreamteacher.runtime.run_folder import Progress
 from dreamteacher.teachers.base import Noise, Teacher
 from dreamteacher.teachers.registry import is_python, load_teacher, read_card, teacher_folder
@@ -161,7 +162,7 @@ def _images(config: InspectConfig, teacher: Teacher, size: tuple[int, int]) -> I
             f"The teacher '{teacher.name}' ({teacher.family}) cannot encode images.",
             "Leave out --images: its own samples are inspected.",
         )
-    generator = image_set.step_generator(config.seed, 0, "inspect")
+    generator = seeds.step_generator(config.seed, 0, "inspect")
     if config.masks is not None:
         found = load_labelled(config.images, config.masks, size, binary=config.binary_masks, absent_ok=True)
         pick = torch.randperm(len(found.images), generator=generator)[: config.count]
@@ -216,7 +217,7 @@ class _Scores:
         """(images float, maps) per batch; samples where there are no images."""
         config = self.config
         generator = torch.Generator(device).manual_seed(
-            image_set.step_generator(config.seed, int(mirror), "inspect-noise").initial_seed()
+            seeds.step_generator(config.seed, int(mirror), "inspect-noise").initial_seed()
         )
         count = len(self.images.pixels) or config.count
         progress = Progress(count, 0, 1, "inspect")
@@ -238,7 +239,7 @@ class _Scores:
         positions: Tensor | None = None
         for x, maps in self._batches(mirror, device):
             if masks is not None and not mirror:
-                generator = image_set.step_generator(self.config.seed, done, "inspect-positions")
+                generator = seeds.step_generator(self.config.seed, done, "inspect-positions")
                 positions = torch.rand(len(x), _POSITIONS, 2, generator=generator)
             for i, m in enumerate(maps):
                 for t, part in enumerate(m.chunk(len(self.steps), dim=1)):

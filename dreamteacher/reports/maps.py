@@ -17,11 +17,12 @@ from dreamteacher.data.layouts.table import image_files, layout_of
 from dreamteacher.losses import whiten
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student, read_weights
-from dreamteacher.reports.charts import data_uri, pca_basis, pca_colours
+from dreamteacher.reports.charts import pca_basis, pca_colours
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.distributed.share import pick_device
+from dreamteacher.runtime.distributed.device import pick_device
 from dreamteacher.runtime.download.objects import address_of
 from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.page import data_uri
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.registry import fingerprint, is_python, load_teacher, teacher_folder

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dreamteacher.exports.write import load_snippet
-from dreamteacher.reports.charts import Series, line_chart, page
+from dreamteacher.reports.charts import Series, line_chart
 from dreamteacher.reports.maps import MAPS_LEAD, as_dict, feature_maps, stride_name, teacher_samples
 from dreamteacher.reports.results import results_section, verdict
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.page import page
 from dreamteacher.runtime.run_folder import RunDir, read_rows
 from dreamteacher.teachers.registry import read_card
 

@@ -8,16 +8,8 @@ from collections.abc import Mapping, Sequence
 from html import escape as esc
 from typing import Any, NamedTuple
 
-from dreamteacher.downstream.features import (
-    DETECTION,
-    HEADLINE,
-    PANOPTIC,
-    SEGMENTATION,
-    STREAMED,
-    Separation,
-    row_title,
-    separated,
-)
+from dreamteacher.downstream.tables import Separation, row_title, separated
+from dreamteacher.downstream.tasks import DETECTION, HEADLINE, PANOPTIC, SEGMENTATION, STREAMED
 from dreamteacher.reports.charts import Dots, dot_plot
 
 TASKS = {

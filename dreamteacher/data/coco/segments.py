@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dreamteacher.data.images import BadImageError, read_image
-from dreamteacher.metrics_panoptic import VOID, Segments
+from dreamteacher.metrics import VOID, Segments
 from dreamteacher.runtime.errors import UserError, shorten
 
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from dreamteacher.data.images import below, find_images
-from dreamteacher.data.layouts.layout import ImageFiles, Layout, Part, images_below
+from dreamteacher.data.layouts.layout import Layout, images_below
+from dreamteacher.data.sources import ImageFiles, Part
 from dreamteacher.runtime.errors import UserError, shorten
 
 IMAGENET = Layout(
@@ -16,18 +16,6 @@ IMAGENET = Layout(
     tree="train/WNID/*.JPEG and val/*.JPEG (flat or in WNID folders), or the same in ILSVRC/Data/CLS-LOC",
     get="ILSVRC2012_img_train.tar (unpack its tars too) and ILSVRC2012_img_val.tar from image-net.org, or the Kaggle set",
     counts={"images": (1_281_167, 50_000)},
-)
-LSUN = Layout(
-    what="LSUN with its images exported",
-    tree="a folder of images, or one such folder per category",
-    get="CATEGORY_train_lmdb from the LSUN site, and `data.py export` of the repository fyu/lsun",
-    counts={},
-)
-FFHQ = Layout(
-    what="FFHQ",
-    tree="images1024x1024/00000/00000.png ... (or thumbnails128x128, or the numbered folders themselves)",
-    get="images1024x1024 or thumbnails128x128 of NVlabs' ffhq-dataset",
-    counts={"images": (70_000, 70_000)},
 )
 
 _WNID = re.compile(r"n\d{8}")
@@ -139,60 +127,3 @@ def _meta(path: Path) -> Mapping[int, str]:
         raise UserError(
             f"'{path}' cannot be read: {reason}.", "Unpack ILSVRC2012_devkit_t12 again."
         ) from None
-
-
-def lsun(root: Path, part: Part) -> ImageFiles:
-    """Exported images, all of them; folders named CATEGORY_train (and _val) become classes and parts.
-
-    LSUN is released as one LMDB per category, which is not read here: `data.py export` (fyu/lsun) writes the
-    images as they are, under folders of the first six letters of their keys or flat.
-
-    Raises:
-        UserError: there is an LMDB and no images; nothing at all.
-    """
-    LSUN.need(root)
-    if (root / "data.mdb").exists() or any(root.glob("*_lmdb/data.mdb")):
-        raise LSUN.lacks(root, "it holds the LMDB (data.mdb), not images")
-    try:
-        paths = find_images(root)
-    except UserError:
-        raise LSUN.lacks(root, "there are no images") from None
-    places = [below(root, path).split("/") for path in paths]
-    if part == "val" or any(place[0].endswith("_val") for place in places):
-        kept = [i for i, place in enumerate(places) if place[0].endswith("_val") == (part == "val")]
-        paths, places = [paths[i] for i in kept], [places[i] for i in kept]
-        if not paths:
-            raise LSUN.lacks(root, f"there are no images for {part} (folders CATEGORY_{part})")
-    names = [place[0].removesuffix(f"_{part}") for place in places]
-    classes = tuple(sorted(set(names)))
-    # Folders of one letter are the beginnings of keys, not categories.
-    if len(classes) < 2 or any(len(place) == 1 or len(place[0]) == 1 for place in places):
-        return ImageFiles(folder=root, paths=paths)
-    ids = {name: i for i, name in enumerate(classes)}
-    return ImageFiles(folder=root, paths=paths, labels=[ids[name] for name in names], classes=classes)
-
-
-def ffhq(root: Path, part: Part) -> ImageFiles:
-    """All 70,000 images, for either part: StyleGAN's authors trained on all.
-
-    Source: NVlabs/ffhq-dataset, README (folders of a thousand, five-digit names, numbered without gaps).
-
-    Raises:
-        UserError: no images, other names than NNNNN/NNNNN.png, gaps in the numbers.
-    """
-    FFHQ.need(root)
-    inner = [name for name in ("images1024x1024", "thumbnails128x128") if (root / name).is_dir()]
-    folder = root / inner[0] if inner else root
-    paths = images_below(FFHQ, folder, ".")
-    names = [below(folder, path) for path in paths]
-    strange = [name for name in names if not re.fullmatch(r"\d{5}/\d{5}\.png", name)]
-    if strange:
-        raise FFHQ.lacks(
-            folder, f"{len(strange)} of {len(names)} images have other names ({shorten(strange)})"
-        )
-    numbers = {int(name[6:11]) for name in names}
-    gaps = [f"{i - i % 1000:05}/{i:05}.png" for i in range(max(numbers)) if i not in numbers]
-    if gaps:
-        raise FFHQ.lacks(folder, f"{len(gaps)} of {max(numbers) + 1} images are missing ({shorten(gaps)})")
-    FFHQ.say_count("images", part, len(paths))
-    return ImageFiles(folder=folder, paths=paths)

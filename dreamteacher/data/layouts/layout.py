@@ -4,93 +4,18 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from dreamteacher.data.images import ImageFile, find_images
+from dreamteacher.data.coco.annotations import CocoAnnotation
+from dreamteacher.data.coco.run_lengths import Rle
+from dreamteacher.data.images import BadImageError, find_images
+from dreamteacher.data.sources import Part, Segment
 from dreamteacher.runtime.errors import UserError, shorten
-
-Part: TypeAlias = Literal["train", "val"]
-
-IGNORED = -1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageFiles:
-    """The images of a source, in a fixed order, and what is known of their classes.
-
-    Args:
-        folder: what their names in messages start from.
-        paths: N files.
-        labels: N class ids, or None.
-        classes: class names in id order, or ().
-        by_folder: the first folder below `folder` names an image's class, if there are several.
-    """
-
-    folder: Path
-    paths: Sequence[ImageFile]
-    labels: Sequence[int] | None = None
-    classes: tuple[str, ...] = ()
-    by_folder: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskFiles:
-    """Images with the files of their masks, and what the values in those mean.
-
-    Args:
-        pairs: (image, mask), in order. Masks are grey or palette pictures, or .npy arrays.
-        names: of the classes, in id order.
-        ids: value in the file -> class id, or IGNORED. Any other value is an error.
-    """
-
-    pairs: tuple[tuple[Path, Path], ...]
-    names: tuple[str, ...]
-    ids: Mapping[int, int]
-
-    def class_ids(self, values: Tensor, ignore_index: int) -> Tensor:
-        """A mask's values (int64, any shape) as class ids; what is to be ignored becomes `ignore_index`.
-
-        Raises:
-            ValueError: a value that means nothing.
-
-        Example:
-            >>> files = MaskFiles(pairs=(), names=("a", "b"), ids={0: IGNORED, 1: 0, 2: 1})
-            >>> files.class_ids(torch.tensor([0, 1, 2]), 255).tolist()
-            [255, 0, 1]
-        """
-        table = torch.full((max(self.ids) + 2,), -2)  # the last place stands for all larger values
-        for value, number in self.ids.items():
-            table[value] = ignore_index if number == IGNORED else number
-        mapped = table[values.clamp(0, len(table) - 1)]
-        wrong = (mapped == -2) | (values < 0)
-        if wrong.any():
-            raise ValueError(
-                f"the values {shorten(map(str, values[wrong].unique().tolist()))}, which are no label"
-            )
-        return mapped
-
-
-def label_fraction(files: MaskFiles, parts: int, *, seed: int) -> MaskFiles:
-    """One of `parts` equal shares of the labelled images (rounded up), drawn by a seed, in the files' order.
-
-    With one seed, a smaller share is a part of every larger one. Cityscapes' 2,975 images give 744, 372 and
-    100 for 1/4, 1/8 and 1/30, the numbers that the literature uses.
-
-    Raises:
-        ValueError: `parts` is below 1.
-    """
-    if parts < 1:
-        raise ValueError(f"one of {parts} parts")
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(files.pairs), generator=generator)
-    kept = order[: -(-len(files.pairs) // parts)].sort().values.tolist()
-    return replace(files, pairs=tuple(files.pairs[i] for i in kept))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,3 +97,42 @@ def pairs_by_name(
             lack = f"lack their label in {where}" if have is images else f"of {where} lack their image"
             raise layout.lacks(root, f"{len(alone)} of {len(have)} {what} {lack} ({shorten(alone)})")
     return tuple((path, labels[name]) for name, path in images.items())
+
+
+def run_lengths(mask: Tensor) -> Rle:
+    """The run lengths of a mask (bool H x W), down the columns; `coco_masks.rle_mask` undoes it.
+
+    Example:
+        >>> run_lengths(torch.tensor([[0, 1, 0], [1, 1, 0]]).bool()).counts
+        (1, 3, 2)
+    """
+    flat = mask.t().flatten()
+    edges = (flat[1:] != flat[:-1]).nonzero().flatten() + 1
+    places = torch.cat([torch.tensor([0]), edges, torch.tensor([len(flat)])])
+    counts = places.diff().tolist()
+    return Rle(size=(mask.shape[0], mask.shape[1]), counts=tuple([0, *counts] if flat[0] else counts))
+
+
+def _objects(segments: Tensor, found: tuple[Segment, ...]) -> tuple[CocoAnnotation, ...]:
+    annotations = []
+    for segment in found:
+        mask = segments == segment.id
+        rows, columns = mask.any(1).nonzero().flatten().tolist(), mask.any(0).nonzero().flatten().tolist()
+        left, top = float(columns[0]), float(rows[0])
+        box = (left, top, columns[-1] + 1 - left, rows[-1] + 1 - top)
+        annotations.append(
+            CocoAnnotation(
+                id=segment.id, label=segment.label, box=box, area=float(mask.sum()), crowd=segment.crowd,
+                segmentation=run_lengths(mask),
+            )
+        )  # fmt: skip
+    return tuple(annotations)
+
+
+def _read(path: Path, how: Callable[[Path], Tensor]) -> Tensor:
+    try:
+        return how(path)
+    except BadImageError as error:
+        raise UserError(
+            f"The label file '{path}' cannot be read: {error.reason}.", "Unpack it again."
+        ) from None

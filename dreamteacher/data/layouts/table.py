@@ -9,31 +9,28 @@ from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 
 from dreamteacher.data.images import find_images
-from dreamteacher.data.layouts.bdd100k import (
-    InstanceFiles,
-    PanopticFiles,
-    bdd100k_instances,
-    bdd100k_panoptic,
-    cityscapes_instances,
-    cityscapes_panoptic,
-    coco_images,
-    coco_instances,
-    coco_panoptic,
-)
+from dreamteacher.data.layouts.ade20k import ade20k, ade20k_images
+from dreamteacher.data.layouts.bdd100k import bdd100k, bdd100k_images, bdd100k_instances, bdd100k_panoptic
 from dreamteacher.data.layouts.cityscapes import (
-    DDPM_SEG,
-    ade20k,
-    ade20k_images,
-    bdd100k,
-    bdd100k_images,
     cityscapes,
     cityscapes_images,
-    ddpm_seg,
-    ddpm_seg_images,
+    cityscapes_instances,
+    cityscapes_panoptic,
 )
-from dreamteacher.data.layouts.imagenet import ffhq, imagenet, lsun
-from dreamteacher.data.layouts.layout import ImageFiles, MaskFiles, Part, label_fraction
+from dreamteacher.data.layouts.coco import coco_images, coco_instances, coco_panoptic
+from dreamteacher.data.layouts.ddpm_seg import DDPM_SEG, ddpm_seg, ddpm_seg_images
+from dreamteacher.data.layouts.ffhq import ffhq
+from dreamteacher.data.layouts.imagenet import imagenet
+from dreamteacher.data.layouts.lsun import lsun
 from dreamteacher.data.shards import table_images, tar_images
+from dreamteacher.data.sources import (
+    ImageFiles,
+    InstanceFiles,
+    MaskFiles,
+    PanopticFiles,
+    Part,
+    label_fraction,
+)
 from dreamteacher.runtime.errors import UserError, did_you_mean
 
 __all__ = [

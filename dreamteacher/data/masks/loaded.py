@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +24,12 @@ from dreamteacher.data.images import (
     read_mask,
     scale_mask,
 )
+from dreamteacher.data.layouts.table import Part, mask_files
 from dreamteacher.data.masks.pairs import (
-    SegmentationSet,
     check_pairs,
     count_classes,
     find_pairs,
+    label_header,
     refuse_bad,
     say_unpaired,
 )
@@ -323,3 +325,72 @@ def paint(image: CocoImage, ids: Sequence[int], background: int) -> Tensor:
     for mask, i in sorted(masks, key=lambda pair: -int(pair[0].sum())):
         painted[mask] = i
     return painted
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationSet:
+    """Images with masks, decoded in memory.
+
+    Args:
+        images: uint8 N x 3 x H x W.
+        masks: int64 N x H x W, class ids and perhaps the id that is to be ignored.
+        classes: number of classes.
+        names: their names in id order.
+        unpaired: images that had no mask and were left out.
+        paths: of the images; () where they are not from files.
+    """
+
+    images: Tensor
+    masks: Tensor
+    classes: int
+    names: tuple[str, ...]
+    unpaired: tuple[Path, ...] = ()
+    paths: tuple[Path, ...] = ()
+
+
+def load_layout(
+    source: Path, size: Size, *, part: Part = "train", ignore_index: int = 255, binary: bool = False
+) -> SegmentationSet:
+    """The images and masks of LAYOUT:ROOT (see `layouts.mask_files`), whose classes are known.
+
+    Folders and files of one's own: `labelled.load_labelled`.
+
+    Args:
+        source: LAYOUT:ROOT.
+        size: (height, width) that images and masks are brought to, alike.
+        part: training or validation.
+        ignore_index: id of what the data set does not count.
+        binary: refused.
+
+    Raises:
+        UserError: files that are missing or cannot be read, shapes that differ, values that mean nothing.
+    """
+    if binary:
+        raise UserError(f"The masks of '{source}' are not black and white.", "Leave out --binary-masks.")
+    files = mask_files(source, part)
+    if 0 <= ignore_index < len(files.names):
+        raise UserError(
+            f"{ignore_index} is to be ignored, but is '{files.names[ignore_index]}' in '{source}'.",
+            "Leave the id to be ignored at 255: what a data set does not count becomes that.",
+        )
+    check_pairs(source, source, files.pairs, False, label_header)
+    images = torch.empty(len(files.pairs), 3, *size, dtype=torch.uint8)
+    masks = torch.empty(len(files.pairs), *size, dtype=torch.int64)
+
+    def load(i: int) -> BadImage | None:
+        image, mask = files.pairs[i]
+        try:
+            values = read_npy(mask) if mask.suffix == ".npy" else read_mask(mask, None)
+            masks[i] = scale_mask(files.class_ids(values, ignore_index), size)
+            images[i] = read_image(image, size)
+        except BadImageError as error:
+            return BadImage(error.path, error.reason)
+        except ValueError as error:
+            return BadImage(mask, f"it holds {error}")
+        return None
+
+    refuse_bad(in_threads(load, range(len(files.pairs)), 2, "reading masks"), source)
+    paths = tuple(image for image, _ in files.pairs)
+    return SegmentationSet(
+        images=images, masks=masks, classes=len(files.names), names=files.names, paths=paths
+    )

@@ -14,9 +14,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dreamteacher.data.image_set import flip_images, step_generator
+from dreamteacher.data.batches import flip_images
+from dreamteacher.data.seeds import step_generator
 from dreamteacher.losses import WhitenAxes, energy, whiten
-from dreamteacher.runtime.distributed.share import autocast
+from dreamteacher.runtime.distributed.device import autocast
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import Noise, Teacher

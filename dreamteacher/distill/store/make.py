@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dreamteacher import __version__
 from dreamteacher.data import image_set
-from dreamteacher.distill.dataset import check_mode
+from dreamteacher.distill.kinds import check_mode
 from dreamteacher.distill.store.files import CLAIMS, MANIFEST, image_lines
 from dreamteacher.distill.store.items import (
     Keep,
@@ -32,8 +32,8 @@ from dreamteacher.distill.store.writer import Writer, check_plan, fit_groups
 from dreamteacher.losses import WhitenAxes
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import describe, to_json
+from dreamteacher.runtime.distributed.device import Precision, pick_device, resolve_precision
 from dreamteacher.runtime.distributed.group import join
-from dreamteacher.runtime.distributed.share import Precision, pick_device, resolve_precision
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import RunDir, Signals
 from dreamteacher.teachers.base import Noise, Teacher

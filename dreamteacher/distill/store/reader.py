@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dreamteacher.data.image_set import ImageSet, step_generator
+from dreamteacher.data.image_set import ImageSet
 from dreamteacher.data.images import BadImageError, ImageFile, read_image
+from dreamteacher.data.seeds import step_generator
 from dreamteacher.distill.store.files import (
     ALTERED,
     ANEW,

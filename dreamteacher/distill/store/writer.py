@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dreamteacher.data import image_set
+from dreamteacher.data.seeds import step_generator
 from dreamteacher.distill.store.files import (
     BASIS,
     CLAIMS,
@@ -76,7 +77,7 @@ def fit_groups(plan: Plan) -> list[int]:
     if plan.keep != "pca":
         return []
     groups = math.ceil(plan.images / plan.group)
-    order = torch.randperm(groups, generator=image_set.step_generator(plan.seed, 0, "features/fit"))
+    order = torch.randperm(groups, generator=step_generator(plan.seed, 0, "features/fit"))
     return order[: max(1, min(groups, round(160 / plan.group)))].tolist()
 
 
@@ -207,7 +208,7 @@ class Writer:
             for level, total, m in zip(plan.levels, sums, self._encode(group, 0, pixels), strict=True):
                 w = whiten(m, plan.whiten).flatten(2)
                 area = level.height * level.width
-                generator = image_set.step_generator(plan.seed, group, f"features/{level.name}")
+                generator = step_generator(plan.seed, group, f"features/{level.name}")
                 at = torch.randperm(area, generator=generator)[: min(area, each)].to(w.device)
                 x = w[:, :, at].movedim(1, 2).flatten(0, 1).double().cpu()
                 total += x.T @ x

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dreamteacher.data.image_set import ImageSet, step_generator
+from dreamteacher.data.image_set import ImageSet
 from dreamteacher.data.images import BadImageError, Size, read_image
+from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.features import Images, take
 from dreamteacher.runtime.errors import UserError
 

@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamteacher.data.image_set import step_generator
+from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.features import (
     ClassificationData,
     Images,
-    Metric,
     class_metrics,
     device_of,
     draw_labels,
@@ -27,8 +26,9 @@ from dreamteacher.downstream.features import (
     to_input,
 )
 from dreamteacher.downstream.loop import Saved, run_steps
+from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.distributed.share import Precision, autocast, seeded
+from dreamteacher.runtime.distributed.device import Precision, autocast, seeded
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.optim import lr_at, parameter_groups, poly_lr_at
 

@@ -17,8 +17,8 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from dreamteacher.data.image_set import step_generator
 from dreamteacher.data.images import Size
+from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.augment import (
     Augmentation,
     Source,
@@ -27,11 +27,12 @@ from dreamteacher.downstream.classification.augment import (
     epoch_steps,
 )
 from dreamteacher.downstream.classification.finetune import predict
-from dreamteacher.downstream.features import ClassificationData, Images, Metric, class_metrics, device_of
+from dreamteacher.downstream.features import ClassificationData, Images, class_metrics, device_of
 from dreamteacher.downstream.loop import Saved, run_steps
+from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.plain_vit import fit, rebuilt_with
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.distributed.share import Precision, autocast, seeded
+from dreamteacher.runtime.distributed.device import Precision, autocast, seeded
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.optim import Ema, OptimizerName, build_optimizer, lr_at
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from dreamteacher.downstream.features import Metric, class_metrics
+from dreamteacher.downstream.features import class_metrics
+from dreamteacher.downstream.tasks import Metric
 from dreamteacher.metrics import knn_predict
 
 

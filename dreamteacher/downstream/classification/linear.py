@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dreamteacher.data.image_set import step_generator
-from dreamteacher.downstream.features import Metric, class_metrics, draw_labels
+from dreamteacher.data.seeds import step_generator
+from dreamteacher.downstream.features import class_metrics, draw_labels
+from dreamteacher.downstream.tasks import Metric
 
 # On standardised features, strongest first; chosen strengths lay between 0.3 and 10 for 10 to 50 labels.
 L2_GRID = (10.0, 3.0, 1.0, 0.3, 0.1, 0.01)

@@ -13,21 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamteacher.data.image_set import step_generator
 from dreamteacher.data.images import Size
+from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.augment import Augmentation, Source, augmented_pass
 from dreamteacher.downstream.classification.linear import standardisation
-from dreamteacher.downstream.features import (
-    ClassificationData,
-    Images,
-    Metric,
-    class_metrics,
-    device_of,
-    frozen,
-)
+from dreamteacher.downstream.features import ClassificationData, Images, class_metrics, device_of, frozen
 from dreamteacher.downstream.loop import Saved, run_steps
+from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.distributed.share import Precision, autocast
+from dreamteacher.runtime.distributed.device import Precision, autocast
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.optim import lr_at
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from dreamteacher.data.coco.annotations import CocoImage, Rle, instance_mask, read_coco
-from dreamteacher.data.image_set import step_generator
 from dreamteacher.data.images import BadImageError, Size, below, read_header, read_image, read_mask
 from dreamteacher.data.layouts.table import InstanceFiles, instance_files, layout_of
 from dreamteacher.data.masks.pairs import find_pairs
+from dreamteacher.data.seeds import step_generator
 from dreamteacher.runtime.errors import UserError, shorten
 from dreamteacher.runtime.threads import helpers, in_threads
 

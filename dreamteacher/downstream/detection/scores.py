@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dreamteacher.data.images import Size
 from dreamteacher.downstream.detection.data import Instances
-from dreamteacher.downstream.features import Metric
+from dreamteacher.downstream.tasks import Metric
 from dreamteacher.runtime.errors import UserError
 
 Kind = Literal["box", "mask"]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from dreamteacher.data.image_set import step_generator
 from dreamteacher.data.images import Size
+from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.finetune import recalibrate, shuffled_batches
 from dreamteacher.downstream.detection.config import DetectConfig, check_detect
 from dreamteacher.downstream.detection.data import (
@@ -28,11 +28,12 @@ from dreamteacher.downstream.detection.data import (
 )
 from dreamteacher.downstream.detection.model import build_detector
 from dreamteacher.downstream.detection.scores import check_scores, scores_of
-from dreamteacher.downstream.features import Metric, device_of, frozen
+from dreamteacher.downstream.features import device_of, frozen
 from dreamteacher.downstream.loop import Saved, run_steps
 from dreamteacher.downstream.segmentation.few_masks import draw_masks
+from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.distributed.share import Precision, seeded
+from dreamteacher.runtime.distributed.device import Precision, seeded
 from dreamteacher.runtime.optim import layer_decay_groups, lr_at, parameter_groups
 
 # Batches that the running statistics of BatchNorm are set from after the training, at most.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dreamteacher.metrics_panoptic import VOID, Segments
+from dreamteacher.metrics import VOID, Segments
 
 
 def merge(

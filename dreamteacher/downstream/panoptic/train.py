@@ -19,10 +19,10 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from tqdm import tqdm
 
-from dreamteacher.data.image_set import step_generator
 from dreamteacher.data.images import BadImageError, Size
 from dreamteacher.data.layouts.table import Part, layout_of, panoptic_files
 from dreamteacher.data.panoptic_set import PanopticSet, of_layout, read_panoptic
+from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.detection.config import PRESETS as DETECT_PRESETS
 from dreamteacher.downstream.detection.config import DetectConfig
 from dreamteacher.downstream.detection.data import Draw, Example, instances_of_ids, scaled_image, scaled_size
@@ -35,16 +35,17 @@ from dreamteacher.downstream.detection.train import (
     rate_at,
     training_draws,
 )
-from dreamteacher.downstream.features import Metric, device_of, frozen
+from dreamteacher.downstream.features import device_of, frozen
 from dreamteacher.downstream.loop import Saved, run_steps
 from dreamteacher.downstream.panoptic.merge import merge
 from dreamteacher.downstream.segmentation.crops import loader, scaled_mask
 from dreamteacher.downstream.segmentation.few_masks import draw_masks, pixel_loss
 from dreamteacher.downstream.segmentation.semantic import classes_at
-from dreamteacher.metrics_panoptic import VOID, Segments, panoptic_counts, panoptic_quality
+from dreamteacher.downstream.tasks import Metric
+from dreamteacher.metrics import VOID, Segments, panoptic_counts, panoptic_quality
 from dreamteacher.models.regressor import resize
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.distributed.share import Precision, seeded
+from dreamteacher.runtime.distributed.device import Precision, seeded
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.optim import parameter_groups
 from dreamteacher.spec import FeatureSpec

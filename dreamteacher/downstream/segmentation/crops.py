@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from dreamteacher.data.image_set import step_generator
 from dreamteacher.data.images import BadImage, BadImageError
 from dreamteacher.data.layouts.table import Part
 from dreamteacher.data.masks.streamed import SegmentationFiles, find_segmentation
+from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.finetune import shuffled_batches
 from dreamteacher.downstream.segmentation.few_masks import draw_masks
 from dreamteacher.runtime.errors import UserError, shorten

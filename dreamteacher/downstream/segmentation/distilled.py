@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from dreamteacher.downstream.features import (
     ClassificationData,
-    Metric,
     class_metrics,
     device_of,
     frozen,
@@ -21,87 +17,10 @@ from dreamteacher.downstream.features import (
     to_input,
 )
 from dreamteacher.downstream.segmentation.few_masks import SegmentationData, score_segmenter
-from dreamteacher.models.regressor import LabelHead, Neck, resize
-from dreamteacher.models.student import Student, create_student, recorded_student
-from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.distributed.share import Precision, autocast
+from dreamteacher.downstream.tasks import Metric
+from dreamteacher.models.distilled import Distilled
+from dreamteacher.runtime.distributed.device import Precision, autocast
 from dreamteacher.runtime.errors import UserError, shorten
-
-HEAD, REGRESSOR = "head.safetensors", "regressor.safetensors"
-
-
-class Distilled(nn.Module):
-    """A backbone with the neck and label head that it was pretrained with, frozen or fine-tuned as one likes.
-
-    Args:
-        student, neck, head: taken in, not copied.
-        classes: names in id order.
-    """
-
-    def __init__(self, student: Student, neck: Neck, head: LabelHead, classes: tuple[str, ...]) -> None:
-        super().__init__()
-        self.student, self.neck, self.head, self.classes = student, neck, head, classes
-
-    @property
-    def pooled(self) -> bool:
-        """One label an image instead of one for every pixel."""
-        return self.head.pooled
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images in [0, 1], N x 3 x H x W -> float32 logits N x classes x H x W, or N x classes if pooled."""
-        logits = self.head(self.neck(self.student(images))).float()
-        return logits if self.pooled else resize(logits, (images.shape[-2], images.shape[-1]))
-
-
-def neck_weights(run: Path) -> dict[str, Tensor]:
-    """The neck of a run's regressor: what mixed pretraining transfers beside the backbone.
-
-    Raises:
-        UserError: when the folder has none.
-    """
-    found = _tensors(run / REGRESSOR)
-    neck = {k.removeprefix("neck."): v for k, v in found.items() if k.startswith("neck.")}
-    if "laterals.0.0.weight" not in neck:
-        raise UserError(
-            f"'{run / REGRESSOR}' holds no neck.", "Give a run folder that `dreamteacher pretrain` made."
-        )
-    return neck
-
-
-def has_head(run: Path) -> bool:
-    """Whether a folder is that of a finished run of mode label or mixed."""
-    return (run / HEAD).is_file()
-
-
-def is_pooled(run: Path) -> bool:
-    """Whether the label head of a run gives one label an image; only the file's metadata is read.
-
-    Raises:
-        UserError: the file cannot be read, or does not say its classes.
-    """
-    return _classes(run / HEAD)[1]
-
-
-def load_distilled(run: Path) -> Distilled:
-    """The distilled model of a finished run of mode label or mixed, on the CPU, in evaluation mode.
-
-    Raises:
-        UserError: when the run has no label head, or its files do not fit.
-    """
-    if not has_head(run):
-        raise UserError(
-            f"'{run}' has no {HEAD}: it is no finished run of `pretrain --mode label` or `mixed`.",
-            "Give the --out folder of such a run.",
-        )
-    student = create_student(recorded_student(str(run)), init=str(run))
-    neck, head = neck_weights(run), _tensors(run / HEAD)
-    width = int(neck["laterals.0.0.weight"].shape[0])
-    classes, pooled = _classes(run / HEAD)
-    made = Neck(student.specs, width)
-    model = Distilled(student, made, LabelHead(len(made.specs), width, len(classes), pooled=pooled), classes)
-    checkpoint.load_exactly(model.neck, neck, run / REGRESSOR)
-    checkpoint.load_exactly(model.head, head, run / HEAD)
-    return model.eval()
 
 
 def distilled(
@@ -147,24 +66,3 @@ def _scores(model: Distilled, data: ClassificationData, precision: Precision, ba
         with frozen(model), autocast(device, precision):
             scores.append(model(to_input(take(data.test, index), device)).softmax(1).cpu())
     return torch.cat(scores)
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"'{path}' cannot be read: {str(error).splitlines()[0]}.",
-            "Give a finished run folder of `dreamteacher pretrain`.",
-        ) from None
-
-
-def _classes(path: Path) -> tuple[tuple[str, ...], bool]:
-    """Names and whether they are of whole images, from the file's metadata."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
-        return tuple(str(name) for name in json.loads(facts["classes"])), facts.get("pooled") == "yes"
-    except (KeyError, ValueError, TypeError, OSError, SafetensorError):
-        raise UserError(f"'{path}' does not say its classes.", "Give a run of this version.") from None

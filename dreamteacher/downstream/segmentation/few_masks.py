@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from dreamteacher.data.image_set import step_generator
-from dreamteacher.data.masks.pairs import SegmentationSet
+from dreamteacher.data.masks.loaded import SegmentationSet
+from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.finetune import (
     check_training,
     recalibrate,
@@ -20,11 +20,12 @@ from dreamteacher.downstream.classification.finetune import (
     train,
 )
 from dreamteacher.downstream.classification.linear import choose_l2, fit_logistic, standardisation
-from dreamteacher.downstream.features import Metric, device_of, frozen, to_input
+from dreamteacher.downstream.features import device_of, frozen, to_input
+from dreamteacher.downstream.tasks import Metric
 from dreamteacher.metrics import confusion, iou_per_class, mean_iou
 from dreamteacher.models.regressor import LabelHead, Neck, resize
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.distributed.share import Precision, autocast, seeded
+from dreamteacher.runtime.distributed.device import Precision, autocast, seeded
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.spec import FeatureSpec
 

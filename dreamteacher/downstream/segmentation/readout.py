@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from dreamteacher.downstream.features import Metric
 from dreamteacher.downstream.loop import Saved
 from dreamteacher.downstream.segmentation.crops import CropConfig, SemanticData, drawn_files
 from dreamteacher.downstream.segmentation.semantic import FCNHead, SemanticConfig, score_files, train_dense
+from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.distributed.share import Precision
+from dreamteacher.runtime.distributed.device import Precision
 from dreamteacher.runtime.errors import UserError
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dreamteacher.data.masks.streamed import SegmentationFiles
 from dreamteacher.downstream.classification.finetune import Optimizer, check_training, train
-from dreamteacher.downstream.features import Metric, device_of, frozen, to_input
+from dreamteacher.downstream.features import device_of, frozen, to_input
 from dreamteacher.downstream.loop import Saved
 from dreamteacher.downstream.segmentation.crops import (
     FILL,
@@ -27,10 +27,11 @@ from dreamteacher.downstream.segmentation.crops import (
     whole_images,
 )
 from dreamteacher.downstream.segmentation.few_masks import SegmentationHead, pixel_loss
+from dreamteacher.downstream.tasks import Metric
 from dreamteacher.metrics import confusion, iou_per_class, mean_iou
 from dreamteacher.models.regressor import conv_bn_relu, resize
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.distributed.share import Precision, autocast, seeded
+from dreamteacher.runtime.distributed.device import Precision, autocast, seeded
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.spec import FeatureSpec
 

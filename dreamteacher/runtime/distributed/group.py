@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dreamteacher.runtime.distributed.share import Share, launched, pick_device
+from dreamteacher.runtime.distributed.device import pick_device
+from dreamteacher.runtime.distributed.share import Share, launched
 from dreamteacher.runtime.errors import UserError
 
 P = ParamSpec("P")

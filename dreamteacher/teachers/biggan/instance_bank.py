@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dreamteacher.data.image_set import ImageSet, load_images
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.distributed.share import Precision, autocast
+from dreamteacher.runtime.distributed.device import Precision, autocast
 from dreamteacher.runtime.errors import UserError, shorten
 from dreamteacher.teachers.biggan.convert import read_tensors
 

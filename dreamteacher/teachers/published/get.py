@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dreamteacher import __version__
 from dreamteacher.runtime.config import to_json
-from dreamteacher.runtime.distributed.share import pick_device
+from dreamteacher.runtime.distributed.device import pick_device
 from dreamteacher.runtime.download import http
 from dreamteacher.runtime.download.archive import extract, is_archive
 from dreamteacher.runtime.errors import UserError, shorten

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
-from dreamteacher.data import image_set
+from dreamteacher.data import seeds
 from dreamteacher.runtime import checkpoint, optim
+from dreamteacher.runtime.distributed.device import autocast, seeded
 from dreamteacher.runtime.distributed.sharding import replicate
-from dreamteacher.runtime.distributed.share import Draws, autocast, randint, randn, seeded
+from dreamteacher.runtime.distributed.share import Draws, randint, randn
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.teachers.diffusion.teacher import DiffusionSpec, DiffusionTeacher, build_unet, q_sample
 from dreamteacher.teachers.training.trainee import Plan, Preset, Trainee
@@ -181,13 +182,13 @@ class DiffusionTrainee(Trainee):
     def step(self, step: int, images: Tensor) -> dict[str, Tensor]:
         plan, device = self.plan, self.plan.device
         generator = Draws(
-            device, image_set.step_generator(plan.seed, step, "diffusion").initial_seed(), plan.share
+            device, seeds.step_generator(plan.seed, step, "diffusion").initial_seed(), plan.share
         )
         x0 = self.eyes.to_network(images)
         t = randint(self.spec.steps, (len(x0),), generator, device=device)
         noise = randn(x0.shape, generator, device=device, dtype=x0.dtype)
         # Dropout takes no generator. Each process drops on its own: a layer's masks of a whole batch at 256 px are GBs.
-        dropout = image_set.step_generator(plan.seed, step, f"dropout/{plan.share.rank}").initial_seed()
+        dropout = seeds.step_generator(plan.seed, step, f"dropout/{plan.share.rank}").initial_seed()
         with seeded(dropout, device), autocast(device, plan.precision):
             loss = epsilon_loss(self.network, x0, t, noise, self.eyes.alpha_bar).mean()
         self.optimizer.zero_grad(set_to_none=True)

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamteacher.data import image_set
+from dreamteacher.data import seeds
 from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.distributed.device import autocast
 from dreamteacher.runtime.distributed.group import average_gradients, averaged, collected
-from dreamteacher.runtime.distributed.share import Draws, autocast, randn
+from dreamteacher.runtime.distributed.share import Draws, randn
 from dreamteacher.teachers.stylegan2.teacher import Generator, StyleGan2Spec
 from dreamteacher.teachers.training.augment import Adaptation, augment
 from dreamteacher.teachers.training.discriminator import Discriminator
@@ -182,9 +183,7 @@ class StyleGan2Trainee(Trainee):
     def _draws(self, step: int, stream: str) -> Draws:
         """Random numbers of a step for this process's rows."""
         plan = self.plan
-        return Draws(
-            plan.device, image_set.step_generator(plan.seed, step, stream).initial_seed(), plan.share
-        )
+        return Draws(plan.device, seeds.step_generator(plan.seed, step, stream).initial_seed(), plan.share)
 
     def _make(self, step: int, stream: str) -> Tensor:
         """A batch of images by the generator in training, which depends on seed, step and stream alone."""

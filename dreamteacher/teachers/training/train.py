@@ -16,11 +16,12 @@ from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from dreamteacher import __version__
-from dreamteacher.data import image_set
+from dreamteacher.data import batches, image_set
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import describe, to_json
+from dreamteacher.runtime.distributed.device import Precision, pick_device, resolve_precision
 from dreamteacher.runtime.distributed.group import Told, agree, averaged, join, together
-from dreamteacher.runtime.distributed.share import Precision, check_batch, pick_device, resolve_precision
+from dreamteacher.runtime.distributed.share import check_batch
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.prefetch import Copies, ahead
 from dreamteacher.runtime.run_folder import Progress, RunDir, Signals
@@ -226,7 +227,7 @@ class _Loop:
         if resume is not None:
             self._restore(resume)
         config, steps, batch = self.config, self.plan.steps, self.plan.batch_size
-        stream = image_set.batches(
+        stream = batches.batches(
             self.images, batch_size=batch, seed=config.seed, first_step=self.first, last_step=steps,
             flip=config.flip, workers=config.workers, share=self.plan.share, raw=True,
         )  # fmt: skip
@@ -240,7 +241,7 @@ class _Loop:
             while step < steps:
                 batch_sent, waited = next(sent)
                 progress.wait(waited)
-                images = image_set.to_float(copies.receive(batch_sent)[0])
+                images = batches.to_float(copies.receive(batch_sent)[0])
                 self.unread.append((step, self.trainee.step(step, images)))
                 step += 1
                 stop = told(signals.number)
