@@ -7,13 +7,12 @@ precision from autocast, and in float64 when they come in float64.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-WhitenAxes = Literal["c", "chw"]
-AtReduction = Literal["distance", "public"]
+from dreamteacher.spec import AtReduction, WhitenAxes
 
 _DIMS: dict[str, tuple[int, ...]] = {"c": (1,), "chw": (1, 2, 3)}
 

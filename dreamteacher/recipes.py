@@ -16,9 +16,8 @@ from tyro.conf import Positional
 
 from dreamteacher.data.labelled import read_labelled
 from dreamteacher.data.layouts import table as layouts_table
-from dreamteacher.distill.config import PretrainConfig
+from dreamteacher.distill.config import PretrainConfig, TrainInterpreterConfig
 from dreamteacher.distill.estimate import millions
-from dreamteacher.distill.train_interpreter import TrainInterpreterConfig
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.evaluate import check_config
 from dreamteacher.downstream.presets import check_preset
@@ -31,7 +30,7 @@ from dreamteacher.recipes_row import DATA, Config, Places, Recipe, command_line,
 from dreamteacher.runtime.errors import UserError, did_you_mean
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.known import KNOWN, SWAV, fetched
-from dreamteacher.teachers.training.train import TrainTeacherConfig
+from dreamteacher.teachers.training.config import TrainTeacherConfig
 
 RECIPES: dict[str, Recipe] = {r.name: r for r in (*pretraining_recipes(), *downstream_recipes())}
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dreamteacher.distill.config import PretrainConfig
-from dreamteacher.distill.train_interpreter import TrainInterpreterConfig
+from dreamteacher.distill.config import PretrainConfig, TrainInterpreterConfig
 from dreamteacher.downstream.classification.finetune_full import recipe_of
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.detection.config import DetectConfig
 from dreamteacher.recipes_row import DATA, Places, Recipe
 from dreamteacher.teachers.known import KNOWN, Shape
+from dreamteacher.teachers.training.config import TrainTeacherConfig
 from dreamteacher.teachers.training.stylegan2 import StyleGan2Preset
-from dreamteacher.teachers.training.train import PRESETS, TrainTeacherConfig
+from dreamteacher.teachers.training.train import PRESETS
 
 # Assumed, not measured: what one H100 sustains in bfloat16, in operations a second (its dense peak is 989e12).
 # Large denoisers do better than backbones whose BatchNorms wait for memory. An A100 has about a third of the peak.

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dreamteacher.distill.config import Mode, PretrainConfig
-from dreamteacher.distill.train_interpreter import TrainInterpreterConfig
+from dreamteacher.distill.config import Mode, PretrainConfig, TrainInterpreterConfig
 from dreamteacher.recipes_row import DATA, Places, Recipe
-from dreamteacher.teachers.training.train import PresetName, TrainTeacherConfig
+from dreamteacher.teachers.training.config import PresetName, TrainTeacherConfig
 
 WORKERS = 16  # processes that decode, for a machine with a GPU
 # Of ImageNet: teacher -> (name in recipes, what is not stated of it).

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from dreamteacher.distill.config import PretrainConfig
-from dreamteacher.distill.train_interpreter import TrainInterpreterConfig
+from dreamteacher.distill.config import PretrainConfig, TrainInterpreterConfig
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.presets import preset_config
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.teachers.training.train import TrainTeacherConfig
+from dreamteacher.teachers.training.config import TrainTeacherConfig
 
 Config: TypeAlias = PretrainConfig | TrainTeacherConfig | TrainInterpreterConfig | EvaluateConfig
 Status = Literal["not run", "not implemented"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -26,3 +27,12 @@ class FeatureSpec:
     def shape(self, batch: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """The map's shape (N, C, H, W) for images of `size` = (height, width) pixels."""
         return batch, self.channels, size[0] // self.stride, size[1] // self.stride
+
+
+WhitenAxes = Literal["c", "chw"]
+
+
+AtReduction = Literal["distance", "public"]
+
+
+Noise = Literal["stochastic", "fixed", "inversion", "none"]

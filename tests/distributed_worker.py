@@ -25,8 +25,8 @@ from dreamteacher.data import batches as data_batches
 from dreamteacher.distill import step as distill_step
 from dreamteacher.distill.dataset import FeatureBatch
 from dreamteacher.distill.pretrain import PretrainConfig, Training, pretrain
-from dreamteacher.downstream.classification.finetune import FinetuneConfig
-from dreamteacher.downstream.segmentation.few_masks import SegmentConfig
+from dreamteacher.downstream.classification.config import FinetuneConfig
+from dreamteacher.downstream.segmentation.config import SegmentConfig
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime.config import from_json
@@ -36,6 +36,7 @@ from dreamteacher.runtime.distributed.sharding import gradients_stay, shard, who
 from dreamteacher.runtime.distributed.share import ALONE, Share, launched
 from dreamteacher.runtime.run_folder import Progress, RunDir
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher
+from dreamteacher.teachers.training import config as training_config
 from dreamteacher.teachers.training import train
 from dreamteacher.teachers.training.diffusion import DiffusionPreset
 from dreamteacher.teachers.training.stylegan2 import StyleGan2Preset
@@ -194,7 +195,7 @@ def main(job: dict) -> None:
     ))  # fmt: skip
     pretrain(dataclasses.replace(base, out=root / "sharded-resumed", sharding="student"))
     for teacher in job["teachers"]:
-        config = from_json(train.TrainTeacherConfig, teacher)
+        config = from_json(training_config.TrainTeacherConfig, teacher)
         train.train_teacher(dataclasses.replace(config, out=config.out.with_name(config.out.name + "-two")))
     os.environ.pop("DREAMTEACHER_TRACEBACK", None)
     pretrain(from_json(PretrainConfig, job["recipe"]))

@@ -240,8 +240,8 @@ def test_teachers_benchmark_runs(tmp_path, monkeypatch):
 def test_stylegan2_benchmark_runs(tmp_path, monkeypatch):
     from test_docs import classes, masked
 
-    from dreamteacher.downstream.classification.finetune import FinetuneConfig
-    from dreamteacher.downstream.segmentation.few_masks import SegmentConfig
+    from dreamteacher.downstream.classification.config import FinetuneConfig
+    from dreamteacher.downstream.segmentation.config import SegmentConfig
 
     for config in (FinetuneConfig, SegmentConfig):
         monkeypatch.setitem(config.__init__.__kwdefaults__, "steps", 2)
@@ -267,8 +267,8 @@ def test_stylegan2_benchmark_runs(tmp_path, monkeypatch):
 def test_vit_benchmark_runs(tmp_path, monkeypatch):
     from test_docs import classes, masked
 
-    from dreamteacher.downstream.classification.finetune import FinetuneConfig
-    from dreamteacher.downstream.segmentation.few_masks import SegmentConfig
+    from dreamteacher.downstream.classification.config import FinetuneConfig
+    from dreamteacher.downstream.segmentation.config import SegmentConfig
 
     for config in (FinetuneConfig, SegmentConfig):
         monkeypatch.setitem(config.__init__.__kwdefaults__, "steps", 2)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.runtime.optim import OptimizerName, build_optimizer, lr_at, parameter_groups, set_lr
+from dreamteacher.runtime.optim import build_optimizer, lr_at, parameter_groups, set_lr
+from dreamteacher.runtime.settings import OptimizerName
 
 META = {"kind": "test", "step": 3, "nested": {"list": [1, 2.5, None, "ü"]}}
 DTYPES = [

@@ -25,9 +25,9 @@ from dreamteacher.data.image_set import load_images
 from dreamteacher.downstream import evaluate, features
 from dreamteacher.downstream.classification import augment, finetune_full, linear_sgd
 from dreamteacher.downstream.classification.augment import Augmentation
-from dreamteacher.downstream.classification.finetune_full import FinetuneFullConfig, TimmClassifier, recipe_of
+from dreamteacher.downstream.classification.config import FinetuneFullConfig, LinearSgdConfig
+from dreamteacher.downstream.classification.finetune_full import TimmClassifier, recipe_of
 from dreamteacher.downstream.classification.linear import fit_logistic
-from dreamteacher.downstream.classification.linear_sgd import LinearSgdConfig
 from dreamteacher.downstream.evaluate import EvaluateConfig
 from dreamteacher.downstream.features import ClassificationData
 from dreamteacher.models.student import Student, create_student

@@ -50,7 +50,8 @@ from dreamteacher.teachers.in_parts import InParts
 from dreamteacher.teachers.module import ModuleTeacher
 from dreamteacher.teachers.registry import load_teacher
 from dreamteacher.teachers.training.augment import augment
-from dreamteacher.teachers.training.train import PRESETS, TrainTeacherConfig, train_teacher
+from dreamteacher.teachers.training.config import TrainTeacherConfig
+from dreamteacher.teachers.training.train import PRESETS, train_teacher
 
 ROOT = Path(__file__).parent.parent
 HALVES = (Share(0, 2), Share(1, 2))

@@ -25,8 +25,8 @@ from torch.distributed.run import get_args_parser
 
 from dreamteacher.cli import demo
 from dreamteacher.cli import main as cli
-from dreamteacher.downstream.classification.finetune import FinetuneConfig
-from dreamteacher.downstream.segmentation.few_masks import SegmentConfig
+from dreamteacher.downstream.classification.config import FinetuneConfig
+from dreamteacher.downstream.segmentation.config import SegmentConfig
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher
 from dreamteacher.teachers.registry import EMBEDDED
 

@@ -20,13 +20,13 @@ from dreamteacher.data.image_set import ImageSet
 from dreamteacher.data.masks.loaded import SegmentationSet
 from dreamteacher.downstream import evaluate, features, tasks
 from dreamteacher.downstream.classification import finetune, linear
-from dreamteacher.downstream.classification.finetune import FinetuneConfig
-from dreamteacher.downstream.classification.finetune_full import FinetuneFullConfig
+from dreamteacher.downstream.classification.config import FinetuneConfig, FinetuneFullConfig
 from dreamteacher.downstream.classification.knn import knn
 from dreamteacher.downstream.evaluate import EvaluateConfig
 from dreamteacher.downstream.features import ClassificationData
 from dreamteacher.downstream.segmentation import few_masks
-from dreamteacher.downstream.segmentation.few_masks import SegmentationData, SegmentConfig
+from dreamteacher.downstream.segmentation.config import SegmentConfig
+from dreamteacher.downstream.segmentation.few_masks import SegmentationData
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.config import from_json, to_json
 from dreamteacher.runtime.distributed.device import seeded

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dreamteacher.exports import write as export_module
-from dreamteacher.exports.write import FILES, ExportConfig, export, load_snippet
+from dreamteacher.exports.config import ExportConfig
+from dreamteacher.exports.write import FILES, export, load_snippet
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.errors import UserError
 

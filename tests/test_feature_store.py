@@ -28,6 +28,7 @@ from torch import Tensor
 from dreamteacher.data import batches as data_batches
 from dreamteacher.data import image_set, seeds
 from dreamteacher.distill import dataset
+from dreamteacher.distill.config import MakeFeaturesConfig
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
 from dreamteacher.distill.store import make, writer
 from dreamteacher.distill.store.files import MANIFEST, claim, manifest_text, read_manifest, shard_name
@@ -43,7 +44,6 @@ from dreamteacher.distill.store.items import (
     random_basis,
     unpack,
 )
-from dreamteacher.distill.store.make import MakeFeaturesConfig
 from dreamteacher.distill.store.reader import FeatureStore
 from dreamteacher.losses import feature_loss, projected_loss, whiten
 from dreamteacher.runtime import run_folder

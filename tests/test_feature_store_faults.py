@@ -19,11 +19,11 @@ import torch
 from pictures import refused
 from test_feature_store import CPU, alter, asked_in, files, images_of, made, remove, truncate
 
+from dreamteacher.distill.config import MakeFeaturesConfig
 from dreamteacher.distill.store import make as store_make
 from dreamteacher.distill.store import reader, writer
 from dreamteacher.distill.store.files import BASIS, IMAGES, MANIFEST, claim, shard_name
 from dreamteacher.distill.store.items import layout, noise_device
-from dreamteacher.distill.store.make import MakeFeaturesConfig
 from dreamteacher.distill.store.reader import FeatureStore
 from dreamteacher.teachers.registry import fingerprint, load_teacher
 

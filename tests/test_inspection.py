@@ -11,7 +11,8 @@ from PIL import Image
 
 from dreamteacher.cli import main as cli
 from dreamteacher.reports import inspect
-from dreamteacher.reports.inspect import InspectConfig, inspect_teacher, spearman
+from dreamteacher.reports.config import InspectConfig
+from dreamteacher.reports.inspect import inspect_teacher, spearman
 from dreamteacher.reports.inspect_scores import halves, pixel_probe, pixels_at, recognition
 from dreamteacher.runtime.errors import UserError
 

@@ -22,15 +22,17 @@ from torch import Tensor
 from dreamteacher.data import batches, seeds
 from dreamteacher.data.labelled import LabelledSet, draw, from_masks
 from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled
+from dreamteacher.distill.config import MakeLabelsConfig, TrainInterpreterConfig
 from dreamteacher.distill.dataset import FeatureBatch
-from dreamteacher.distill.make_labels import MakeLabelsConfig, make_labels
+from dreamteacher.distill.make_labels import make_labels
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
 from dreamteacher.distill.step import Training
-from dreamteacher.distill.train_interpreter import TrainInterpreterConfig, prepare, train_interpreter
+from dreamteacher.distill.train_interpreter import prepare, train_interpreter
 from dreamteacher.downstream.evaluate import EvaluateConfig, check_config, evaluate
 from dreamteacher.downstream.features import draw_labels
 from dreamteacher.downstream.segmentation import distilled
-from dreamteacher.downstream.segmentation.few_masks import SegmentConfig, draw_masks
+from dreamteacher.downstream.segmentation.config import SegmentConfig
+from dreamteacher.downstream.segmentation.few_masks import draw_masks
 from dreamteacher.losses import feature_loss, interpreter_loss, label_distillation
 from dreamteacher.models.distilled import load_distilled
 from dreamteacher.models.interpreter import load_interpreter, read_interpreter_spec
@@ -45,7 +47,8 @@ GAN = "chest-xray-gan-64"
 RUN = """
 import sys, json
 from dreamteacher.runtime.config import from_json
-from dreamteacher.distill.train_interpreter import TrainInterpreterConfig, train_interpreter
+from dreamteacher.distill.config import TrainInterpreterConfig
+from dreamteacher.distill.train_interpreter import train_interpreter
 import torch
 torch.set_num_threads(1)
 train_interpreter(from_json(TrainInterpreterConfig, json.loads(sys.argv[1])))

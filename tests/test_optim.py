@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dreamteacher.runtime.optim import Ema, OptimizerName, build_optimizer, lr_at, parameter_groups, set_lr
+from dreamteacher.runtime.optim import Ema, build_optimizer, lr_at, parameter_groups, set_lr
+from dreamteacher.runtime.settings import OptimizerName
 
 
 class Net(nn.Module):

@@ -24,10 +24,10 @@ from dreamteacher.downstream import evaluate
 from dreamteacher.downstream.detection.config import DetectConfig
 from dreamteacher.downstream.detection.data import Draw
 from dreamteacher.downstream.evaluate import EvaluateConfig
+from dreamteacher.downstream.panoptic.config import PanopticConfig
 from dreamteacher.downstream.panoptic.merge import merge
 from dreamteacher.downstream.panoptic.train import (
     PRESETS,
-    PanopticConfig,
     PanopticData,
     PanopticFPN,
     SemanticBranch,

@@ -15,8 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dreamteacher.cli import main as cli
 from dreamteacher.cli.main import main
 from dreamteacher.data.layouts.table import instance_files
-from dreamteacher.distill.config import PretrainConfig
-from dreamteacher.distill.train_interpreter import TrainInterpreterConfig
+from dreamteacher.distill.config import PretrainConfig, TrainInterpreterConfig
 from dreamteacher.downstream.detection.config import PRESETS as DETECT
 from dreamteacher.downstream.detection.data import load_detection
 from dreamteacher.downstream.detection.model import build_detector
@@ -36,8 +35,8 @@ from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.known import KNOWN
 from dreamteacher.teachers.published.cost import measure
 from dreamteacher.teachers.training import diffusion, stylegan2
+from dreamteacher.teachers.training.config import TrainTeacherConfig
 from dreamteacher.teachers.training.train import PRESETS as TEACHERS
-from dreamteacher.teachers.training.train import TrainTeacherConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "reproducing.md"
 OURS = [name for name, recipe in RECIPES.items() if recipe.make is not None]

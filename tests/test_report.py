@@ -27,7 +27,8 @@ from dreamteacher.distill.pretrain import PretrainConfig, pretrain
 from dreamteacher.reports import charts
 from dreamteacher.reports import maps as reports_maps
 from dreamteacher.reports.charts import Dots, Scale, Series, chart_scales, dot_plot, line_chart, nice_ticks
-from dreamteacher.reports.report import ReportConfig, report, write_report
+from dreamteacher.reports.config import ReportConfig
+from dreamteacher.reports.report import report, write_report
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.page import data_uri
 from dreamteacher.spec import FeatureSpec

@@ -24,11 +24,9 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dreamteacher.downstream import evaluate, loop, results
-from dreamteacher.downstream.classification.finetune_full import FinetuneFullConfig
-from dreamteacher.downstream.classification.linear_sgd import LinearSgdConfig
+from dreamteacher.downstream.classification.config import FinetuneFullConfig, LinearSgdConfig
 from dreamteacher.downstream.evaluate import EvaluateConfig
-from dreamteacher.downstream.segmentation.readout import ReadoutConfig
-from dreamteacher.downstream.segmentation.semantic import SemanticConfig
+from dreamteacher.downstream.segmentation.config import ReadoutConfig, SemanticConfig
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.run_folder import read_rows
 

@@ -22,13 +22,14 @@ from dreamteacher.data.masks.loaded import load_layout
 from dreamteacher.data.masks.streamed import SegmentationFiles, find_segmentation
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream import evaluate
+from dreamteacher.downstream.classification import config as classification_config
 from dreamteacher.downstream.classification import finetune
 from dreamteacher.downstream.config import TASK_NAMES
 from dreamteacher.downstream.evaluate import EvaluateConfig
 from dreamteacher.downstream.segmentation import crops, few_masks, semantic
-from dreamteacher.downstream.segmentation.crops import CropConfig, SemanticData, random_crop
-from dreamteacher.downstream.segmentation.readout import ReadoutConfig, readout
-from dreamteacher.downstream.segmentation.semantic import SemanticConfig
+from dreamteacher.downstream.segmentation.config import CropConfig, ReadoutConfig, SemanticConfig
+from dreamteacher.downstream.segmentation.crops import SemanticData, random_crop
+from dreamteacher.downstream.segmentation.readout import readout
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.distributed.device import seeded
 from dreamteacher.runtime.errors import UserError
@@ -249,7 +250,7 @@ def test_damaged_images_give_way(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_the_polynomial_decay_is_torchs(optimizer: finetune.Optimizer) -> None:
+def test_the_polynomial_decay_is_torchs(optimizer: classification_config.Optimizer) -> None:
     x, y = torch.randn(12, 3, generator=generator(0)), torch.randn(12, 1, generator=generator(1))
     with seeded(0, torch.device("cpu")):
         ours, theirs = nn.Linear(3, 1), nn.Linear(3, 1)

@@ -23,8 +23,10 @@ from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import RunDir, read_rows
 from dreamteacher.teachers.registry import load_teacher, read_card
 from dreamteacher.teachers.stylegan2.teacher import Generator, StyleGan2Spec, StyleGan2Teacher
+from dreamteacher.teachers.training import config as training_config
 from dreamteacher.teachers.training import stylegan2, train
 from dreamteacher.teachers.training.augment import Adaptation, _blit, _warp, augment
+from dreamteacher.teachers.training.config import TrainTeacherConfig
 from dreamteacher.teachers.training.discriminator import Discriminator, EqualConv, append_deviation
 from dreamteacher.teachers.training.stylegan2 import (
     StyleGan2Preset,
@@ -36,7 +38,7 @@ from dreamteacher.teachers.training.stylegan2 import (
     network_spec,
     r1_penalty,
 )
-from dreamteacher.teachers.training.train import PRESETS, TrainTeacherConfig, train_teacher
+from dreamteacher.teachers.training.train import PRESETS, train_teacher
 from dreamteacher.teachers.training.trainee import Plan, Trainee
 from dreamteacher.testing import check_teacher
 
@@ -662,4 +664,4 @@ def test_the_papers_preset() -> None:
     assert (paper.size, paper.batch_size, paper.gamma) == ((512, 1024), 32, 10.0)
     assert network_spec(paper, paper.size, 3).block_size(0) == (4, 8)
     assert TrainTeacherConfig.__dataclass_fields__["ada"].default is None
-    assert set(PRESETS) == set(train.PresetName.__args__)
+    assert set(PRESETS) == set(training_config.PresetName.__args__)

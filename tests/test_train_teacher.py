@@ -33,8 +33,9 @@ from dreamteacher.teachers.diffusion.teacher import (
 )
 from dreamteacher.teachers.registry import load_teacher, read_card, sha256
 from dreamteacher.teachers.training import diffusion
+from dreamteacher.teachers.training.config import TrainTeacherConfig
 from dreamteacher.teachers.training.diffusion import DiffusionPreset, DiffusionTrainee, epsilon_loss
-from dreamteacher.teachers.training.train import PRESETS, TrainTeacherConfig, train_teacher
+from dreamteacher.teachers.training.train import PRESETS, train_teacher
 from dreamteacher.teachers.training.trainee import Plan
 
 # Strides 2 to 32 as in cpu-64, in a network that takes milliseconds.

@@ -19,6 +19,7 @@ from dreamteacher.runtime import prefetch
 from dreamteacher.runtime.distributed.device import resolve_precision
 from dreamteacher.runtime.distributed.share import Draws
 from dreamteacher.runtime.run_folder import RunDir
+from dreamteacher.teachers.training import config as training_config
 from dreamteacher.teachers.training import diffusion as training_diffusion
 from dreamteacher.teachers.training import stylegan2, train
 from dreamteacher.teachers.training.diffusion import DiffusionTrainee
@@ -100,7 +101,7 @@ def test_the_loop_sends_bytes_beside_the_step(image_folder, tmp_path, monkeypatc
     )
     images = image_set.load_images(image_folder, (64, 64))
     plan = Plan(seed=3, steps=3, batch_size=8, lr=1, device=torch.device("cpu"), precision="float32")
-    config = train.TrainTeacherConfig(images=image_folder, out=tmp_path, seed=3)
+    config = training_config.TrainTeacherConfig(images=image_folder, out=tmp_path, seed=3)
     with contextlib.closing(RunDir(tmp_path / "run")) as run:
         train._Loop(config, plan, look, images, run, {"config": {}}).run_all()  # type: ignore[arg-type]
     assert sent == [torch.uint8] * 3

@@ -224,7 +224,7 @@ def test_layer_decay_by_blocks() -> None:
 
 
 def test_full_finetuning_takes_timms_groups_and_head() -> None:
-    from dreamteacher.downstream.classification.finetune_full import FinetuneFullConfig
+    from dreamteacher.downstream.classification.config import FinetuneFullConfig
 
     student = create_student("test_vit", seed=3)
     model = TimmClassifier(student, 7, drop_path=0.1)

@@ -38,10 +38,11 @@ from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import to_json
-from dreamteacher.runtime.distributed.device import Precision, autocast, pick_device, seeded
+from dreamteacher.runtime.distributed.device import autocast, pick_device, seeded
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.optim import lr_at, parameter_groups, set_lr
 from dreamteacher.runtime.run_folder import RunDir
+from dreamteacher.runtime.settings import Precision
 from dreamteacher.spec import FeatureSpec
 
 MethodName = Literal["simclr", "mocov2", "byol", "densecl", "ddep"]

@@ -38,12 +38,14 @@ from safetensors.torch import load_file
 
 from dreamteacher import __version__
 from dreamteacher.distill import config, pretrain
+from dreamteacher.distill import config as distill_config
 from dreamteacher.distill import step as distill_step
 from dreamteacher.distill.store import make
 from dreamteacher.distill.store import writer as store_writer
 from dreamteacher.runtime import checkpoint
 from dreamteacher.teachers.diffusion.teacher import DiffusionSpec, DiffusionTeacher, build_unet
 from dreamteacher.teachers.registry import save_teacher
+from dreamteacher.teachers.training import config as training_config
 from dreamteacher.teachers.training import diffusion, train
 
 LEVELS = 5
@@ -168,12 +170,12 @@ def prepare(folder: Path, images: int, steps: int) -> dict[str, Verb]:
         ))  # fmt: skip
 
     def teaching(out: Path) -> object:
-        return train.train_teacher(train.TrainTeacherConfig(
+        return train.train_teacher(training_config.TrainTeacherConfig(
             **shared, out=out, steps=steps, save_every=4, sample_every=steps // 2, name="tiny",
         ))  # fmt: skip
 
     def features(out: Path) -> object:
-        return make.make_features(make.MakeFeaturesConfig(
+        return make.make_features(distill_config.MakeFeaturesConfig(
             **shared, out=out, teacher=teacher, batch_size=4, shard_mb=0.2, keep="random", channels=8,
         ))  # fmt: skip
 

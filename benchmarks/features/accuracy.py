@@ -32,10 +32,11 @@ from dreamteacher import __version__
 from dreamteacher.cli.demo import DemoConfig, demo_recipe, xray_folders
 from dreamteacher.data import image_set
 from dreamteacher.data.images import find_images
+from dreamteacher.distill.config import MakeFeaturesConfig
 from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.distill.store.files import read_manifest
 from dreamteacher.distill.store.items import layout
-from dreamteacher.distill.store.make import MakeFeaturesConfig, make_features
+from dreamteacher.distill.store.make import make_features
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
 from dreamteacher.downstream.features import labelled_data
 from dreamteacher.models.student import create_student

@@ -37,10 +37,11 @@ from torchvision.transforms.v2.functional import to_pil_image
 from dreamteacher import __version__
 from dreamteacher.data import image_set
 from dreamteacher.distill import dataset
+from dreamteacher.distill.config import MakeFeaturesConfig
 from dreamteacher.distill.dataset import FeatureBatch
 from dreamteacher.distill.pretrain import PretrainConfig, Training
 from dreamteacher.distill.store.items import layout
-from dreamteacher.distill.store.make import MakeFeaturesConfig, make_features
+from dreamteacher.distill.store.make import make_features
 from dreamteacher.distill.store.reader import FeatureStore
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from dreamteacher.data import shards
 from dreamteacher.data.images import BadImageError, read_image
+from dreamteacher.distill import config as distill_config
 from dreamteacher.distill.store import files, make, reader
 from dreamteacher.models import student
 from dreamteacher.models.interpreter import InterpreterSpec, load_interpreter, save_interpreter
@@ -357,7 +358,7 @@ def of_features(box: Sandbox) -> Reader:
     teacher.mkdir()
     spec = DiffusionSpec(unet=UNET, patch=1, image_channels=1, size=(32, 32), timestep=100)
     save_teacher(teacher, build_unet(spec).state_dict(), spec, {"name": "tiny", "licence": "CC0-1.0"})
-    make.make_features(make.MakeFeaturesConfig(
+    make.make_features(distill_config.MakeFeaturesConfig(
         images=images, out=folder, teacher=str(teacher), batch_size=2, shard_mb=0.01, keep="random", channels=4,
         device="cpu", precision="float32", size=(32, 32),
     ))  # fmt: skip
@@ -385,7 +386,7 @@ def of_stores(box: Sandbox) -> Reader:
     of_features(box)
     folder = box.inside / "features"
     sound = {p.name: p.read_bytes() for p in folder.iterdir()}
-    asked = from_json(make.MakeFeaturesConfig, json.loads(sound["config.json"])["config"])
+    asked = from_json(distill_config.MakeFeaturesConfig, json.loads(sound["config.json"])["config"])
     every = torch.arange(5)
     rows, _ = reader.FeatureStore(folder).rows(every, every * 0)
     names = sorted(set(sound) - {files.MANIFEST})

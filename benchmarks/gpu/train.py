@@ -29,8 +29,9 @@ from dreamteacher.models.student import create_student
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.distributed.device import pick_device
 from dreamteacher.runtime.run_folder import RunDir
+from dreamteacher.teachers.training.config import TrainTeacherConfig
 from dreamteacher.teachers.training.diffusion import PRESETS, DiffusionTrainee, network_spec
-from dreamteacher.teachers.training.train import TrainTeacherConfig, train_teacher
+from dreamteacher.teachers.training.train import train_teacher
 from dreamteacher.teachers.training.trainee import Plan
 
 COLLECT = Path(__file__).parent.parent / "collect.py"

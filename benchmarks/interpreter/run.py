@@ -25,7 +25,8 @@ import torch
 
 from dreamteacher import __version__
 from dreamteacher.data.labelled import LabelledSet
-from dreamteacher.distill.train_interpreter import TrainInterpreterConfig, train_interpreter
+from dreamteacher.distill.config import TrainInterpreterConfig
+from dreamteacher.distill.train_interpreter import train_interpreter
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher, build_unet
 from dreamteacher.teachers.training.diffusion import DiffusionPreset, network_spec
 from dreamteacher.teachers.training.train import PRESETS

@@ -35,10 +35,12 @@ from torch import Tensor, nn
 
 from dreamteacher.data.labelled import LabelledSet
 from dreamteacher.data.seeds import device_generator
+from dreamteacher.distill.config import TrainInterpreterConfig
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
-from dreamteacher.distill.train_interpreter import TrainInterpreterConfig, train_interpreter
+from dreamteacher.distill.train_interpreter import train_interpreter
 from dreamteacher.downstream.features import device_of, frozen, to_input
-from dreamteacher.downstream.segmentation.few_masks import SegmentConfig, draw_masks, train_segmenter
+from dreamteacher.downstream.segmentation.config import SegmentConfig
+from dreamteacher.downstream.segmentation.few_masks import draw_masks, train_segmenter
 from dreamteacher.models.distilled import load_distilled, neck_weights
 from dreamteacher.models.interpreter import load_interpreter
 from dreamteacher.models.regressor import resize

@@ -36,10 +36,10 @@ from dreamteacher.data.image_set import load_images
 from dreamteacher.data.images import find_images
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
-from dreamteacher.downstream.classification.finetune import FinetuneConfig
+from dreamteacher.downstream.classification.config import FinetuneConfig
 from dreamteacher.downstream.detection.config import DetectConfig
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate
-from dreamteacher.downstream.segmentation.few_masks import SegmentConfig
+from dreamteacher.downstream.segmentation.config import SegmentConfig
 from dreamteacher.downstream.tables import summary_table
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.errors import UserError

@@ -1,4 +1,4 @@
-"""What a pretraining is asked to do."""
+"""What `pretrain`, `train-interpreter`, `make-features` and `make-labels` are asked to do."""
 
 from __future__ import annotations
 
@@ -6,19 +6,48 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dreamteacher.distill.kinds import DatasetKind
-from dreamteacher.distill.train_interpreter import InterpreterTraining
-from dreamteacher.losses import AtReduction, WhitenAxes
-from dreamteacher.runtime import optim
-from dreamteacher.runtime.compile import Compile
-from dreamteacher.runtime.distributed.batch_norm import BatchNorm
-from dreamteacher.runtime.distributed.device import Precision
-from dreamteacher.runtime.distributed.sharding import (
-    Sharding,
-)
-from dreamteacher.teachers.base import Noise
+from dreamteacher.runtime.settings import BatchNorm, Compile, OptimizerName, Precision, Sharding
+from dreamteacher.spec import AtReduction, Noise, WhitenAxes
 
 Mode = Literal["feature", "label", "mixed"]
+What = Literal["maps", "latents"]
+Keep = Literal["pca", "random", "whitened", "all"]
+Storage = Literal["int8", "float16", "float32"]
+DatasetKind = Literal["encoded", "synthesized", "mixture"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpreterTraining:
+    """How an interpreter is trained. Defaults are the paper's, but for the batch, which it does not state."""
+
+    epochs: int = 100
+    """Passes over the labelled images."""
+    warmup_epochs: int = 20
+    """Epochs of linear warm-up before the cosine."""
+    batch_size: int = 4
+    """Labelled images per step (at most as many as there are)."""
+    lr: float = 4e-3
+    """Peak learning rate (AdamW)."""
+    weight_decay: float = 0.05
+    """For kernels and matrices; biases and norms do not decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of the optimizer's moments."""
+    width: int = 256
+    """Channels inside the interpreter, a multiple of 8."""
+    dropout: float = 0.1
+    """Probability of dropping a channel before the last layer."""
+    dice_weight: float = 3.0
+    """Weight of the Dice loss beside the cross-entropy (eq. 4)."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: in the cross-entropy a class counts by the inverse of its share of the labels."""
+    ema: float = 0.0
+    """Decay of an average of the weights that is then used; 0: none."""
+    flip: bool = True
+    """Horizontal flips; switch off where classes have a side."""
+    look_every: int = 10
+    """Epochs between looks at the validation score; 0: only at the end."""
+    teacher_batch: int = 0
+    """Images that the teacher sees at once, to save memory; 0: a whole batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +110,7 @@ class PretrainConfig:
     """distance: norm per image (eq. 2); public: mean of squares, as public code has it."""
     width: int = 256
     """Channels of the feature regressor."""
-    optimizer: optim.OptimizerName = "adamw"
+    optimizer: OptimizerName = "adamw"
     """adamw, or lamb (the paper's for ImageNet)."""
     lr: float = 4e-3
     """Peak learning rate at the given batch size."""
@@ -136,6 +165,140 @@ class PretrainConfig:
     """Only print parameters, steps, memory, time and disk."""
     tensorboard: bool = False
     """Also write TensorBoard files (extra: dreamteacher[tensorboard])."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainInterpreterConfig(InterpreterTraining):
+    """Train an interpreter on a teacher's maps of a few labelled images."""
+
+    images: Path
+    """Labelled images; without masks: one subfolder per class. Also a folder of samples from `make-labels`."""
+    masks: Path | None = None
+    """Their masks: a folder of images of class ids, a COCO-style JSON file, or a folder of .npy files (DDPM-seg's)."""
+    binary_masks: bool = False
+    """Masks are black and white: class 0 and class 1."""
+    class_count: int | None = None
+    """Number of classes; ids beyond it are refused. None: the largest id that occurs."""
+    ignore_index: int = 255
+    """Mask id that is neither learned nor scored."""
+    labels: int | None = None
+    """Labelled images to learn from (without masks: per class), drawn by the seed; none: all of them."""
+    val_images: Path | None = None
+    """Images to validate on; none: those that --labels leaves over, if any."""
+    val_masks: Path | None = None
+    """Their masks."""
+    out: Path
+    """Folder for the interpreter; the same command resumes."""
+    teacher: str = "chest-xray-64"
+    """A name of `list teachers`, a folder made by `train-teacher` or `get-teacher`, or FILE.py:FUNCTION."""
+    t: tuple[int, ...] = ()
+    """Timesteps of a diffusion teacher, read side by side; none: the one its card recommends."""
+    blocks: tuple[int, ...] = ()
+    """Decoder blocks of a diffusion U-Net to read (DDPM-seg: 5 6 7 8 12); none: the paper's four levels."""
+    noise: Noise = "stochastic"
+    """stochastic (fresh at every step), fixed (one for all), inversion (DDIM, deterministic) or none."""
+    psi: float = 1.0
+    """Truncation of a GAN teacher's samples; 1: none."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels; none: the teacher's."""
+    seed: int = 0
+    """Seeds weights, draws, order, flips and noise."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 ..."""
+    precision: Precision = "auto"
+    """Autocast dtype; auto: bfloat16 where the hardware has it."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    dry_run: bool = False
+    """Only check and print what would be done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeFeaturesConfig:
+    """Keep a teacher's maps of a folder of images on disk, for `pretrain --features`."""
+
+    images: Path
+    """Folder of images, searched recursively."""
+    out: Path
+    """Folder of the features; the same command resumes, and may run several times at once."""
+    teacher: str = "chest-xray-64"
+    """A name of `list teachers`, a folder made by `train-teacher` or `get-teacher`, or FILE.py:FUNCTION."""
+    what: What = "maps"
+    """maps; or latents: only what Stable Diffusion's autoencoder gives, its U-Net runs while pretraining."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels; none: the teacher's."""
+    t: tuple[int, ...] = ()
+    """Timesteps of a diffusion teacher; none: the one its card recommends."""
+    blocks: tuple[int, ...] = ()
+    """Decoder blocks of a diffusion U-Net whose maps are kept; none: the paper's four levels."""
+    noise: Noise = "stochastic"
+    """stochastic (fresh for every draw), fixed (one for all), inversion (DDIM, deterministic) or none."""
+    keep: Keep = "pca"
+    """pca: the best subspace of the whitened maps; random: any subspace; whitened: all channels; all: raw maps."""
+    channels: int = 64
+    """Stored channels of a level with pca and random: one is the energy of the raw map, the others coefficients."""
+    store: tuple[Storage, ...] = ()
+    """int8 (a scale for each channel), float16 or float32; one for all levels, or one each, fine to coarse. None:
+    int8; float16 for --keep all; float32 for latents."""
+    whiten: WhitenAxes = "chw"
+    """LayerNorm axes of eq. 1: chw (per image) or c (per position); pretraining must use the same."""
+    draws: int | None = None
+    """Times that each image is encoded, each with noise of its own; none: 2 where images are flipped (one of them
+    mirrored), else 1."""
+    flip: bool = True
+    """Mirror half of the draws. Stored maps cannot be mirrored later."""
+    seed: int = 0
+    """Seeds noise, flips and the basis."""
+    batch_size: int = 8
+    """Images that the teacher encodes at once; the noise of a batch comes from one recorded seed."""
+    fit: int = 10_000
+    """Positions of each level that the PCA is fitted on; they come from at most 160 images, drawn by the seed."""
+    shard_mb: float = 256.0
+    """Size of a shard in 10^6 bytes, about; a writer needs up to three times that in memory."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 ..."""
+    precision: Precision = "auto"
+    """Autocast dtype of the teacher; auto: bfloat16 where the hardware has it."""
+    workers: int = 2
+    """Threads that decode images."""
+    cache_gb: float = 2.0
+    """Images are kept decoded in memory up to this size, else read when their turn comes."""
+    strict: bool = False
+    """Stop before the first batch when any image is damaged."""
+    dry_run: bool = False
+    """Only print size and time, measured on one batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeLabelsConfig:
+    """Label a folder of images, or a teacher's own samples; or draw samples to annotate."""
+
+    interpreter: Path | None = None
+    """A folder of `train-interpreter`: it labels what its teacher sees or draws."""
+    run: Path | None = None
+    """Or a run of `pretrain --mode label` or `mixed`: its student labels images, without the teacher."""
+    teacher: str | None = None
+    """Or neither, and a teacher: its samples are drawn to be annotated."""
+    images: Path | None = None
+    """Folder of images to label."""
+    samples: int | None = None
+    """Instead of --images: how many samples of the teacher to draw (and label)."""
+    out: Path
+    """Folder for images, masks, labels.jsonl and index.html; the same command resumes."""
+    soft: bool = False
+    """Also keep the probabilities of all classes (uint8, at the model's own resolution)."""
+    psi: float = 1.0
+    """Truncation of a GAN teacher's samples that are drawn to be annotated; 1: none."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels; none: what the model was trained at."""
+    batch_size: int = 16
+    """Images a pass."""
+    seed: int = 0
+    """Seeds samples and noise."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 ..."""
+    precision: Precision = "auto"
+    """Autocast dtype; auto: bfloat16 where the hardware has it."""
 
 
 def steps_of(config: PretrainConfig, images: int) -> int:

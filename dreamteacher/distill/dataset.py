@@ -13,11 +13,13 @@ from dreamteacher.data import image_set
 from dreamteacher.data.seeds import device_generator
 from dreamteacher.distill.store.items import Kept, unpack
 from dreamteacher.distill.store.reader import FeatureStore
-from dreamteacher.losses import AtReduction, FeatureLoss, WhitenAxes, feature_loss, projected_loss, whiten
-from dreamteacher.runtime.distributed.device import Precision, autocast
+from dreamteacher.losses import FeatureLoss, feature_loss, projected_loss, whiten
+from dreamteacher.runtime.distributed.device import autocast
 from dreamteacher.runtime.distributed.share import ALONE, Share
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.prefetch import Copies, Sent, ahead
+from dreamteacher.runtime.settings import Precision
+from dreamteacher.spec import AtReduction, WhitenAxes
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.in_parts import InParts
 

@@ -14,7 +14,8 @@ from dreamteacher.losses import feature_loss
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.config import describe
-from dreamteacher.runtime.distributed.device import Precision, autocast
+from dreamteacher.runtime.distributed.device import autocast
+from dreamteacher.runtime.settings import Precision
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import Teacher
 

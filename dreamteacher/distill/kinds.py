@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
+from dreamteacher.distill.config import DatasetKind
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.teachers.base import Teacher
-
-DatasetKind = Literal["encoded", "synthesized", "mixture"]
-
 
 MODES = {"encoded": {"encode"}, "synthesized": {"sample"}, "mixture": {"encode", "sample"}}
 

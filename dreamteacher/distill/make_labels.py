@@ -10,7 +10,6 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,13 +25,14 @@ from dreamteacher.data import image_set
 from dreamteacher.data.images import below
 from dreamteacher.data.labelled import SAMPLES
 from dreamteacher.data.seeds import device_generator, step_generator
+from dreamteacher.distill.config import MakeLabelsConfig
 from dreamteacher.distill.train_interpreter import sample_maps
 from dreamteacher.models.distilled import Distilled, load_distilled
 from dreamteacher.models.interpreter import Interpreter, load_interpreter
 from dreamteacher.models.regressor import resize
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import changed_keys, describe, to_json
-from dreamteacher.runtime.distributed.device import Precision, autocast, pick_device
+from dreamteacher.runtime.distributed.device import autocast, pick_device
 from dreamteacher.runtime.errors import UserError, shorten
 from dreamteacher.runtime.page import data_uri, page
 from dreamteacher.runtime.run_folder import Progress, RunDir, Signals, read_rows
@@ -45,38 +45,6 @@ _COLOURS = (
     (0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
     (204, 121, 167), (255, 255, 255), (150, 150, 150),
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class MakeLabelsConfig:
-    """Label a folder of images, or a teacher's own samples; or draw samples to annotate."""
-
-    interpreter: Path | None = None
-    """A folder of `train-interpreter`: it labels what its teacher sees or draws."""
-    run: Path | None = None
-    """Or a run of `pretrain --mode label` or `mixed`: its student labels images, without the teacher."""
-    teacher: str | None = None
-    """Or neither, and a teacher: its samples are drawn to be annotated."""
-    images: Path | None = None
-    """Folder of images to label."""
-    samples: int | None = None
-    """Instead of --images: how many samples of the teacher to draw (and label)."""
-    out: Path
-    """Folder for images, masks, labels.jsonl and index.html; the same command resumes."""
-    soft: bool = False
-    """Also keep the probabilities of all classes (uint8, at the model's own resolution)."""
-    psi: float = 1.0
-    """Truncation of a GAN teacher's samples that are drawn to be annotated; 1: none."""
-    size: tuple[int, int] | None = None
-    """Height and width in pixels; none: what the model was trained at."""
-    batch_size: int = 16
-    """Images a pass."""
-    seed: int = 0
-    """Seeds samples and noise."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 ..."""
-    precision: Precision = "auto"
-    """Autocast dtype; auto: bfloat16 where the hardware has it."""
 
 
 class _Labeller(NamedTuple):

@@ -14,11 +14,11 @@ from dreamteacher import __version__
 from dreamteacher.data import batches as data_batches
 from dreamteacher.data import image_set
 from dreamteacher.distill import dataset, kinds
-from dreamteacher.distill.config import PretrainConfig, steps_of
+from dreamteacher.distill.config import PretrainConfig, TrainInterpreterConfig, steps_of
 from dreamteacher.distill.estimate import disk_bytes, dry_run, millions
 from dreamteacher.distill.step import Training
 from dreamteacher.distill.store.reader import FeatureStore
-from dreamteacher.distill.train_interpreter import InterpreterJob, TrainInterpreterConfig, prepare
+from dreamteacher.distill.train_interpreter import InterpreterJob, prepare
 from dreamteacher.models.interpreter import (
     Interpreter,
     InterpreterSpec,

@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,103 +19,18 @@ from dreamteacher import __version__, metrics
 from dreamteacher.data import batches
 from dreamteacher.data.labelled import LabelledSet, draw, read_labelled
 from dreamteacher.data.seeds import device_generator, step_generator
+from dreamteacher.distill.config import TrainInterpreterConfig
 from dreamteacher.distill.estimate import millions
 from dreamteacher.losses import interpreter_loss
 from dreamteacher.models.interpreter import InterpreterSpec, save_interpreter
 from dreamteacher.models.regressor import resize
 from dreamteacher.runtime import checkpoint, optim
 from dreamteacher.runtime.config import describe, to_json
-from dreamteacher.runtime.distributed.device import (
-    Precision,
-    autocast,
-    pick_device,
-    resolve_precision,
-    seeded,
-)
+from dreamteacher.runtime.distributed.device import autocast, pick_device, resolve_precision, seeded
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import Progress, RunDir, Signals
-from dreamteacher.teachers.base import Noise, Teacher
+from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.registry import fingerprint, load_teacher
-
-
-@dataclass(frozen=True, kw_only=True)
-class InterpreterTraining:
-    """How an interpreter is trained. Defaults are the paper's, but for the batch, which it does not state."""
-
-    epochs: int = 100
-    """Passes over the labelled images."""
-    warmup_epochs: int = 20
-    """Epochs of linear warm-up before the cosine."""
-    batch_size: int = 4
-    """Labelled images per step (at most as many as there are)."""
-    lr: float = 4e-3
-    """Peak learning rate (AdamW)."""
-    weight_decay: float = 0.05
-    """For kernels and matrices; biases and norms do not decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Of the optimizer's moments."""
-    width: int = 256
-    """Channels inside the interpreter, a multiple of 8."""
-    dropout: float = 0.1
-    """Probability of dropping a channel before the last layer."""
-    dice_weight: float = 3.0
-    """Weight of the Dice loss beside the cross-entropy (eq. 4)."""
-    class_weights: Literal["none", "balanced"] = "none"
-    """balanced: in the cross-entropy a class counts by the inverse of its share of the labels."""
-    ema: float = 0.0
-    """Decay of an average of the weights that is then used; 0: none."""
-    flip: bool = True
-    """Horizontal flips; switch off where classes have a side."""
-    look_every: int = 10
-    """Epochs between looks at the validation score; 0: only at the end."""
-    teacher_batch: int = 0
-    """Images that the teacher sees at once, to save memory; 0: a whole batch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainInterpreterConfig(InterpreterTraining):
-    """Train an interpreter on a teacher's maps of a few labelled images."""
-
-    images: Path
-    """Labelled images; without masks: one subfolder per class. Also a folder of samples from `make-labels`."""
-    masks: Path | None = None
-    """Their masks: a folder of images of class ids, a COCO-style JSON file, or a folder of .npy files (DDPM-seg's)."""
-    binary_masks: bool = False
-    """Masks are black and white: class 0 and class 1."""
-    class_count: int | None = None
-    """Number of classes; ids beyond it are refused. None: the largest id that occurs."""
-    ignore_index: int = 255
-    """Mask id that is neither learned nor scored."""
-    labels: int | None = None
-    """Labelled images to learn from (without masks: per class), drawn by the seed; none: all of them."""
-    val_images: Path | None = None
-    """Images to validate on; none: those that --labels leaves over, if any."""
-    val_masks: Path | None = None
-    """Their masks."""
-    out: Path
-    """Folder for the interpreter; the same command resumes."""
-    teacher: str = "chest-xray-64"
-    """A name of `list teachers`, a folder made by `train-teacher` or `get-teacher`, or FILE.py:FUNCTION."""
-    t: tuple[int, ...] = ()
-    """Timesteps of a diffusion teacher, read side by side; none: the one its card recommends."""
-    blocks: tuple[int, ...] = ()
-    """Decoder blocks of a diffusion U-Net to read (DDPM-seg: 5 6 7 8 12); none: the paper's four levels."""
-    noise: Noise = "stochastic"
-    """stochastic (fresh at every step), fixed (one for all), inversion (DDIM, deterministic) or none."""
-    psi: float = 1.0
-    """Truncation of a GAN teacher's samples; 1: none."""
-    size: tuple[int, int] | None = None
-    """Height and width in pixels; none: the teacher's."""
-    seed: int = 0
-    """Seeds weights, draws, order, flips and noise."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 ..."""
-    precision: Precision = "auto"
-    """Autocast dtype; auto: bfloat16 where the hardware has it."""
-    save_every: int = 200
-    """Steps between checkpoints."""
-    dry_run: bool = False
-    """Only check and print what would be done."""
 
 
 def train_interpreter(

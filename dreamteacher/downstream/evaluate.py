@@ -12,6 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
+from dreamteacher.downstream.check import (
+    UNDRAWN,
+    budgets,
+    check_config,
+    mask_places,
+    with_classes,
+    with_masks,
+)
 from dreamteacher.downstream.classification.finetune import finetune
 from dreamteacher.downstream.classification.finetune_full import (
     TimmClassifier,
@@ -22,15 +30,7 @@ from dreamteacher.downstream.classification.finetune_full import (
 from dreamteacher.downstream.classification.knn import knn
 from dreamteacher.downstream.classification.linear import linear
 from dreamteacher.downstream.classification.linear_sgd import linear_sgd
-from dreamteacher.downstream.config import (
-    UNDRAWN,
-    EvaluateConfig,
-    budgets,
-    check_config,
-    mask_places,
-    with_classes,
-    with_masks,
-)
+from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.detection.data import DetectionData, load_detection
 from dreamteacher.downstream.detection.train import detect
 from dreamteacher.downstream.features import ClassificationData, device_of, extract_features

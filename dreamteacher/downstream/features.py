@@ -25,8 +25,9 @@ from dreamteacher.data.layouts.table import Part, image_files
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.distributed.device import Precision, autocast
+from dreamteacher.runtime.distributed.device import autocast
 from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.settings import Precision
 
 Images: TypeAlias = Tensor | ImageSet
 Levels = Literal["last", "all"]

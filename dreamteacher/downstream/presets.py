@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dreamteacher.downstream.classification.finetune_full import FinetuneFullConfig
+from dreamteacher.downstream.classification.config import FinetuneFullConfig
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.detection import config as detection_config
 from dreamteacher.downstream.panoptic import train
 from dreamteacher.downstream.segmentation import semantic
-from dreamteacher.downstream.segmentation.few_masks import SegmentConfig
+from dreamteacher.downstream.segmentation.config import SegmentConfig
 from dreamteacher.runtime.errors import UserError, did_you_mean
 
 

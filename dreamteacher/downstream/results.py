@@ -14,7 +14,8 @@ from typing import Any
 
 from dreamteacher import __version__
 from dreamteacher.data.layouts.table import layout_of
-from dreamteacher.downstream.config import EvaluateConfig, with_classes
+from dreamteacher.downstream.check import with_classes
+from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.features import device_of
 from dreamteacher.downstream.loop import Saved
 from dreamteacher.downstream.tasks import DETECTION, DISTILLED, PANOPTIC, PUBLISHED, STREAMED, Row

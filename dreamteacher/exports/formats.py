@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import timm
 import torch
 from timm.layers import Conv2dSame
 from torch import Tensor
 
+from dreamteacher.exports.config import Format
 from dreamteacher.exports.onnx import OPSET
 from dreamteacher.models.student import Student, normalisation
 from dreamteacher.runtime.errors import UserError, did_you_mean
 
-Format = Literal["timm", "torchvision", "detectron2", "mmdetection", "smp", "onnx", "hub"]
 FORMATS: tuple[str, ...] = get_args(Format)
 
 # By name and not by shape: resnetblur50 has resnet50's tensors and computes something else with them.

@@ -10,7 +10,6 @@ import os
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dreamteacher import __version__
-from dreamteacher.exports.formats import Format, Layout, check_format, layout
+from dreamteacher.exports.config import Format
+from dreamteacher.exports.formats import Layout, check_format, layout
 from dreamteacher.exports.hub import LICENCE_FILE, OTHER, check_hub, front_matter, licence_text
 from dreamteacher.exports.onnx import check_onnx, write_onnx
 from dreamteacher.models.plain_vit import fitting, grid_of, rebuilt_with, size_settings
@@ -47,29 +47,6 @@ _SETTINGS = (
     "size", "t", "noise", "init", "epochs", "steps", "batch_size", "optimizer", "lr", "weight_decay", "axes",
     "at_weight", "width", "flip", "seed",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Settings of `dreamteacher export`.
-
-    Args:
-        run: folder of a finished pretraining run.
-        out: folder to make; None is "export" inside the run folder.
-        overwrite: replace an earlier export that lies at `out`.
-        format: whose names the weights get; each format's card has the code that loads it. "hub" is timm's
-            format with what the model hub asks of a card; "onnx" is a graph with the normalisation inside.
-        licence: of the weights, as the model hub calls it (only for the format hub); "other" points to the
-            terms of the teacher and the images.
-        datasets: the model hub's names of the images, where they lie there (only for the format hub).
-    """
-
-    run: Path
-    out: Path | None = None
-    overwrite: bool = False
-    format: Format = "timm"
-    licence: str = OTHER
-    datasets: tuple[str, ...] = ()
 
 
 def export(

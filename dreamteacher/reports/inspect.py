@@ -11,7 +11,6 @@ import html
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,54 +22,17 @@ from dreamteacher.data.masks.loaded import load_labelled
 from dreamteacher.downstream.classification.linear import linear
 from dreamteacher.downstream.features import draw_labels
 from dreamteacher.reports.charts import pca_basis, pca_colours
+from dreamteacher.reports.config import InspectConfig
 from dreamteacher.reports.inspect_scores import halves, pixel_probe, pixels_at, recognition, standardised
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.distributed.device import Precision, autocast, pick_device
+from dreamteacher.runtime.distributed.device import autocast, pick_device
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.page import data_uri, page
 from dreamteacher.runtime.run_folder import Progress
-from dreamteacher.teachers.base import Noise, Teacher
+from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.registry import is_python, load_teacher, read_card, teacher_folder
 
 _POSITIONS = 48  # of each image, for the probe of masks
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectConfig:
-    """Draw a teacher's maps and rank its timesteps and levels."""
-
-    teacher: str = "chest-xray-64"
-    """A name of `list teachers`, a teacher's folder, or FILE.py:FUNCTION."""
-    images: Path | None = None
-    """Folder of images; none: the teacher's own samples. Subfolders are classes and are probed."""
-    masks: Path | None = None
-    """Masks of the images (a folder, a COCO-style JSON file, or .npy files); probed instead of classes."""
-    binary_masks: bool = False
-    """Masks are black and white."""
-    out: Path
-    """Folder for index.html and ranking.csv."""
-    t: tuple[int, ...] = (10, 50, 100, 150, 250, 400)
-    """Timesteps to compare, for a diffusion teacher."""
-    noise: Noise = "stochastic"
-    """How a diffusion teacher noises images."""
-    psi: float = 1.0
-    """Truncation of a GAN teacher's samples; 1: none."""
-    size: tuple[int, int] | None = None
-    """Height and width in pixels; none: the teacher's."""
-    count: int = 384
-    """Images that are scored (at most)."""
-    labels: int = 10
-    """Labelled images per class that a probe of classes learns from; masks: labelled images in all."""
-    show: int = 6
-    """Images that are drawn."""
-    batch_size: int = 16
-    """Images a pass."""
-    seed: int = 0
-    """Seeds the choice of images, noise and labels."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 ..."""
-    precision: Precision = "auto"
-    """Autocast dtype; auto: bfloat16 where the hardware has it."""
 
 
 @dataclass(frozen=True, kw_only=True)

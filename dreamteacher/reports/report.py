@@ -11,6 +11,7 @@ from typing import Any
 
 from dreamteacher.exports.write import load_snippet
 from dreamteacher.reports.charts import Series, line_chart
+from dreamteacher.reports.config import ReportConfig
 from dreamteacher.reports.maps import MAPS_LEAD, as_dict, feature_maps, stride_name, teacher_samples
 from dreamteacher.reports.results import results_section, verdict
 from dreamteacher.runtime import checkpoint
@@ -21,18 +22,6 @@ from dreamteacher.teachers.registry import read_card
 
 _GIVE = "Give the --out folder of pretrain, train-teacher or evaluate."
 _CURVES_LEAD = "Against optimizer steps; a pointer on a line shows its values."
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """Write report.html into a run folder: one page without any outside resource."""
-
-    run: Path
-    """Folder of a pretraining, of a teacher's training, or one with a results.jsonl."""
-    images: int = 8
-    """Images whose feature maps are drawn; 0: none."""
-    own_code: bool = False
-    """Run the Python file that the run names as its teacher, to draw its maps: for runs of your own alone."""
 
 
 def report(config: ReportConfig) -> Path:

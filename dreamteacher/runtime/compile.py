@@ -7,13 +7,13 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.settings import Compile
 
-Compile = Literal["auto", "on", "off"]
 BACKEND = "inductor"
 # Below this many steps, compiling (minutes for a large teacher) costs more than it gives back.
 WORTHWHILE_STEPS = 1000

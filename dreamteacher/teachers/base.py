@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +12,6 @@ from torch import nn
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.spec import FeatureSpec
 
-Noise = Literal["stochastic", "fixed", "inversion", "none"]
 STRIDES = (4, 8, 16, 32)
 
 

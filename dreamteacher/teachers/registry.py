@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import from_json, parse_json, to_json
 from dreamteacher.runtime.errors import UserError, did_you_mean
-from dreamteacher.teachers.base import Noise, Teacher
+from dreamteacher.spec import Noise
+from dreamteacher.teachers.base import Teacher
 
 WEIGHTS = "teacher.safetensors"
 SPEC = "teacher.json"

@@ -10,10 +10,7 @@ from torch import Tensor
 
 from dreamteacher.data.images import read_channels
 from dreamteacher.data.layouts.ade20k import _same_names
-from dreamteacher.data.layouts.cityscapes import (
-    _FIRST_THING,
-    STREET,
-)
+from dreamteacher.data.layouts.cityscapes import _FIRST_THING, STREET
 from dreamteacher.data.layouts.layout import Layout, _objects, _read, images_below
 from dreamteacher.data.sources import (
     IGNORED,

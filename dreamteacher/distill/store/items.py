@@ -16,15 +16,12 @@ from torch import Tensor
 
 from dreamteacher.data.batches import flip_images
 from dreamteacher.data.seeds import step_generator
-from dreamteacher.losses import WhitenAxes, energy, whiten
+from dreamteacher.distill.config import Keep, Storage, What
+from dreamteacher.losses import energy, whiten
 from dreamteacher.runtime.distributed.device import autocast
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.spec import FeatureSpec
-from dreamteacher.teachers.base import Noise, Teacher
-
-What = Literal["maps", "latents"]
-Keep = Literal["pca", "random", "whitened", "all"]
-Storage = Literal["int8", "float16", "float32"]
+from dreamteacher.spec import FeatureSpec, Noise, WhitenAxes
+from dreamteacher.teachers.base import Teacher
 
 _DTYPES = {"int8": torch.int8, "float16": torch.float16, "float32": torch.float32}
 

@@ -6,7 +6,7 @@ import hashlib
 import math
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,86 +14,20 @@ from torch import Tensor
 
 from dreamteacher import __version__
 from dreamteacher.data import image_set
+from dreamteacher.distill.config import MakeFeaturesConfig, Storage
 from dreamteacher.distill.kinds import check_mode
 from dreamteacher.distill.store.files import CLAIMS, MANIFEST, image_lines
-from dreamteacher.distill.store.items import (
-    Keep,
-    Level,
-    Plan,
-    Storage,
-    What,
-    encode_group,
-    layout,
-    noise_device,
-    pack,
-)
+from dreamteacher.distill.store.items import Level, Plan, encode_group, layout, noise_device, pack
 from dreamteacher.distill.store.reader import FeatureStore, read_exactly
 from dreamteacher.distill.store.writer import Writer, check_plan, fit_groups
-from dreamteacher.losses import WhitenAxes
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import describe, to_json
-from dreamteacher.runtime.distributed.device import Precision, pick_device, resolve_precision
+from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.distributed.group import join
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import RunDir, Signals
-from dreamteacher.teachers.base import Noise, Teacher
+from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.registry import fingerprint, load_teacher
-
-
-@dataclass(frozen=True, kw_only=True)
-class MakeFeaturesConfig:
-    """Keep a teacher's maps of a folder of images on disk, for `pretrain --features`."""
-
-    images: Path
-    """Folder of images, searched recursively."""
-    out: Path
-    """Folder of the features; the same command resumes, and may run several times at once."""
-    teacher: str = "chest-xray-64"
-    """A name of `list teachers`, a folder made by `train-teacher` or `get-teacher`, or FILE.py:FUNCTION."""
-    what: What = "maps"
-    """maps; or latents: only what Stable Diffusion's autoencoder gives, its U-Net runs while pretraining."""
-    size: tuple[int, int] | None = None
-    """Height and width in pixels; none: the teacher's."""
-    t: tuple[int, ...] = ()
-    """Timesteps of a diffusion teacher; none: the one its card recommends."""
-    blocks: tuple[int, ...] = ()
-    """Decoder blocks of a diffusion U-Net whose maps are kept; none: the paper's four levels."""
-    noise: Noise = "stochastic"
-    """stochastic (fresh for every draw), fixed (one for all), inversion (DDIM, deterministic) or none."""
-    keep: Keep = "pca"
-    """pca: the best subspace of the whitened maps; random: any subspace; whitened: all channels; all: raw maps."""
-    channels: int = 64
-    """Stored channels of a level with pca and random: one is the energy of the raw map, the others coefficients."""
-    store: tuple[Storage, ...] = ()
-    """int8 (a scale for each channel), float16 or float32; one for all levels, or one each, fine to coarse. None:
-    int8; float16 for --keep all; float32 for latents."""
-    whiten: WhitenAxes = "chw"
-    """LayerNorm axes of eq. 1: chw (per image) or c (per position); pretraining must use the same."""
-    draws: int | None = None
-    """Times that each image is encoded, each with noise of its own; none: 2 where images are flipped (one of them
-    mirrored), else 1."""
-    flip: bool = True
-    """Mirror half of the draws. Stored maps cannot be mirrored later."""
-    seed: int = 0
-    """Seeds noise, flips and the basis."""
-    batch_size: int = 8
-    """Images that the teacher encodes at once; the noise of a batch comes from one recorded seed."""
-    fit: int = 10_000
-    """Positions of each level that the PCA is fitted on; they come from at most 160 images, drawn by the seed."""
-    shard_mb: float = 256.0
-    """Size of a shard in 10^6 bytes, about; a writer needs up to three times that in memory."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 ..."""
-    precision: Precision = "auto"
-    """Autocast dtype of the teacher; auto: bfloat16 where the hardware has it."""
-    workers: int = 2
-    """Threads that decode images."""
-    cache_gb: float = 2.0
-    """Images are kept decoded in memory up to this size, else read when their turn comes."""
-    strict: bool = False
-    """Stop before the first batch when any image is damaged."""
-    dry_run: bool = False
-    """Only print size and time, measured on one batch."""
 
 
 def make_features(config: MakeFeaturesConfig) -> Path | None:

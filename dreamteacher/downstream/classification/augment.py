@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.data import auto_augment
@@ -20,10 +20,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 from dreamteacher.data.image_set import ImageSet
 from dreamteacher.data.images import BadImageError, Size, read_image
 from dreamteacher.data.seeds import step_generator
+from dreamteacher.downstream.classification.config import Source
 from dreamteacher.downstream.features import Images, take
 from dreamteacher.runtime.errors import UserError
 
-Source = Literal["file", "decoded"]
 _MOST_TRIED = 100
 
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamteacher.data.seeds import step_generator
+from dreamteacher.downstream.classification.config import FinetuneConfig, Optimizer
 from dreamteacher.downstream.features import (
     ClassificationData,
     Images,
@@ -28,46 +27,9 @@ from dreamteacher.downstream.features import (
 from dreamteacher.downstream.loop import Saved, run_steps
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.distributed.device import Precision, autocast, seeded
-from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.distributed.device import autocast, seeded
 from dreamteacher.runtime.optim import lr_at, parameter_groups, poly_lr_at
-
-Optimizer = Literal["adamw", "sgd"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """How the classifier is trained."""
-
-    steps: int = 40
-    """Updates, the same for every number of labels."""
-    batch_size: int = 16
-    """Images per update; cut to the number of labelled images."""
-    lr: float = 1e-3
-    """Peak learning rate of the linear head (AdamW, cosine)."""
-    backbone_lr_factor: float = 1.0
-    """The backbone's learning rate as a share of `lr`."""
-    weight_decay: float = 0.05
-    """Of matrices and kernels."""
-    flip: bool = True
-    """Mirror each image left to right with probability one half."""
-    crop: float = 0.125
-    """Random shifts up to this share of the image's sides, the border filled by reflection; 0 = none."""
-
-    def __post_init__(self) -> None:
-        check_training(self.steps, self.batch_size, self.lr)
-        if not 0 <= self.crop < 0.5:
-            raise UserError(f"crop is {self.crop}.", "Give a share from 0 to below 0.5.")
-
-
-def check_training(steps: int, batch_size: int, lr: float) -> None:
-    """Raises UserError for settings that nothing can be trained with."""
-    if steps < 1:
-        raise UserError(f"steps is {steps}.", "Give at least 1.")
-    if batch_size < 2:
-        raise UserError(f"batch_size is {batch_size}.", "Give at least 2, for BatchNorm.")
-    if lr <= 0:
-        raise UserError(f"lr is {lr}.", "Give a number above 0.")
+from dreamteacher.runtime.settings import Precision
 
 
 def shuffled_batches(count: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:

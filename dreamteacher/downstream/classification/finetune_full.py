@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
@@ -21,22 +21,21 @@ from dreamteacher.data.images import Size
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.augment import (
     Augmentation,
-    Source,
     augmented_batches,
     drawn_from,
     epoch_steps,
 )
+from dreamteacher.downstream.classification.config import FinetuneFullConfig, Loss, Source
 from dreamteacher.downstream.classification.finetune import predict
 from dreamteacher.downstream.features import ClassificationData, Images, class_metrics, device_of
 from dreamteacher.downstream.loop import Saved, run_steps
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.plain_vit import fit, rebuilt_with
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.distributed.device import Precision, autocast, seeded
+from dreamteacher.runtime.distributed.device import autocast, seeded
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.runtime.optim import Ema, OptimizerName, build_optimizer, lr_at
-
-Loss = Literal["bce", "ce"]
+from dreamteacher.runtime.optim import Ema, build_optimizer, lr_at
+from dreamteacher.runtime.settings import OptimizerName, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,52 +105,6 @@ PRESETS: dict[str, FinetunePreset] = {
 }  # fmt: skip
 _FINAL_LR = 1e-6
 _BINARISE_ABOVE = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneFullConfig:
-    """A published recipe, and what is to differ from it."""
-
-    preset: Literal["a2", "convnext", "convnext-short"] = "a2"
-    """a2 (ResNet-50), convnext (300 epochs) or convnext-short (30, after a supervised pretraining)."""
-    optimizer: OptimizerName | None = None
-    """adamw or lamb; none: the preset's."""
-    epochs: float | None = None
-    """Passes over the training images; none: the preset's."""
-    batch_size: int | None = None
-    """Images per update, cut to the training images; none: the preset's."""
-    lr: float | None = None
-    """Peak learning rate; none: the preset's, scaled linearly with the batch size."""
-    warmup_epochs: float | None = None
-    """Epochs of linear warm-up; none: the preset's."""
-    weight_decay: float | None = None
-    """Of matrices and kernels; none: the preset's."""
-    layer_decay: float | None = None
-    """Factor on the learning rate per layer down from the classifier, 1 for all alike; none: the preset's."""
-    drop_path: float | None = None
-    """Largest rate of stochastic depth; none: the preset's."""
-    loss: Loss | None = None
-    """bce or ce; none: the preset's."""
-    smoothing: float | None = None
-    """Label smoothing; none: the preset's."""
-    mixup: float | None = None
-    """Alpha of mixup, 0 to switch it off; none: the preset's."""
-    cutmix: float | None = None
-    """Alpha of CutMix, 0 to switch it off; none: the preset's."""
-    repeats: int | None = None
-    """Augmentations of one image in a row; none: the preset's."""
-    rand_augment: str | None = None
-    """timm's policy, or off; none: the preset's."""
-    erase: float | None = None
-    """Probability of random erasing; none: the preset's."""
-    clip: float | None = None
-    """Largest gradient norm, 0 for no clipping; none: the preset's."""
-    ema: float | None = None
-    """Decay of the averaged weights that are scored, 0 for none; none: the preset's."""
-    accumulate: int = 1
-    """Parts that a batch is split into to save memory; BatchNorm and mixup see one part at a time."""
-    crop_from: Source = "file"
-    """Random crops are cut from the whole file, or from the image decoded at --size."""
 
 
 def recipe_of(config: FinetuneFullConfig) -> FinetunePreset:

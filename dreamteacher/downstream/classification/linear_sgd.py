@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,53 +14,16 @@ from torch import Tensor, nn
 
 from dreamteacher.data.images import Size
 from dreamteacher.data.seeds import step_generator
-from dreamteacher.downstream.classification.augment import Augmentation, Source, augmented_pass
+from dreamteacher.downstream.classification.augment import Augmentation, augmented_pass
+from dreamteacher.downstream.classification.config import LinearSgdConfig, Source
 from dreamteacher.downstream.classification.linear import standardisation
 from dreamteacher.downstream.features import ClassificationData, Images, class_metrics, device_of, frozen
 from dreamteacher.downstream.loop import Saved, run_steps
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.distributed.device import Precision, autocast
-from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.distributed.device import autocast
 from dreamteacher.runtime.optim import lr_at
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearSgdConfig:
-    """How the linear layer is trained; defaults are those of the paper's appendix where it gives any."""
-
-    epochs: float = 90.0
-    """Passes over the training images."""
-    batch_size: int = 4096
-    """Features per update; cut to the number of training images."""
-    lr: float = 0.02
-    """Peak learning rate (cosine to 0), not scaled with the batch."""
-    warmup_epochs: float = 0.0
-    """Epochs of linear warm-up."""
-    momentum: float = 0.9
-    """Of LARS; the paper does not say."""
-    weight_decay: float = 0.0
-    """L2 on the weights, not on the biases; the paper does not say."""
-    trust: float = 0.001
-    """LARS's trust coefficient; it acts on weights that decay, or with `always-adapt`."""
-    always_adapt: bool = False
-    """Scale the step by the trust ratio without weight decay too: other libraries' LARS, far slower here."""
-    standardise: bool = False
-    """Bring each feature to mean 0 and deviation 1 over the training images (takes no label)."""
-    views: int = 0
-    """Augmented passes (random resized crop, flip) that the epochs take in turn; 0: the plain images."""
-    crop_from: Source = "file"
-    """Random crops are cut from the whole file, or from the image decoded at --size."""
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr", "trust"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} is {getattr(self, name)}.", "Give a number above 0.")
-        for name in ("warmup_epochs", "weight_decay", "views"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}.", "Give 0 or more.")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"momentum is {self.momentum}.", "Give a share from 0 to below 1.")
+from dreamteacher.runtime.settings import Precision
 
 
 def fit_lars(

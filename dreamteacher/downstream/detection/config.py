@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dreamteacher.downstream.classification.finetune import check_training
+from dreamteacher.downstream.classification.config import check_training
 from dreamteacher.runtime.errors import UserError
 
 

@@ -24,7 +24,8 @@ from dreamteacher.downstream.detection.cascade import BoxPredictor, CascadeHeads
 from dreamteacher.downstream.detection.config import DetectConfig
 from dreamteacher.models.pyramid import SimplePyramid
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.distributed.device import Precision, autocast
+from dreamteacher.runtime.distributed.device import autocast
+from dreamteacher.runtime.settings import Precision
 from dreamteacher.spec import FeatureSpec
 
 

@@ -33,8 +33,9 @@ from dreamteacher.downstream.loop import Saved, run_steps
 from dreamteacher.downstream.segmentation.few_masks import draw_masks
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.distributed.device import Precision, seeded
+from dreamteacher.runtime.distributed.device import seeded
 from dreamteacher.runtime.optim import layer_decay_groups, lr_at, parameter_groups
+from dreamteacher.runtime.settings import Precision
 
 # Batches that the running statistics of BatchNorm are set from after the training, at most.
 _CALIBRATION = 200

@@ -9,7 +9,7 @@ import copy
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ from dreamteacher.downstream.detection.train import (
 )
 from dreamteacher.downstream.features import device_of, frozen
 from dreamteacher.downstream.loop import Saved, run_steps
+from dreamteacher.downstream.panoptic.config import PanopticConfig
 from dreamteacher.downstream.panoptic.merge import merge
 from dreamteacher.downstream.segmentation.crops import loader, scaled_mask
 from dreamteacher.downstream.segmentation.few_masks import draw_masks, pixel_loss
@@ -45,40 +46,13 @@ from dreamteacher.downstream.tasks import Metric
 from dreamteacher.metrics import VOID, Segments, panoptic_counts, panoptic_quality
 from dreamteacher.models.regressor import resize
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.distributed.device import Precision, seeded
+from dreamteacher.runtime.distributed.device import seeded
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.optim import parameter_groups
+from dreamteacher.runtime.settings import Precision
 from dreamteacher.spec import FeatureSpec
 
 _IGNORED = 255
-
-
-@dataclass(frozen=True, kw_only=True)
-class PanopticConfig:
-    """How the Panoptic FPN is made, trained and merged."""
-
-    detect: DetectConfig = field(default_factory=DetectConfig)
-    """Its Mask R-CNN, and the training of all of it."""
-    width: int = 128
-    """Channels of the semantic branch, a multiple of 8."""
-    instance_weight: float = 1.0
-    """Of the losses of Mask R-CNN."""
-    semantic_weight: float = 0.5
-    """Of the cross-entropy of the semantic branch."""
-    score: float = 0.5
-    """Instances of a lower score are left out."""
-    overlap: float = 0.5
-    """An instance is left out when more than this share of it is taken by better ones."""
-    stuff_area: int = 4096
-    """A class of stuff is left out when it covers fewer pixels of the image."""
-
-    def __post_init__(self) -> None:
-        if self.width < 8 or self.width % 8:
-            raise UserError(f"width is {self.width}.", "Give a multiple of 8.")
-        if min(self.instance_weight, self.semantic_weight, self.stuff_area) < 0:
-            raise UserError("A weight or stuff_area is below 0.", "Give 0 or more.")
-        if not 0 <= self.score <= 1 or not 0 <= self.overlap <= 1:
-            raise UserError(f"score {self.score}, overlap {self.overlap}.", "Give shares from 0 to 1.")
 
 
 # BDD100K's 7,000 panoptic images for 36 epochs: ImageNet-supervised 22.4 PQ, DreamTeacher 21.8. Not run by us.

@@ -22,6 +22,7 @@ from dreamteacher.data.layouts.table import Part
 from dreamteacher.data.masks.streamed import SegmentationFiles, find_segmentation
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.finetune import shuffled_batches
+from dreamteacher.downstream.segmentation.config import CropConfig
 from dreamteacher.downstream.segmentation.few_masks import draw_masks
 from dreamteacher.runtime.errors import UserError, shorten
 
@@ -29,32 +30,6 @@ from dreamteacher.runtime.errors import UserError, shorten
 FILL = (124, 116, 104)
 # Crops that are drawn until one is not nearly all of one class.
 _TRIES = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class CropConfig:
-    """How images are scaled, and what part of them is seen in training."""
-
-    short_side: int = 512
-    """Images are scaled to this height or width, whichever is smaller, in pixels; 0: as they are."""
-    scale: tuple[float, float] = (0.5, 2.0)
-    """Least and most of the random factor on that, for training."""
-    size: tuple[int, int] = (512, 512)
-    """Height and width of training crops, multiples of 32."""
-    most_of_one_class: float = 0.75
-    """Another crop is drawn (10 times at most) when one class fills more than this share; 1: never."""
-    flip: bool = True
-    """Mirror each crop left to right with probability one half."""
-
-    def __post_init__(self) -> None:
-        if any(side < 32 or side % 32 for side in self.size):
-            raise UserError(f"The crop size is {self.size[0]} x {self.size[1]}.", "Give multiples of 32.")
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise UserError(f"scale is {self.scale[0]} to {self.scale[1]}.", "Give least and most, above 0.")
-        if self.short_side < 0 or not 0 < self.most_of_one_class <= 1:
-            raise UserError(
-                "short_side is below 0, or most_of_one_class outside 0 to 1.", "Give numbers in these ranges."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

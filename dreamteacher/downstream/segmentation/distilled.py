@@ -19,8 +19,9 @@ from dreamteacher.downstream.features import (
 from dreamteacher.downstream.segmentation.few_masks import SegmentationData, score_segmenter
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.distilled import Distilled
-from dreamteacher.runtime.distributed.device import Precision, autocast
+from dreamteacher.runtime.distributed.device import autocast
 from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.settings import Precision
 
 
 def distilled(

@@ -13,53 +13,23 @@ from torch import Tensor, nn
 
 from dreamteacher.data.masks.loaded import SegmentationSet
 from dreamteacher.data.seeds import step_generator
-from dreamteacher.downstream.classification.finetune import (
-    check_training,
-    recalibrate,
-    shuffled_batches,
-    train,
-)
+from dreamteacher.downstream.classification.finetune import recalibrate, shuffled_batches, train
 from dreamteacher.downstream.classification.linear import choose_l2, fit_logistic, standardisation
 from dreamteacher.downstream.features import device_of, frozen, to_input
+from dreamteacher.downstream.segmentation.config import SegmentConfig
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.metrics import confusion, iou_per_class, mean_iou
 from dreamteacher.models.regressor import LabelHead, Neck, resize
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.distributed.device import Precision, autocast, seeded
+from dreamteacher.runtime.distributed.device import autocast, seeded
 from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.settings import Precision
 from dreamteacher.spec import FeatureSpec
 
 # The maps of the labelled images are kept when they take less than this; else they are computed each step.
 _MAPS_BYTES = 2 << 30
 # Pixels that the linear probe is fitted on, at most: bounds its memory (float64) and time.
 _LINEAR_PIXELS = 20_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class SegmentConfig:
-    """How the segmentation head is trained."""
-
-    steps: int = 60
-    """Updates, the same for every number of masks."""
-    batch_size: int = 4
-    """Images per update (at least 2); cut to the number of masks."""
-    lr: float = 2e-3
-    """Peak learning rate of the head (AdamW, cosine)."""
-    backbone_lr_factor: float = 0.5
-    """The backbone's learning rate as a share of `lr` when it is fine-tuned."""
-    weight_decay: float = 0.05
-    """Of matrices and kernels."""
-    width: int = 64
-    """Channels inside the head."""
-    dropout: float = 0.1
-    """Probability of dropping a channel before the last layer, [0, 1)."""
-    flip: bool = True
-    """Mirror a batch left to right with probability one half; switch off where classes have a side."""
-    ignore_index: int = 255
-    """Mask id that is neither learned nor scored."""
-
-    def __post_init__(self) -> None:
-        check_training(self.steps, self.batch_size, self.lr)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,60 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from dreamteacher.downstream.loop import Saved
-from dreamteacher.downstream.segmentation.crops import CropConfig, SemanticData, drawn_files
-from dreamteacher.downstream.segmentation.semantic import FCNHead, SemanticConfig, score_files, train_dense
+from dreamteacher.downstream.segmentation.config import ReadoutConfig
+from dreamteacher.downstream.segmentation.crops import SemanticData, drawn_files
+from dreamteacher.downstream.segmentation.semantic import FCNHead, score_files, train_dense
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.distributed.device import Precision
 from dreamteacher.runtime.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadoutConfig:
-    """The read-out: frozen backbone, fully convolutional head, SGD with momentum 0.9, polynomial decay."""
-
-    masks: tuple[int, ...] = ()
-    """Labelled images to train on; each number is a result of its own; none: all."""
-    steps: int = 20_000
-    """Updates of the weights."""
-    batch_size: int = 16
-    """Crops per update (at least 2)."""
-    lr: float = 0.01
-    """Peak learning rate."""
-    power: float = 0.9
-    """Of the polynomial decay to zero."""
-    weight_decay: float = 5e-4
-    """Of matrices and kernels."""
-    stride: int = 32
-    """The backbone's map that is read: 32, 16, 8 or 4 pixels per position."""
-    dropout: float = 0.1
-    """Probability of dropping a value before the last layer, [0, 1)."""
-    crops: CropConfig = field(
-        default_factory=lambda: CropConfig(short_side=256, size=(224, 224), most_of_one_class=1.0)
-    )
-    """Scaling, and crops to train on."""
-
-    def __post_init__(self) -> None:
-        self.training()
-        if self.stride not in (4, 8, 16, 32):
-            raise UserError(f"stride is {self.stride}.", "Give 32, 16, 8 or 4.")
-
-    def training(self) -> SemanticConfig:
-        """These settings as those of `dreamteacher.downstream.segmentation.semantic`, the rest switched off."""
-        return SemanticConfig(
-            masks=self.masks,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            power=self.power,
-            weight_decay=self.weight_decay,
-            dropout=self.dropout,
-            crops=self.crops,
-            auxiliary=0.0,
-        )
+from dreamteacher.runtime.settings import Precision
 
 
 def level_of(student: Student, config: ReadoutConfig) -> int:

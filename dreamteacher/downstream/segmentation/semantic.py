@@ -8,86 +8,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from dreamteacher.data.masks.streamed import SegmentationFiles
-from dreamteacher.downstream.classification.finetune import Optimizer, check_training, train
+from dreamteacher.downstream.classification.finetune import train
 from dreamteacher.downstream.features import device_of, frozen, to_input
 from dreamteacher.downstream.loop import Saved
-from dreamteacher.downstream.segmentation.crops import (
-    FILL,
-    CropConfig,
-    SemanticData,
-    crops,
-    drawn_files,
-    whole_images,
-)
+from dreamteacher.downstream.segmentation.config import CropConfig, SemanticConfig
+from dreamteacher.downstream.segmentation.crops import FILL, SemanticData, crops, drawn_files, whole_images
 from dreamteacher.downstream.segmentation.few_masks import SegmentationHead, pixel_loss
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.metrics import confusion, iou_per_class, mean_iou
 from dreamteacher.models.regressor import conv_bn_relu, resize
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.distributed.device import Precision, autocast, seeded
-from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.distributed.device import autocast, seeded
+from dreamteacher.runtime.settings import Precision
 from dreamteacher.spec import FeatureSpec
 
 # Classes whose logits are enlarged at once: bounds the memory of large test images.
 _CLASSES_AT_ONCE = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class SemanticConfig:
-    """Full-size semantic segmentation. The defaults are ADE20K's; `PRESETS` has others."""
-
-    masks: tuple[int, ...] = ()
-    """Labelled images to train on; each number is a result of its own; none: all."""
-    steps: int = 160_000
-    """Updates of the weights."""
-    batch_size: int = 16
-    """Crops per update (at least 2)."""
-    optimizer: Optimizer = "sgd"
-    """sgd (momentum 0.9) or adamw (betas 0.9, 0.999)."""
-    lr: float = 0.01
-    """Peak learning rate of the head; a usual one for adamw is 1e-4."""
-    power: float = 0.9
-    """Of the polynomial decay to zero."""
-    warmup: float = 0.0
-    """Share of the steps in which the learning rate rises linearly, [0, 1)."""
-    weight_decay: float = 5e-4
-    """Of matrices and kernels; a usual one for adamw is 0.05."""
-    backbone_lr_factor: float = 1.0
-    """The backbone's learning rate as a share of `lr`."""
-    width: int = 512
-    """Channels inside the head."""
-    norm: bool = False
-    """Normalise the backbone's maps (LayerNorm) before the head: for ConvNeXt."""
-    dropout: float = 0.1
-    """Probability of dropping a channel before the last layers, [0, 1)."""
-    auxiliary: float = 0.4
-    """Weight of the loss of a second, fully convolutional head on the second coarsest map (a plain ViT's only one);
-    0: none."""
-    crops: CropConfig = field(default_factory=CropConfig)
-    """Scaling, and crops to train on."""
-    test: Literal["whole", "slide"] = "whole"
-    """Predict images as a whole, or averaged over windows of the crop's size; always at a single scale."""
-    overlap: float = 1 / 3
-    """Share of a window that the next one sees too, [0, 1)."""
-
-    def __post_init__(self) -> None:
-        check_training(self.steps, self.batch_size, self.lr)
-        for name in ("warmup", "overlap", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}.", "Give a share from 0 to below 1.")
-        if min(self.power, self.auxiliary, self.width - 1) < 0:
-            raise UserError(
-                "power, auxiliary or width is too small.", "Give 0 or more; a width of at least 1."
-            )
-        if any(count < 2 for count in self.masks) or len(set(self.masks)) < len(self.masks):
-            raise UserError(f"masks is {self.masks}.", "Give different numbers, each at least 2.")
 
 
 _STREETS = CropConfig(short_side=0, size=(512, 1024))

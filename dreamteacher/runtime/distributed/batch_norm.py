@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamteacher.runtime.distributed.group import timeout
-
-BatchNorm = Literal["global", "local"]
 
 
 class _Normalise(torch.autograd.Function):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 
 from dreamteacher.runtime.distributed.share import launched
 from dreamteacher.runtime.errors import UserError
-
-Precision = Literal["auto", "float32", "bfloat16"]
+from dreamteacher.runtime.settings import Precision
 
 
 def pick_device(name: str = "auto") -> torch.device:

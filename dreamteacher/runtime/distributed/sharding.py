@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dreamteacher.runtime.distributed.share import launched
 
-Sharding = Literal["none", "student", "teacher", "both"]
 WHOLE_MB = 1 << 20  # more than any network here: its gradients are one bucket
 UNITS = 10  # a network is cut into about so many units, of which two are whole in memory at a time
 

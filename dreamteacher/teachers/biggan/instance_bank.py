@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from dreamteacher.data.image_set import ImageSet, load_images
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.distributed.device import Precision, autocast
+from dreamteacher.runtime.distributed.device import autocast
 from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.settings import Precision
 from dreamteacher.teachers.biggan.convert import read_tensors
 
 _RESIZED, _CROP = 256, 224  # pixels: the usual evaluation of ImageNet networks

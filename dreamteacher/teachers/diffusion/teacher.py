@@ -25,8 +25,8 @@ from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import largest
 from dreamteacher.runtime.distributed.share import randint, randn
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.spec import FeatureSpec
-from dreamteacher.teachers.base import STRIDES, Noise, Teacher
+from dreamteacher.spec import FeatureSpec, Noise
+from dreamteacher.teachers.base import STRIDES, Teacher
 from dreamteacher.teachers.diffusion.walk import UpBlock, decoder_maps, decoder_outputs, pixel_features
 
 Schedule = Literal["linear", "cosine", "scaled_linear"]

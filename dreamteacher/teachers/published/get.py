@@ -28,14 +28,9 @@ from dreamteacher.teachers.known import (
     file_list,
     missing_message,
 )
+from dreamteacher.teachers.published.config import GetTeacherConfig
 from dreamteacher.teachers.published.cost import Cost, measure
-from dreamteacher.teachers.published.request import (
-    GetTeacherConfig,
-    check_bank,
-    choose,
-    needs_bank,
-    settings_of,
-)
+from dreamteacher.teachers.published.request import check_bank, choose, needs_bank, settings_of
 from dreamteacher.teachers.registry import EMBEDDED, read_card, save_teacher, sha256
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from torch import Tensor
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import from_json
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.spec import FeatureSpec
-from dreamteacher.teachers.base import STRIDES, Noise, Teacher
+from dreamteacher.spec import FeatureSpec, Noise
+from dreamteacher.teachers.base import STRIDES, Teacher
 from dreamteacher.teachers.diffusion.teacher import Schedule, alphas_cumprod, draw_noise, noised
 from dreamteacher.teachers.stable_diffusion.files import (
     check_pipeline,

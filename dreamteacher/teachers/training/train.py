@@ -6,9 +6,8 @@ import contextlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from dreamteacher import __version__
 from dreamteacher.data import batches, image_set
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import describe, to_json
-from dreamteacher.runtime.distributed.device import Precision, pick_device, resolve_precision
+from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.distributed.group import Told, agree, averaged, join, together
 from dreamteacher.runtime.distributed.share import check_batch
 from dreamteacher.runtime.errors import UserError
@@ -27,68 +26,13 @@ from dreamteacher.runtime.prefetch import Copies, ahead
 from dreamteacher.runtime.run_folder import Progress, RunDir, Signals
 from dreamteacher.teachers.registry import save_teacher
 from dreamteacher.teachers.training import diffusion, stylegan2
+from dreamteacher.teachers.training.config import TrainTeacherConfig
 from dreamteacher.teachers.training.diffusion import DiffusionPreset, DiffusionTrainee
 from dreamteacher.teachers.training.stylegan2 import StyleGan2Preset, StyleGan2Trainee
 from dreamteacher.teachers.training.trainee import Plan, Preset, Trainee
 
-PresetName = Literal[
-    "cpu-64", "gpu-64", "adm-256", "adm-imagenet-256", "adm-bdd100k",
-    "stylegan2-cpu-64", "stylegan2-256", "stylegan2-bdd100k",
-]  # fmt: skip
 PRESETS: dict[str, Preset] = {**diffusion.PRESETS, **stylegan2.PRESETS}
 LOG_EVERY = 50  # steps between lines of the log, and between two times that the host reads a loss
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainTeacherConfig:
-    """Train a teacher, a diffusion model or a StyleGAN2, on a folder of images."""
-
-    images: Path
-    """Folder of images, searched recursively."""
-    out: Path
-    """Folder for the teacher; the same command resumes a run that was stopped."""
-    preset: PresetName = "cpu-64"
-    """Network and schedule: *cpu-64 take about an hour; adm-* and *-bdd100k are the paper's Table 16."""
-    size: tuple[int, int] | None = None
-    """Height and width in pixels; none: the preset's."""
-    steps: int | None = None
-    """Training steps; none: the preset's."""
-    batch_size: int | None = None
-    """Images a step; none: the preset's."""
-    lr: float | None = None
-    """Peak learning rate; none: the preset's."""
-    channels: Literal["auto", "grey", "rgb"] = "auto"
-    """What the network sees; auto: grey when every image is."""
-    schedule: Literal["linear", "cosine"] = "linear"
-    """Noise schedule of a diffusion teacher (the paper's: linear)."""
-    gamma: float | None = None
-    """Weight of a StyleGAN2's R1 penalty; none: the preset's."""
-    ada: float | None = None
-    """Augment what a StyleGAN2's discriminator sees, aiming at this mean sign of real logits (0.6); none: never."""
-    flip: bool = True
-    """Horizontal flips."""
-    seed: int = 0
-    """Seeds weights, order, noise and timesteps."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 ..."""
-    precision: Precision = "auto"
-    """Autocast dtype; auto: bfloat16 where the hardware has it. A GPU's float32 convolutions are TF32, torch's way."""
-    save_every: int = 500
-    """Steps between checkpoints."""
-    sample_every: int = 1000
-    """Steps between sample sheets and validation lines."""
-    name: str | None = None
-    """Name in the card; none: the folder's."""
-    licence: str = "yours (trained by you; the images' terms may bind you)"
-    """Licence of the weights, for the card."""
-    workers: int = 2
-    """Processes or threads that decode images."""
-    cache_gb: float = 2.0
-    """Images are kept decoded in memory up to this size, else streamed."""
-    strict: bool = False
-    """Stop before the first step when any image is damaged."""
-    dry_run: bool = False
-    """Only print what would be done."""
 
 
 @together

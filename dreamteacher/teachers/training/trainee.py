@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamteacher.runtime.distributed.device import Precision
 from dreamteacher.runtime.distributed.share import ALONE, Share
+from dreamteacher.runtime.settings import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
