@@ -31,7 +31,7 @@ from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime.config import from_json
 from dreamteacher.runtime.distributed.batch_norm import make_global
-from dreamteacher.runtime.distributed.group import from_first, join
+from dreamteacher.runtime.distributed.group import broadcast, join
 from dreamteacher.runtime.distributed.sharding import gradients_stay, shard, whole_on_first
 from dreamteacher.runtime.distributed.share import ALONE, Share, launched
 from dreamteacher.runtime.run_folder import Progress, RunDir
@@ -186,11 +186,11 @@ def main(job: dict) -> None:
         cut(root / "two-to-one", job["at"])
         return ""
 
-    from_first(copies)
+    broadcast(copies)
     pretrain(dataclasses.replace(base, out=root / "two-resumed"))
     pretrain(dataclasses.replace(base, out=root / "one-to-two"))
     pretrain(dataclasses.replace(base, out=root / "sharded", sharding="both"))
-    from_first(lambda: shutil.copytree(root / "sharded", root / "sharded-resumed") and cut(
+    broadcast(lambda: shutil.copytree(root / "sharded", root / "sharded-resumed") and cut(
         root / "sharded-resumed", job["at"]
     ))  # fmt: skip
     pretrain(dataclasses.replace(base, out=root / "sharded-resumed", sharding="student"))

@@ -106,7 +106,7 @@ def test_who_comes_second_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_waits_for_one_that_ended_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     meet(monkeypatch).set("over", "")
     with pytest.raises(group.LostError, match="it says that it ends"):
-        group.from_first(lambda: "never made")
+        group.broadcast(lambda: "never made")
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -78,7 +78,7 @@ def test_parts_of_a_batch_and_kept_half_precision_give_the_same_maps(kind, tmp_p
     teacher.keep_only(mode)
     with torch.autocast("cpu", torch.bfloat16):
         before = maps_of(teacher, mode, teacher.size, 2)
-        teacher.keep_in(torch.bfloat16)
+        teacher.cast_weights(torch.bfloat16)
         after = maps_of(teacher, mode, teacher.size, 2)
     for a, b in zip(before, after, strict=True):
         assert torch.equal(a, b)
@@ -563,13 +563,13 @@ def test_ahead_keeps_the_order_and_raises_in_turn(threaded):
             yield i
         raise UserError("The disk is gone.", "Look for it.")
 
-    stream = prefetch.ahead(items(), lambda i: i * i, threaded=threaded)
+    stream = prefetch.prefetch(items(), lambda i: i * i, threaded=threaded)
     assert next(stream)[0] == 0
     assert next(stream)[0] == 1
     assert [next(stream)[0], next(stream)[0]] == [4, 9]
     with pytest.raises(UserError, match="disk"):
         next(stream)
-    unfinished = prefetch.ahead(iter(range(100)), lambda i: i, threaded=threaded)
+    unfinished = prefetch.prefetch(iter(range(100)), lambda i: i, threaded=threaded)
     next(unfinished)
     unfinished.close()
 
@@ -695,14 +695,14 @@ def step_on_fake_gpu(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> set[t
         monkeypatch.setattr(module, "autocast", cuda_autocast)
     monkeypatch.setattr(seeds, "device_generator", lambda *_: torch.Generator().manual_seed(0))
     monkeypatch.setattr(data_batches, "flip_images", lambda images, _: images)  # on the host, before the copy
-    here = functools.partial(prefetch.ahead, threaded=False)  # what watches, watches one thread
-    monkeypatch.setattr(dataset, "ahead", lambda items, work, *, threaded: here(items, work))
+    here = functools.partial(prefetch.prefetch, threaded=False)  # what watches, watches one thread
+    monkeypatch.setattr(dataset, "prefetch", lambda items, work, *, threaded: here(items, work))
     monkeypatch.setattr(prefetch.Copies, "__init__", lambda self, device: None)
     monkeypatch.setattr(
         prefetch.Copies, "send",
         lambda self, tensors: prefetch.Sent([t.to(cuda, non_blocking=True) for t in tensors], None),
     )  # fmt: skip
-    teacher.keep_in(torch.bfloat16)
+    teacher.cast_weights(torch.bfloat16)
     trained, _ = small_training(teacher)
 
     def backward(loss):  # autograd's engine asks the driver for its GPUs

@@ -10,7 +10,7 @@ import time
 import torch
 
 from dreamteacher.runtime import threads
-from dreamteacher.runtime.prefetch import ahead
+from dreamteacher.runtime.prefetch import prefetch
 from dreamteacher.runtime.threads import helpers, in_threads
 
 
@@ -38,7 +38,7 @@ def test_helpers_compute_alone_and_change_nothing_for_others():
             assert threads_of_a_new_thread() == torch.get_num_threads() == 3
         nested = in_threads(lambda _: in_threads(lambda _: torch.get_num_threads(), range(2), 2), range(2), 2)
         assert nested == [[1, 1], [1, 1]]
-        work = ahead(iter(range(2)), lambda _: torch.get_num_threads(), threaded=True)
+        work = prefetch(iter(range(2)), lambda _: torch.get_num_threads(), threaded=True)
         assert [count for count, _ in work] == [1, 1]
         assert threads_of_a_new_thread() == torch.get_num_threads() == 3
     finally:

@@ -34,7 +34,7 @@ def trainee_of(kind: str, plan: Plan) -> tuple[DiffusionTrainee | StyleGan2Train
     if kind == "diffusion":
         spec = training_diffusion.network_spec(TINY, (64, 64), 1, "linear")
         diffusion = DiffusionTrainee(dataclasses.replace(TINY, dropout=0.5), spec, plan)
-        return diffusion, [diffusion.unet, diffusion.eyes]
+        return diffusion, [diffusion.unet, diffusion.ema_teacher]
     gan_spec = stylegan2.network_spec(TINY_GAN, (64, 64), 1)
     gan = StyleGan2Trainee(TINY_GAN, gan_spec, plan, gamma=0.1, ada=0.6)
     return gan, [gan.g, gan.d, gan.mean]

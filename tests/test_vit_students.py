@@ -198,9 +198,11 @@ def test_every_level_of_a_regressor_learns_through_the_tokens() -> None:
 def test_position_embeddings_and_tokens_do_not_decay() -> None:
     student = small("vit_small_patch14_reg4_dinov2").train()
     head = Neck(student.specs, 8)
-    decayed, spared = optim.parameter_groups([torch.nn.ModuleDict({"student": student, "head": head})], 0.05)
+    decayed, no_decay = optim.parameter_groups(
+        [torch.nn.ModuleDict({"student": student, "head": head})], 0.05
+    )
     names = {id(p): n for n, p in [*student.named_parameters(), *head.named_parameters()]}
-    free = {names[id(p)] for p in spared["params"]}  # type: ignore[attr-defined]
+    free = {names[id(p)] for p in no_decay["params"]}  # type: ignore[attr-defined]
     assert {f"model.{n}" for n in ("pos_embed", "cls_token", "reg_token")} <= free
     heavy = {names[id(p)] for p in decayed["params"]}  # type: ignore[attr-defined]
     assert "model.blocks.0.attn.qkv.weight" in heavy

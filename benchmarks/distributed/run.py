@@ -41,7 +41,7 @@ from dreamteacher.distill.pretrain import PretrainConfig, Training
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
-from dreamteacher.runtime.distributed.group import from_first, gathered, join
+from dreamteacher.runtime.distributed.group import all_gather_text, broadcast, join
 from dreamteacher.runtime.distributed.share import ALONE, Share
 from dreamteacher.runtime.run_folder import Progress
 from dreamteacher.teachers.base import Teacher
@@ -85,12 +85,12 @@ def main() -> None:
                 torch.distributed.barrier()  # all begin at once
             begin = time.perf_counter()
             if kind == "alone":
-                from_first(lambda act=act: work(act, args.steps, device))  # type: ignore[misc]
+                broadcast(lambda act=act: work(act, args.steps, device))  # type: ignore[misc]
             else:
                 work(act, args.steps, device)
             seconds = (time.perf_counter() - begin) / args.steps
             if round_ >= args.warm:
-                times[kind].append([float(t) for t in gathered(str(seconds))])
+                times[kind].append([float(t) for t in all_gather_text(str(seconds))])
     if share.first:
         report(args, share, device, bound, times)
 

@@ -186,7 +186,7 @@ def measure(name: str, batch: int, compile: str, args: argparse.Namespace) -> di
     )  # fmt: skip
     dtype = resolve_precision(device, args.precision)
     if dtype != torch.float32:
-        teacher.keep_in(dtype)
+        teacher.cast_weights(dtype)
     student = create_student(args.student)
     regressor = FeatureRegressor(student.specs, teacher.specs, width=args.width)
     for module in (teacher, student, regressor):
@@ -222,7 +222,7 @@ def measure(name: str, batch: int, compile: str, args: argparse.Namespace) -> di
         wait(device)
         stream, begin = stream_of(batch), time.perf_counter()
         if compile == "on":
-            teacher.wrap_hot(partial(runtime_compile.compiled, strict=True))
+            teacher.wrap_compile_targets(partial(runtime_compile.compiled, strict=True))
             training.compile()
         step(stream)
         wait(device)

@@ -119,16 +119,16 @@ def measure(args: argparse.Namespace, folder: Path, size: tuple[int, int]) -> li
         return steps * batch / (time.perf_counter() - begin)
 
     def stream(images: image_set.ImageSet, workers: int) -> Callable[[], float]:
-        ahead = max(1, 2 * workers)  # torch's loader keeps two batches of each process
-        starts = itertools.count(step=ahead + args.batches)
+        prefetch = max(1, 2 * workers)  # torch's loader keeps two batches of each process
+        starts = itertools.count(step=prefetch + args.batches)
 
         def act() -> float:
             first = next(starts)
             batches = data_batches.batches(
-                images, batch_size=batch, seed=0, first_step=first, last_step=first + ahead + args.batches,
+                images, batch_size=batch, seed=0, first_step=first, last_step=first + prefetch + args.batches,
                 flip=True, workers=workers,
             )  # fmt: skip
-            for _ in range(ahead):
+            for _ in range(prefetch):
                 next(batches)
             begin = time.perf_counter()
             for _ in batches:

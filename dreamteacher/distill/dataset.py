@@ -17,7 +17,7 @@ from dreamteacher.losses import FeatureLoss, feature_loss, projected_loss, white
 from dreamteacher.runtime.distributed.device import autocast
 from dreamteacher.runtime.distributed.share import ALONE, Share
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.runtime.prefetch import Copies, Sent, ahead
+from dreamteacher.runtime.prefetch import Copies, Sent, prefetch
 from dreamteacher.runtime.settings import Precision
 from dreamteacher.spec import AtReduction, WhitenAxes
 from dreamteacher.teachers.base import Teacher
@@ -106,7 +106,7 @@ def encoded(
     def send(batch: data_batches.Batch) -> tuple[Sent, int]:
         return copies.send([batch.images]), batch.step
 
-    for (sent, step), waited in ahead(batches, send, threaded=device.type == "cuda"):
+    for (sent, step), waited in prefetch(batches, send, threaded=device.type == "cuda"):
         images = data_batches.to_float(copies.receive(sent)[0])
         generator = device_generator(seed, step, "teacher", device, share)
         with autocast(device, precision):
@@ -178,7 +178,7 @@ def stored(
         rows, flips = store.rows(at, store.draws_of(at, batch.step // (len(images) // batch_size), seed))
         return copies.send([data_batches.flip_images(batch.images, flips), rows]), batch.step
 
-    for (sent, step), waited in ahead(batches, read, threaded=True):
+    for (sent, step), waited in prefetch(batches, read, threaded=True):
         pixels, rows = copies.receive(sent)
         seen, kept = data_batches.to_float(pixels), unpack(store.plan, rows)
         if store.plan.what == "latents":

@@ -31,7 +31,7 @@ from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.compile import compiled, wants_compile
 from dreamteacher.runtime.config import describe, to_json
 from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
-from dreamteacher.runtime.distributed.group import Told, agree, from_first, gathered, join, together
+from dreamteacher.runtime.distributed.group import Told, agree, all_gather_text, broadcast, join, together
 from dreamteacher.runtime.distributed.sharding import shard
 from dreamteacher.runtime.distributed.share import Share, check_batch, launched
 from dreamteacher.runtime.errors import UserError
@@ -130,10 +130,10 @@ def pretrain(config: PretrainConfig) -> Path | None:
         classes = resolved.get("labels", {}).get("classes", ())
         training = Training(config, student, regressor, steps, interpreter, classes, share, device)
         if (dtype := resolve_precision(device, config.precision)) != torch.float32:
-            teacher.keep_in(dtype)
+            teacher.cast_weights(dtype)
         whole = share.ranks == 1 or config.batch_norm == "local"  # a global one breaks the graph
         if config.sharding == "none" and wants_compile(config.compile, device, steps, whole=whole):
-            teacher.wrap_hot(functools.partial(compiled, strict=config.compile == "on"))
+            teacher.wrap_compile_targets(functools.partial(compiled, strict=config.compile == "on"))
             training.compile()
         first = training.restore(resume, run)
         _list_skipped(run.path, images)
@@ -295,13 +295,13 @@ def _interpreter(config: PretrainConfig, job: InterpreterJob | None, folder: Pat
             job.run()  # a signal saves it and ends the process
         return ""
 
-    from_first(make)
+    broadcast(make)
     return load_interpreter(folder / "interpreter")[0].to(device)
 
 
 def _list_skipped(folder: Path, images: image_set.ImageSet | None) -> None:
     found = "" if images is None else "".join(f"{b.path}: {b.reason}\n" for b in images.bad)
-    lines = dict.fromkeys(line for part in gathered(found) for line in part.splitlines(keepends=True))
+    lines = dict.fromkeys(line for part in all_gather_text(found) for line in part.splitlines(keepends=True))
     if lines and launched().first:
         path = folder / "skipped.txt"
         checkpoint.write_text(path, "".join(lines))

@@ -24,7 +24,7 @@ from dreamteacher.runtime import checkpoint, memory, optim
 from dreamteacher.runtime.compile import compiled
 from dreamteacher.runtime.distributed.batch_norm import make_global
 from dreamteacher.runtime.distributed.device import autocast
-from dreamteacher.runtime.distributed.group import averaged, earliest, from_first
+from dreamteacher.runtime.distributed.group import all_reduce_mean, broadcast, earliest
 from dreamteacher.runtime.distributed.sharding import (
     gradients_stay,
     part_of,
@@ -212,7 +212,7 @@ class Training:
             UserError: when a map of the teacher, the loss or its gradient was not finite: which, and at which
                 step; no checkpoint is of after it.
         """
-        total, norm, count, label, entropy, *parts = averaged(self.sums).tolist()
+        total, norm, count, label, entropy, *parts = all_reduce_mean(self.sums).tolist()
         bad = earliest(self.first_bad).tolist()
         if min(bad) < _NEVER:
             cause = self.watched[bad.index(min(bad))]
@@ -234,8 +234,8 @@ class Training:
             row[f"mse/{name}"], row[f"at/{name}"] = parts[i] / count, parts[n + i] / count
             row[f"loss/{name}"] = row[f"mse/{name}"] + self.config.at_weight * row[f"at/{name}"]
             target = last[0].target(i, self.config.whiten)
-            row[f"r2/{name}"] = metrics.r2(last[1][i], target, averaged)
-            row[f"cosine/{name}"] = metrics.cosine(last[1][i], target, averaged)
+            row[f"r2/{name}"] = metrics.r2(last[1][i], target, all_reduce_mean)
+            row[f"cosine/{name}"] = metrics.cosine(last[1][i], target, all_reduce_mean)
         return row
 
     @torch.no_grad()
@@ -263,7 +263,7 @@ class Training:
 
     def save(self, step: int, folder: Path) -> bool:
         """Writes everything that the rest of the run depends on, atomically; False where a sum is not finite."""
-        if not bool(torch.isfinite(averaged(self.sums)).all()):
+        if not bool(torch.isfinite(all_reduce_mean(self.sums)).all()):
             return False  # never replace a good checkpoint: `log` says what is wrong
         tensors, scalars = checkpoint.pack_optimizer(self.optimizer)
         tensors |= {f"trained/{k}": v for k, v in self.trained.state_dict().items()}
@@ -283,7 +283,7 @@ class Training:
     def restore(self, path: Path | None, run: RunDir) -> int:
         """Continues from a checkpoint (None: there is none yet), bitwise on a CPU, and in the parts that fitted last;
         returns its step."""
-        self.parts.follow(int(from_first(lambda: str(memory.told_parts(run.path)))))
+        self.parts.follow(int(broadcast(lambda: str(memory.told_parts(run.path)))))
         if path is None:
             return 0
         tensors, meta = checkpoint.load(path)

@@ -20,20 +20,20 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
     """
     modules = list(modules)
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
-    return _two_groups(parameters, _spared(modules), weight_decay)
+    return _two_groups(parameters, _no_decay(modules), weight_decay)
 
 
 def _two_groups(
-    parameters: Sequence[nn.Parameter], spared: Set[int], weight_decay: float
+    parameters: Sequence[nn.Parameter], no_decay: Set[int], weight_decay: float
 ) -> list[dict[str, object]]:
-    decayed = [p.ndim > 1 and id(p) not in spared for p in parameters]
+    decayed = [p.ndim > 1 and id(p) not in no_decay for p in parameters]
     return [
         {"params": list(compress(parameters, decayed)), "weight_decay": weight_decay},
         {"params": [p for p, d in zip(parameters, decayed, strict=True) if not d], "weight_decay": 0.0},
     ]
 
 
-def _spared(modules: Iterable[nn.Module]) -> Set[int]:
+def _no_decay(modules: Iterable[nn.Module]) -> Set[int]:
     """The ids of the parameters that timm models inside these modules want no weight decay for."""
     found: set[int] = set()
     for part in (part for module in modules for part in module.modules()):
@@ -163,7 +163,7 @@ def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float
         weight_decay: of matrices and kernels.
         layer_decay: above 0, up to 1.
     """
-    depths, spared = layer_depths(model), _spared([model])
+    depths, no_decay = layer_depths(model), _no_decay([model])
     deepest = max(depths.values())
     parts: dict[int, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -172,6 +172,6 @@ def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float
     return [
         {**group, "factor": layer_decay ** (deepest + 1 - depth)}
         for depth, parameters in sorted(parts.items())
-        for group in _two_groups(parameters, spared, weight_decay)
+        for group in _two_groups(parameters, no_decay, weight_decay)
         if group["params"]
     ]

@@ -51,7 +51,7 @@ class Copies:
         return sent.tensors
 
 
-def ahead(items: Iterator[T], work: Callable[[T], R], *, threaded: bool) -> Iterator[tuple[R, float]]:
+def prefetch(items: Iterator[T], work: Callable[[T], R], *, threaded: bool) -> Iterator[tuple[R, float]]:
     """`work` of every item, in order, and the seconds that were waited for it.
 
     Args:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dreamteacher.runtime import checkpoint, memory
 from dreamteacher.runtime.config import changed_keys, parse_json
-from dreamteacher.runtime.distributed.group import from_first
+from dreamteacher.runtime.distributed.group import broadcast
 from dreamteacher.runtime.distributed.share import ALONE, Share, launched
 from dreamteacher.runtime.errors import UserError, shorten
 
@@ -119,7 +119,7 @@ class RunDir:
     def open(self, resolved: Mapping[str, Any]) -> Path | None:
         """Makes and locks the folder, writes a new run's config.json; returns the checkpoint to resume."""
         if self.share.ranks > 1:
-            found = from_first(lambda: str(self._open(resolved) or ""))
+            found = broadcast(lambda: str(self._open(resolved) or ""))
             return Path(found) if found else None
         return self._open(resolved)
 

@@ -26,7 +26,7 @@ class Teacher(nn.Module, ABC):
         size: (height, width) that it was trained at.
         multiple: heights and widths must be multiples of this.
         timesteps: t of a diffusion model's maps; empty for others.
-        hot: methods ("walk", "network.forward") that take tensors, draw nothing, and are nearly all of a pass: what is
+        compile_targets: methods ("walk", "network.forward") that take tensors, draw nothing, and are nearly all of a pass: what is
             worth compiling.
     """
 
@@ -38,7 +38,7 @@ class Teacher(nn.Module, ABC):
     size: tuple[int, int]
     multiple: int
     timesteps: tuple[int, ...] = ()
-    hot: tuple[str, ...] = ()
+    compile_targets: tuple[str, ...] = ()
 
     def freeze(self) -> None:
         """Call at the end of a constructor: no gradients, evaluation mode for good, channels_last."""
@@ -86,14 +86,14 @@ class Teacher(nn.Module, ABC):
         """Frees the weights that `mode` ("encode" or "sample") never runs; nothing else is possible then."""
         self.modes = frozenset({mode})
 
-    def wrap_hot(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Puts what `wrap` makes of each `hot` method in its place (see `compiled.compiled`)."""
-        for place in self.hot:
+    def wrap_compile_targets(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Puts what `wrap` makes of each `compile_targets` method in its place (see `compiled.compiled`)."""
+        for place in self.compile_targets:
             owner, _, name = place.rpartition(".")
             module = self.get_submodule(owner)
             setattr(module, name, wrap(getattr(module, name)))
 
-    def keep_in(self, dtype: torch.dtype) -> None:
+    def cast_weights(self, dtype: torch.dtype) -> None:
         """Keeps kernels and matrices in the dtype that autocast gives them at every pass: the same maps, half the memory.
 
         From then on it runs within that autocast alone. Test: maps equal (0.0) for every family.

@@ -119,7 +119,7 @@ class ModuleTeacher(Teacher):
         images = output if self._to_images is None else self._to_images(output)
         return images, self._checked(maps, n, self.size)
 
-    def keep_in(self, dtype: torch.dtype) -> None:
+    def cast_weights(self, dtype: torch.dtype) -> None:
         """Does nothing: a module of one's own may use its weights outside of autocast."""
 
     def keep_only(self, mode: str) -> None:

@@ -214,7 +214,7 @@ def speaks() -> bool:
         return True
 
 
-def from_first(make: Callable[[], str]) -> str:
+def broadcast(make: Callable[[], str]) -> str:
     """What `make` returns in the first process; the others wait for it, however long that takes.
 
     Raises:
@@ -230,7 +230,7 @@ def from_first(make: Callable[[], str]) -> str:
     return _read(name)
 
 
-def gathered(text: str) -> list[str]:
+def all_gather_text(text: str) -> list[str]:
     """One text of each process, by rank."""
     share = launched()
     if share.ranks == 1:
@@ -277,7 +277,7 @@ def agree(text: str, what: str) -> None:
         )
 
 
-def averaged(x: Tensor) -> Tensor:
+def all_reduce_mean(x: Tensor) -> Tensor:
     """The mean of a tensor over the processes, in place; itself where there is one."""
     share = launched()
     if share.ranks > 1:
@@ -293,7 +293,7 @@ def earliest(x: Tensor) -> Tensor:
     return x
 
 
-def collected(rows: Tensor) -> Tensor:
+def all_gather(rows: Tensor) -> Tensor:
     """The rows of all processes, as they lie in the whole batch."""
     share = launched()
     if share.ranks == 1:
@@ -309,7 +309,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     if share.ranks == 1 or not gradients:
         return
-    flat = averaged(torch.cat([g.reshape(-1) for g in gradients]))
+    flat = all_reduce_mean(torch.cat([g.reshape(-1) for g in gradients]))
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view(gradient.shape))
 

@@ -246,7 +246,7 @@ class BigGanTeacher(Teacher):
     """
 
     family = "biggan"
-    hot = ("network.forward",)
+    compile_targets = ("network.forward",)
     modes = frozenset({"sample"})
     bank: Tensor | None
     bank_labels: Tensor | None

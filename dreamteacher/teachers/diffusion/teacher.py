@@ -131,7 +131,7 @@ class DiffusionTeacher(Teacher):
     modes = frozenset({"encode", "sample"})
     alpha_bar: Tensor
     t: Tensor
-    hot = ("walk",)
+    compile_targets = ("walk",)
 
     def __init__(
         self,

@@ -149,7 +149,7 @@ class StableDiffusionTeacher(Teacher):
     family = "stable-diffusion"
     alpha_bar: Tensor
     t: Tensor
-    hot = ("latents", "walk")
+    compile_targets = ("latents", "walk")
 
     def __init__(
         self,

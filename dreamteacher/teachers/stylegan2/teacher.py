@@ -372,7 +372,7 @@ class StyleGan2Teacher(Teacher):
     """
 
     family = "stylegan2"
-    hot = ("generator.synthesis.walk",)
+    compile_targets = ("generator.synthesis.walk",)
     modes = frozenset({"sample"})
     bank: Tensor | None
 

@@ -170,8 +170,8 @@ class DiffusionTrainee(Trainee):
         if plan.share.ranks > 1:
             self.network = replicate(self.unet, plan.device, self._look)
         # It brings images in and samples out; its weights are the averaged ones, put there before each look.
-        self.eyes = DiffusionTeacher(build(spec, plan.seed), spec, name="in training", licence="-")
-        self.eyes.to(plan.device)
+        self.ema_teacher = DiffusionTeacher(build(spec, plan.seed), spec, name="in training", licence="-")
+        self.ema_teacher.to(plan.device)
 
     def _look(self, network: torch.nn.Module) -> Tensor:
         """A scalar that depends on all weights, from one small input."""
@@ -184,13 +184,13 @@ class DiffusionTrainee(Trainee):
         generator = Draws(
             device, seeds.step_generator(plan.seed, step, "diffusion").initial_seed(), plan.share
         )
-        x0 = self.eyes.to_network(images)
+        x0 = self.ema_teacher.to_network(images)
         t = randint(self.spec.steps, (len(x0),), generator, device=device)
         noise = randn(x0.shape, generator, device=device, dtype=x0.dtype)
         # Dropout takes no generator. Each process drops on its own: a layer's masks of a whole batch at 256 px are GBs.
         dropout = seeds.step_generator(plan.seed, step, f"dropout/{plan.share.rank}").initial_seed()
         with seeded(dropout, device), autocast(device, plan.precision):
-            loss = epsilon_loss(self.network, x0, t, noise, self.eyes.alpha_bar).mean()
+            loss = epsilon_loss(self.network, x0, t, noise, self.ema_teacher.alpha_bar).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
@@ -205,16 +205,18 @@ class DiffusionTrainee(Trainee):
     def validate(self, images: Tensor, generator: torch.Generator) -> tuple[dict[str, float], Tensor]:
         """The averaged network's loss at fixed timesteps and noise, and DDIM samples."""
         device = self.plan.device
-        self.eyes.unet.load_state_dict(self.ema.tensors)
-        x0 = self.eyes.to_network(images)
+        self.ema_teacher.unet.load_state_dict(self.ema.tensors)
+        x0 = self.ema_teacher.to_network(images)
         row: dict[str, float] = {}
         with autocast(device, self.plan.precision):
             for t in (50, 100, 250, 500):
                 noise = torch.randn(x0.shape, generator=generator).to(x0)
                 times = torch.full((len(x0),), t, device=device)
-                loss = epsilon_loss(self.eyes.unet, x0, times, noise, self.eyes.alpha_bar).mean()
+                loss = epsilon_loss(
+                    self.ema_teacher.unet, x0, times, noise, self.ema_teacher.alpha_bar
+                ).mean()
                 row[f"loss/t{t}"] = loss.item()
-            sheet = self.eyes.generate(64, generator=torch.Generator(device).manual_seed(0))
+            sheet = self.ema_teacher.generate(64, generator=torch.Generator(device).manual_seed(0))
         return row, sheet
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dreamteacher.data import seeds
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.distributed.device import autocast
-from dreamteacher.runtime.distributed.group import average_gradients, averaged, collected
+from dreamteacher.runtime.distributed.group import all_gather, all_reduce_mean, average_gradients
 from dreamteacher.runtime.distributed.share import Draws, randn
 from dreamteacher.teachers.stylegan2.teacher import Generator, StyleGan2Spec
 from dreamteacher.teachers.training.augment import Adaptation, augment
@@ -193,7 +193,7 @@ class StyleGan2Trainee(Trainee):
         noise = Draws(plan.device, source.initial_seed(), plan.share)
         ws = self.g.mapping(z)
         if stream == "g":
-            mean = averaged(ws[:, 0].detach().mean(0).to(self.g.mapping.w_avg.dtype))
+            mean = all_reduce_mean(ws[:, 0].detach().mean(0).to(self.g.mapping.w_avg.dtype))
             self.g.mapping.w_avg.lerp_(mean, 1 - W_AVERAGE)
         return self.g.synthesis(ws, noise="random", generator=noise)[0]
 
@@ -222,7 +222,7 @@ class StyleGan2Trainee(Trainee):
         loss = discriminator_loss(logits, fake_logits)
         norm = self._descend(self.d, self.d_optimizer, loss)
         if self.ada is not None:
-            self.ada.observe(step, collected(logits.detach()))
+            self.ada.observe(step, all_gather(logits.detach()))
         sign = logits.detach().sign().mean()
         return {"loss/d": loss.detach(), "grad_norm/d": norm, "real_sign": sign}
 

@@ -19,10 +19,10 @@ from dreamteacher.data import batches, image_set
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import describe, to_json
 from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
-from dreamteacher.runtime.distributed.group import Told, agree, averaged, join, together
+from dreamteacher.runtime.distributed.group import Told, agree, all_reduce_mean, join, together
 from dreamteacher.runtime.distributed.share import check_batch
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.runtime.prefetch import Copies, ahead
+from dreamteacher.runtime.prefetch import Copies, prefetch
 from dreamteacher.runtime.run_folder import Progress, RunDir, Signals
 from dreamteacher.teachers.registry import save_teacher
 from dreamteacher.teachers.training import diffusion, stylegan2
@@ -176,7 +176,7 @@ class _Loop:
             flip=config.flip, workers=config.workers, share=self.plan.share, raw=True,
         )  # fmt: skip
         copies = Copies(self.plan.device)
-        sent = ahead(stream, lambda b: copies.send([b.images]), threaded=self.plan.device.type == "cuda")
+        sent = prefetch(stream, lambda b: copies.send([b.images]), threaded=self.plan.device.type == "cuda")
         progress = Progress(steps, self.first, batch, "train-teacher")
         said, told = "", Told()
         each = self.plan.device.type == "cpu" and self.plan.share.ranks == 1  # there reading costs nothing
@@ -221,7 +221,9 @@ class _Loop:
         names = [(step, name) for step, seen in self.unread for name in seen]
         if not names:
             return ""
-        values = averaged(torch.stack([v.float() for _, seen in self.unread for v in seen.values()])).tolist()
+        values = all_reduce_mean(
+            torch.stack([v.float() for _, seen in self.unread for v in seen.values()])
+        ).tolist()
         self.unread.clear()
         newest: dict[str, float] = {}
         for (step, name), value in zip(names, values, strict=True):
