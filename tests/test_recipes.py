@@ -7,9 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-import test_layouts as miniature
 import torch
-from test_layouts import bitmask, photo, save
 from torch.utils.flop_counter import FlopCounterMode
 
 from dreamteacher.cli import main as cli
@@ -38,8 +36,11 @@ from dreamteacher.teachers.published.cost import measure
 from dreamteacher.teachers.training import diffusion, stylegan2
 from dreamteacher.teachers.training.train import PRESETS as TEACHERS
 from dreamteacher.teachers.training.train import TrainTeacherConfig
+from tests.builders import layouts as miniature
+from tests.builders.layouts import bitmask, photo, save
+from tests.places import ROOT
 
-PAGE = Path(__file__).parent.parent / "docs" / "reproducing.md"
+PAGE = ROOT / "docs" / "reproducing.md"
 OURS = [name for name, recipe in RECIPES.items() if recipe.make is not None]
 PLACES = Places(data=Path("data"), out=Path("runs"))
 

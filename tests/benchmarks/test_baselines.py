@@ -16,7 +16,6 @@ from types import ModuleType
 import pytest
 import timm
 import torch
-from pictures import refused
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -27,8 +26,9 @@ from dreamteacher.data.image_set import load_images
 from dreamteacher.downstream.evaluate import EvaluateConfig, check_config, evaluate, method_name
 from dreamteacher.models.student import Student, create_student, recorded_student
 from dreamteacher.runtime.run_folder import read_rows
+from tests.builders.pictures import refused
+from tests.places import BENCHMARKS
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NAME, SIDE = "test_resnet", 32
 METHODS = ("simclr", "mocov2", "byol", "densecl", "ddep")
 SIAMESE = METHODS[:-1]
@@ -511,7 +511,7 @@ def test_every_method_sees_as_many_images(
 
 
 def test_camvid_rows_and_a_run_of_ones_own(tmp_path: Path, tiny_teacher: Path) -> None:
-    from test_docs import masked
+    from tests.test_docs import masked
 
     for part in ("train", "test"):
         masked(tmp_path / "shown" / part, tmp_path / "data" / "labels" / part, 4)

@@ -23,8 +23,9 @@ from dreamteacher.data.images import read_image
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import parse_json
 from dreamteacher.runtime.errors import UserError
+from tests.places import BENCHMARKS
 
-FUZZ = Path(__file__).parent.parent / "benchmarks" / "fuzz"
+FUZZ = BENCHMARKS / "fuzz"
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),

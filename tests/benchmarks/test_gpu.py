@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_benchmarks import BENCHMARKS, run
-from test_docs import classes
 
 from dreamteacher.runtime import compile as runtime_compile
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher
+from tests.benchmarks.test_scripts import BENCHMARKS, run
+from tests.test_docs import classes
 
 GPU = BENCHMARKS / "gpu"
 

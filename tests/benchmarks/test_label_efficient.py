@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pictures import noise, refused
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,8 +23,10 @@ from dreamteacher.models.student import create_student
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher, alphas_cumprod, build_unet, noised
 from dreamteacher.teachers.diffusion.walk import decoder_outputs
 from dreamteacher.teachers.registry import load_teacher
+from tests.builders.pictures import noise, refused
+from tests.places import BENCHMARKS
 
-FOLDER = Path(__file__).parent.parent / "benchmarks" / "label_efficient"
+FOLDER = BENCHMARKS / "label_efficient"
 sys.path.insert(0, str(FOLDER))
 
 import dataset_ddpm  # noqa: E402
@@ -63,7 +64,7 @@ def test_reading_pixels_is_enlarging_the_maps(tiny_teacher, size):
 
 @pytest.mark.parametrize("which", ["analogous", "literal"])
 def test_golden_features(which):
-    from test_adm import golden, network
+    from tests.teachers.diffusion.test_adm import golden, network
 
     values, _, _ = golden("ddpm_seg_features")
     unet, spec = network("adm_legacy")
@@ -449,7 +450,7 @@ def test_both_readings_of_the_score(ignore):
 @pytest.fixture(scope="module")
 def xrays(tmp_path_factory) -> Path:
     """The demo's folders with eight masks: a bright square somewhere."""
-    from test_docs import classes, masked
+    from tests.test_docs import classes, masked
 
     root = tmp_path_factory.mktemp("xrays")
     classes(root / "train", ("NORMAL", "PNEUMONIA"), 2)

@@ -15,8 +15,8 @@ import pytest
 from dreamteacher.cli import main as cli
 from dreamteacher.distill.store.items import Level, Plan, layout
 from dreamteacher.teachers.known import KNOWN
+from tests.places import ROOT
 
-ROOT = Path(__file__).parent.parent
 PLAN = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "plan.py")))
 
 

@@ -13,9 +13,7 @@ import pytest
 
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import read_rows
-
-ROOT = Path(__file__).parent.parent
-BENCHMARKS = ROOT / "benchmarks"
+from tests.places import BENCHMARKS
 
 
 def run(script: Path, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +64,7 @@ def test_early_exit_benchmark_runs(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_accuracy_benchmark_runs(tiny_teacher, tmp_path, monkeypatch):
-    from test_docs import classes
+    from tests.test_docs import classes
 
     classes(tmp_path / "train", ("NORMAL", "PNEUMONIA"), 16)
     classes(tmp_path / "test", ("NORMAL", "PNEUMONIA"), 4, first=100)
@@ -238,10 +236,9 @@ def test_teachers_benchmark_runs(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_stylegan2_benchmark_runs(tmp_path, monkeypatch):
-    from test_docs import classes, masked
-
     from dreamteacher.downstream.classification.finetune import FinetuneConfig
     from dreamteacher.downstream.segmentation.few_masks import SegmentConfig
+    from tests.test_docs import classes, masked
 
     for config in (FinetuneConfig, SegmentConfig):
         monkeypatch.setitem(config.__init__.__kwdefaults__, "steps", 2)
@@ -265,10 +262,9 @@ def test_stylegan2_benchmark_runs(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_vit_benchmark_runs(tmp_path, monkeypatch):
-    from test_docs import classes, masked
-
     from dreamteacher.downstream.classification.finetune import FinetuneConfig
     from dreamteacher.downstream.segmentation.few_masks import SegmentConfig
+    from tests.test_docs import classes, masked
 
     for config in (FinetuneConfig, SegmentConfig):
         monkeypatch.setitem(config.__init__.__kwdefaults__, "steps", 2)

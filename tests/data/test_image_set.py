@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import DAMAGE, cut, fill, noise, pixels, refused, text
 
 from dreamteacher.data import batches as data_batches
 from dreamteacher.data import image_set, seeds
@@ -19,6 +18,7 @@ from dreamteacher.data.batches import batches
 from dreamteacher.data.image_set import ImageSet, load_images
 from dreamteacher.data.images import BadImage
 from dreamteacher.runtime.errors import UserError
+from tests.builders.pictures import DAMAGE, cut, fill, noise, pixels, refused, text
 
 # --- damaged files in a folder ------------------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import DAMAGE, fill, noise, pixels, png_header, refused
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
@@ -29,6 +28,8 @@ from dreamteacher.data.images import (
     read_image,
     read_mask,
 )
+from tests.builders.pictures import DAMAGE, fill, noise, pixels, png_header, refused
+from tests.places import ROOT
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -280,7 +281,7 @@ def test_small_files_of_large_images_need_little_memory(tmp_path: Path) -> None:
         assert path.stat().st_size < 70_000
     told = subprocess.run(
         [sys.executable, "-c", PEAK, *sorted(map(str, tmp_path.iterdir()))], capture_output=True, text=True,
-        check=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
+        check=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     peaks = [int(line) * 1024 / side**2 for line in told.stdout.split()]
     assert len(peaks) == 4

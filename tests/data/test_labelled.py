@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import noise, refused
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
@@ -22,6 +21,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from dreamteacher.data.images import BadImageError, read_image, read_mask, scale_mask
 from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled
 from dreamteacher.data.npy import read_npy, read_npy_header
+from tests.builders.pictures import noise, refused
 
 SIZE = (24, 24)
 

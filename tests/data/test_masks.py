@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictures import cut, noise, refused, zero_bytes
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dreamteacher.data.images import Size, read_mask
 from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled
+from tests.builders.pictures import cut, noise, refused, zero_bytes
 
 load = partial(load_labelled, absent_ok=True)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from pictures import cut, fill, noise, refused
 from safetensors.torch import load_file
 
 from dreamteacher.data.batches import batches
@@ -22,6 +21,7 @@ from dreamteacher.data.shards import tar_images
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
 from dreamteacher.downstream.features import class_counts
 from dreamteacher.reports.maps import _pick_images
+from tests.builders.pictures import cut, fill, noise, refused
 
 COUNT = 11
 

@@ -19,8 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-from pictures import refused
-from test_pretrain import assert_equal, everything
 
 import dreamteacher
 from dreamteacher.cli.main import main
@@ -31,8 +29,10 @@ from dreamteacher.runtime import checkpoint, run_folder
 from dreamteacher.runtime.config import parse_json
 from dreamteacher.runtime.run_folder import RunDir, read_rows
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher
+from tests.builders.pictures import refused
+from tests.distill.test_pretrain import assert_equal, everything
+from tests.places import ROOT
 
-ROOT = Path(__file__).parent.parent
 FAULTS = ROOT / "benchmarks" / "faults"
 
 

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_families import TINY, build
-from test_pretrain import assert_equal, everything
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,6 +35,8 @@ from dreamteacher.teachers.diffusion import teacher as diffusion
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher, build_unet
 from dreamteacher.teachers.in_parts import InParts, RowsOfDraws
 from dreamteacher.teachers.registry import load_teacher
+from tests.distill.test_pretrain import assert_equal, everything
+from tests.teachers.test_families import TINY, build
 
 CPU = torch.device("cpu")
 

@@ -13,10 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictures import refused
 from PIL import Image
 from safetensors.torch import load_file
-from test_docs import masked
 from torch import Tensor
 
 from dreamteacher.data import batches, seeds
@@ -40,6 +38,8 @@ from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import to_json
 from dreamteacher.runtime.run_folder import read_rows
 from dreamteacher.teachers.registry import load_teacher
+from tests.builders.pictures import refused
+from tests.test_docs import masked
 
 GAN = "chest-xray-gan-64"
 RUN = """

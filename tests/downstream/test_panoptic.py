@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import cut, refused
-from test_layouts import cityscapes, coco
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -40,6 +38,8 @@ from dreamteacher.metrics import panoptic_counts, panoptic_quality
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.distributed.device import seeded
 from dreamteacher.testing import check_task
+from tests.builders.layouts import cityscapes, coco
+from tests.builders.pictures import cut, refused
 
 NAME = "test_resnet"
 TINY = PanopticConfig(

@@ -13,13 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from pictures import refused
-from test_classification import coloured
-from test_detection import TINY as DETECT
-from test_detection import save_folder
-from test_panoptic import TINY as PANOPTIC
-from test_panoptic import write_scenes
-from test_semantic import SMALL, scenes
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -31,6 +24,14 @@ from dreamteacher.downstream.segmentation.readout import ReadoutConfig
 from dreamteacher.downstream.segmentation.semantic import SemanticConfig
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.run_folder import read_rows
+from tests.builders.pictures import refused
+from tests.builders.squares import TINY as DETECT
+from tests.builders.squares import save_folder
+from tests.downstream.classification.test_protocols import coloured
+from tests.downstream.segmentation.test_semantic import SMALL, scenes
+from tests.downstream.test_panoptic import TINY as PANOPTIC
+from tests.downstream.test_panoptic import write_scenes
+from tests.places import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 TRAINED = dataclasses.replace(DETECT, steps=4, optimizer="sgd")
@@ -183,10 +184,10 @@ def test_a_signal_saves_and_ends(
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {repository!r})
 import torch
 torch.set_num_threads(1)
-from test_resume import config_of, loop, quiet
+from tests.downstream.test_resume import config_of, loop, quiet
 save = loop.Saved.save
 def then_die(self, step, *rest):
     save(self, step, *rest)
@@ -199,8 +200,7 @@ quiet(config_of(Path({root!r}), "linear-sgd", out=Path({out!r})))
 
 @pytest.mark.slow
 def test_a_process_that_is_killed(root: Path, tmp_path: Path) -> None:
-    tests = str(Path(__file__).parent)
-    script = SCRIPT.format(tests=tests, root=str(root), out=str(tmp_path / "killed"))
+    script = SCRIPT.format(repository=str(ROOT), root=str(root), out=str(tmp_path / "killed"))
     done = subprocess.run([sys.executable, "-c", script], check=False, env={**os.environ})
     assert done.returncode == -signal.SIGKILL
     assert list((tmp_path / "killed").glob("training-*/checkpoint-00000002.safetensors"))

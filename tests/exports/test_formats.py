@@ -19,7 +19,6 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
-from test_export import CONFIG, make_run, message
 from torch import Tensor, nn
 
 from dreamteacher.cli import main as cli
@@ -29,6 +28,7 @@ from dreamteacher.exports.hub import LICENCES
 from dreamteacher.exports.write import export
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.errors import UserError
+from tests.exports.test_write import CONFIG, make_run, message
 
 ATTO = ((2, 2, 6, 2), (40, 80, 160, 320))
 # A network of each kind, and the formats whose card is run for it (the graph is exported once: it takes a while).

@@ -70,9 +70,8 @@ def test_spearman_against_ranks():
 @pytest.fixture
 def planted(monkeypatch):
     """A teacher whose maps know the image at t = 100, stride 8, and are noise elsewhere."""
-    from test_feature_dataset import Echo
-
     from dreamteacher.spec import FeatureSpec
+    from tests.distill.test_dataset import Echo
 
     class Planted(Echo):
         timesteps = (50, 100)
@@ -162,7 +161,7 @@ def test_bad_requests_leave_nothing(change, words, tiny_teacher, image_folder, t
     ("kind", "steps"), [("stable-diffusion", 2), ("vae-kl", 1), ("module", 1), ("clean", 1)]
 )
 def test_teachers_with_and_without_timesteps(kind, steps, image_folder, tmp_path):
-    from test_families import build
+    from tests.teachers.test_families import build
 
     name = build("stable-diffusion" if kind == "clean" else kind, tmp_path / "teacher")
     if kind == "clean":  # it was trained at one timestep alone: that one is kept

@@ -21,17 +21,17 @@ from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.registry import SPECS, load_teacher, read_card
 from dreamteacher.testing import check_teacher
 
-# The builder of each kind: (test module, function).
+# The builder of each kind: (module of the tests, function).
 TINY = {
-    "diffusion": ("test_adm", "tiny"),
-    "stable-diffusion": ("test_stable_diffusion", "tiny"),
-    "stylegan2": ("test_stylegan2", "tiny"),
-    "biggan": ("test_biggan", "tiny_biggan"),
-    "bigbigan": ("test_biggan", "tiny_bigbigan"),
-    "icgan": ("test_biggan", "tiny"),
-    "vae-kl": ("test_vae", "tiny"),
-    "vae-tiny": ("test_vae", "tiny_taesd"),
-    "vae-vq": ("test_vae", "tiny_vq"),
+    "diffusion": ("tests.teachers.diffusion.test_adm", "tiny"),
+    "stable-diffusion": ("tests.builders.stable_diffusion", "tiny"),
+    "stylegan2": ("tests.teachers.stylegan2.test_teacher", "tiny"),
+    "biggan": ("tests.builders.biggan", "tiny_biggan"),
+    "bigbigan": ("tests.builders.biggan", "tiny_bigbigan"),
+    "icgan": ("tests.builders.biggan", "tiny"),
+    "vae-kl": ("tests.teachers.test_vae", "tiny"),
+    "vae-tiny": ("tests.teachers.test_vae", "tiny_taesd"),
+    "vae-vq": ("tests.teachers.test_vae", "tiny_vq"),
 }
 OWN = """
 import torch

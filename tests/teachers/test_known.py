@@ -31,8 +31,9 @@ from dreamteacher.teachers.stable_diffusion.teacher import StableDiffusionSettin
 from dreamteacher.teachers.stylegan2.convert import StyleGan2Settings
 from dreamteacher.teachers.stylegan2.teacher import Generator, StyleGan2Spec
 from dreamteacher.teachers.vae import VaeSettings, VaeSpec
+from tests.places import ROOT
 
-PAGE = Path(__file__).parent.parent / "docs" / "teachers.md"
+PAGE = ROOT / "docs" / "teachers.md"
 SETTINGS = {
     "adm": AdmFlags,
     "ddpm": DiffusersFlags,

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from pictures import refused
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dreamteacher.teachers.module import ModuleTeacher, teacher_from_file
 from dreamteacher.teachers.registry import load_teacher
 from dreamteacher.testing import check_teacher
+from tests.builders.pictures import refused
+from tests.places import ROOT
 
-ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT.parent / "shared" / "data" / "weights"
 needs_weights = pytest.mark.skipif(
     not WEIGHTS.is_dir(), reason="the published weights are not in ../shared/data/weights"

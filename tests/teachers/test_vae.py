@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_dc import DCUpBlock2d
 from diffusers.models.upsampling import Upsample2D
-from pictures import pixels, refused
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -36,8 +35,8 @@ from dreamteacher.teachers.vae import (
     tiny_from_original,
 )
 from dreamteacher.testing import check_teacher
-
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+from tests.builders.pictures import pixels, refused
+from tests.places import SHARED
 
 
 def unet(channels: list[int], *, attention: bool = False, **options) -> dict:

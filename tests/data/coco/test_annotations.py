@@ -14,13 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import noise, refused
 from pycocotools import mask as reference
 from pycocotools.coco import COCO
 
 from dreamteacher.data.coco.annotations import CocoSet, instance_mask, read_coco
 from dreamteacher.data.coco.run_lengths import Rle, decode_counts, polygon_mask, rle_mask
 from dreamteacher.runtime.errors import UserError
+from tests.builders.pictures import noise, refused
 
 # pycocotools 2.0.11 decodes into an array that numpy 2 finds old-fashioned.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

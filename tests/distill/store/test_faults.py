@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from pictures import refused
-from test_feature_store import CPU, alter, asked_in, files, images_of, made, remove, truncate
 
 from dreamteacher.distill.store import make as store_make
 from dreamteacher.distill.store import reader, writer
@@ -26,6 +24,8 @@ from dreamteacher.distill.store.items import layout, noise_device
 from dreamteacher.distill.store.make import MakeFeaturesConfig
 from dreamteacher.distill.store.reader import FeatureStore
 from dreamteacher.teachers.registry import fingerprint, load_teacher
+from tests.builders.pictures import refused
+from tests.distill.store.test_store import CPU, alter, asked_in, files, images_of, made, remove, truncate
 
 
 @pytest.fixture

@@ -18,10 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import fill_disk
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures import refused
 from PIL import Image
 from torch import Tensor
 
@@ -48,9 +46,11 @@ from dreamteacher.distill.store.reader import FeatureStore
 from dreamteacher.losses import feature_loss, projected_loss, whiten
 from dreamteacher.runtime import run_folder
 from dreamteacher.teachers.registry import fingerprint, load_teacher
+from tests.builders.disks import fill_disk
+from tests.builders.pictures import refused
+from tests.places import ROOT
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parent.parent
 ECHO = """
 import torch
 from dreamteacher.spec import FeatureSpec
@@ -384,7 +384,7 @@ def test_a_part_of_the_images_is_enough(asked, tmp_path):
 
 
 def test_latents_alone_are_exact(tmp_path):
-    from test_stable_diffusion import tiny
+    from tests.builders.stable_diffusion import tiny
 
     (tmp_path / "sd").mkdir()
     tiny(tmp_path / "sd")

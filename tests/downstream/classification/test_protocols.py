@@ -13,7 +13,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from pictures import refused
 from PIL import Image
 from sklearn.metrics import top_k_accuracy_score
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -33,6 +32,7 @@ from dreamteacher.downstream.features import ClassificationData
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.distributed.device import seeded
 from dreamteacher.testing import check_task
+from tests.builders.pictures import refused
 
 NAME = "test_resnet"
 SIDE = 32

@@ -1,13 +1,10 @@
-"""Detection: data of mixed sizes, COCO's scores against pycocotools, both detectors on trivial scenes."""
+"""Detection: data of mixed sizes, both detectors on trivial scenes."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import io
-import itertools
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,22 +12,18 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from pictures import cut, noise, refused
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
-from torchvision.transforms.v2.functional import to_pil_image
 
 from dreamteacher.downstream.detection.cascade import CascadeHeads, box_losses
-from dreamteacher.downstream.detection.config import PRESETS, DetectConfig, check_detect
+from dreamteacher.downstream.detection.config import PRESETS, check_detect
 from dreamteacher.downstream.detection.data import (
     DetectionData,
     Draw,
     Instances,
-    InstanceSet,
-    Mask,
     cut_mask,
     example,
     instances_of_ids,
@@ -48,166 +41,13 @@ from dreamteacher.downstream.tables import summary_table
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.optim import layer_decay_groups, layer_depths
 from dreamteacher.testing import check_task
+from tests.builders.pictures import cut, noise, refused
+from tests.builders.squares import TINY, draw_scene, save_coco, save_folder, scenes
+from tests.downstream.detection.test_scores import random_instances
 
 # pycocotools 2.0.11 decodes into an array that numpy 2 finds old-fashioned.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 NAME = "test_resnet"
-TINY = DetectConfig(
-    steps=2, batch_size=2, lr=3e-3, layer_decay=1.0, short_side=(64, 64), test_side=64, longest_side=96, width=16, fc=32,
-    rois=16, anchors=32, proposals=32, anchor=6.0, workers=1,
-)  # fmt: skip
-
-
-def draw_scene(seed: int, size: tuple[int, int], objects: int = 2) -> tuple[Tensor, Tensor]:
-    """Bright squares on dark noise, and the numbers of the squares."""
-    generator = torch.Generator().manual_seed(seed)
-    image = torch.randint(0, 60, (3, *size), generator=generator, dtype=torch.uint8)
-    ids = torch.zeros(size, dtype=torch.int64)
-    for k in range(objects):
-        side = int(torch.randint(18, 26, (), generator=generator))
-        y, x = (int(torch.randint(0, whole - side + 1, (), generator=generator)) for whole in size)
-        if not ids[y : y + side, x : x + side].any():
-            ids[y : y + side, x : x + side] = 3 * k + 1
-            image[:, y : y + side, x : x + side] = 220
-    return image, ids
-
-
-def scenes(*seeds: int) -> InstanceSet:
-    sizes = [(64, 80) if seed % 2 else (80, 64) for seed in seeds]
-    drawn = [draw_scene(seed, size) for seed, size in zip(seeds, sizes, strict=True)]
-    objects = [instances_of_ids(ids) for _, ids in drawn]
-    counts = [len(o.masks) for o in objects]
-    images = [image for image, _ in drawn]
-    return InstanceSet(
-        images=images, sizes=sizes, counts=counts, truth=objects.__getitem__, classes=("square",)
-    )
-
-
-@pytest.fixture(scope="module")
-def student() -> Student:
-    return create_student(NAME, seed=0)
-
-
-# --- scores -------------------------------------------------------------------------------------------------
-
-
-def boxes_only(boxes: list[list[float]], scores: list[float] | None = None, size: int = 16) -> Instances:
-    """Objects of class 1 whose masks fill their (whole-numbered) boxes."""
-    masks = tuple(
-        Mask(int(b[1]), int(b[0]), torch.ones(int(b[3] - b[1]), int(b[2] - b[0])).bool()) for b in boxes
-    )
-    found = None if scores is None else torch.tensor(scores)
-    return Instances(
-        boxes=torch.tensor(boxes), labels=torch.ones(len(boxes)).long(), masks=masks, scores=found
-    )
-
-
-def test_average_precision_against_a_hand_calculation():
-    """Two objects. The best detection is exact, the second a miss, the third has IoU 0.6 with the other object.
-
-    At IoU 0.50, 0.55 and 0.60 the precision is 1 up to recall 0.5 (51 of 101 recalls) and 2/3 beyond (50); at the
-    seven higher ones it is 1 up to recall 0.5 and 0 beyond.
-    """
-    truth = boxes_only([[0.0, 0, 4, 4], [8, 8, 12, 13]])
-    found = boxes_only([[0.0, 0, 4, 4], [0, 8, 4, 12], [8, 8, 12, 11]], [0.9, 0.8, 0.7])
-    low, high = (51 + 50 * 2 / 3) / 101, 51 / 101
-    for kind in ("box", "mask"):
-        ap, ap50, ap75 = average_precision([truth], [found], [(16, 16)], classes=1, kind=kind)
-        assert ap50 == pytest.approx(low, abs=1e-9)
-        assert ap75 == pytest.approx(high, abs=1e-9)
-        assert ap == pytest.approx((3 * low + 7 * high) / 10, abs=1e-9)
-
-
-def test_average_precision_of_nothing_found():
-    truth = boxes_only([[0.0, 0, 4, 4]])
-    assert average_precision([truth], [boxes_only([], [])], [(16, 16)], classes=1, kind="mask") == (0, 0, 0)
-    with pytest.raises(ValueError, match="no object"):
-        average_precision([boxes_only([])], [truth], [(16, 16)], classes=1, kind="box")
-
-
-def random_instances(
-    generator: torch.Generator, size: tuple[int, int], classes: int, like: Instances | None = None
-) -> Instances:
-    """Random blobs; with `like`, shifted and rescored versions of those and some of their own."""
-
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high, (), generator=generator))
-
-    masks, labels = [], []
-    for mask, label in zip(like.masks, like.labels.tolist(), strict=True) if like else ():
-        for _ in range(draw(0, 3)):
-            moved = mask.whole(size).roll((draw(-1, 2), draw(-1, 2)), (0, 1))
-            masks.append(cut_mask(moved & (torch.rand(size, generator=generator) < 0.99)))
-            labels.append(label if draw(0, 8) else draw(1, classes + 1))
-    for _ in range(draw(2, 5)):
-        h, w = draw(4, 14), draw(4, 14)
-        top, left = draw(0, size[0] - h + 1), draw(0, size[1] - w + 1)
-        blob = torch.rand(h, w, generator=generator) < 0.95
-        blob[0, 0] = blob[-1, -1] = True
-        masks.append(Mask(top, left, blob))
-        labels.append(draw(1, classes + 1))
-    corners = [[m.left, m.top, m.left + m.pixels.shape[1], m.top + m.pixels.shape[0]] for m in masks]
-    scores = (torch.rand(len(masks), generator=generator) * 20).round() / 20 if like else None  # with ties
-    crowd = () if like else tuple(draw(0, 6) == 0 for _ in masks)
-    boxes = torch.tensor(corners, dtype=torch.float32)
-    return Instances(boxes=boxes, labels=torch.tensor(labels), masks=tuple(masks), scores=scores, crowd=crowd)
-
-
-def reference_ap(truth, found, sizes, classes: int, kind: str) -> tuple[float, ...]:
-    """The three numbers by pycocotools, from dictionaries that are written here."""
-    from pycocotools import mask as run_lengths
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    parts: list[list[dict]] = []
-    for sets in (truth, found):
-        parts.append([])
-        for i, (instances, size) in enumerate(zip(sets, sizes, strict=True)):
-            for k, mask in enumerate(instances.masks):
-                x0, y0, x1, y1 = instances.boxes[k].tolist()
-                whole = mask.whole(size).byte().numpy().copy(order="F")
-                parts[-1].append(
-                    {
-                        "id": len(parts[-1]) + 1, "image_id": i, "category_id": int(instances.labels[k]),
-                        "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0),
-                        "segmentation": run_lengths.encode(whole), "iscrowd": int(instances.crowd[k]) if instances.crowd else 0,
-                        "score": float(instances.scores[k]) if instances.scores is not None else 1.0,
-                    }
-                )  # fmt: skip
-    with contextlib.redirect_stdout(io.StringIO()):
-        there = COCO()
-        there.dataset = {
-            "images": [{"id": i, "height": h, "width": w} for i, (h, w) in enumerate(sizes)],
-            "categories": [{"id": c + 1, "name": str(c)} for c in range(classes)],
-            "annotations": parts[0],
-        }
-        there.createIndex()
-        scored = COCOeval(there, there.loadRes(parts[1]), {"box": "bbox", "mask": "segm"}[kind])
-        scored.evaluate()
-        scored.accumulate()
-        scored.summarize()
-    return tuple(scored.stats[:3].tolist())
-
-
-@pytest.mark.parametrize("kind", ["box", "mask"])
-def test_average_precision_against_pycocotools(kind):
-    for seed in range(4):
-        generator = torch.Generator().manual_seed(seed)
-        sizes = [(24 + 3 * i, 40 - 2 * i) for i in range(6)]
-        truth = [random_instances(generator, size, 3) for size in sizes]
-        found = [random_instances(generator, s, 3, t) for s, t in zip(sizes, truth, strict=True)]
-        ours = average_precision(truth, found, sizes, classes=3, kind=kind)
-        theirs = reference_ap(truth, found, sizes, 3, kind)
-        assert 0.02 < theirs[0] < 0.9
-        assert ours == pytest.approx(theirs, abs=5e-5)
-
-
-def test_missing_library_is_named(monkeypatch, student):
-    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
-    data = DetectionData(pool=scenes(0, 1), test=scenes(2))
-    refused(
-        lambda: list(detect(student, data, TINY, images=None, cascade=False, seed=0)), "dreamteacher[coco]"
-    )
 
 
 # --- data ---------------------------------------------------------------------------------------------------
@@ -261,49 +101,6 @@ def test_crowds_are_not_trained_on():
     assert torch.equal(target["boxes"], truth.boxes[1:])
     assert target["masks"].shape == (1, 64, 80)
     assert len(target["labels"]) == 1
-
-
-def save_folder(folder: Path, *seeds: int) -> tuple[Path, Path]:
-    images, instances = folder / "images", folder / "instances"
-    for path in (images, instances):
-        path.mkdir(parents=True)
-    for seed in seeds:
-        image, ids = draw_scene(seed, (64, 80) if seed % 2 else (72, 64))
-        to_pil_image(image).save(images / f"{seed}.png")
-        Image.fromarray((300 * ids).numpy().astype("uint16")).save(instances / f"{seed}.png")
-    return images, instances
-
-
-def save_coco(folder: Path, *seeds: int, names: tuple[str, ...] = ("square",)) -> tuple[Path, Path]:
-    """As `save_folder`, but squares as polygons, the second of an image a crowd in run lengths."""
-    images, ids = save_folder(folder, *seeds)
-    records, listed = [], []
-    for seed in seeds:
-        drawn = instances_of_ids(torch.from_numpy(_array(ids / f"{seed}.png")).long())
-        height, width = _array(ids / f"{seed}.png").shape
-        listed.append({"id": seed + 5, "file_name": f"{seed}.png", "height": height, "width": width})
-        for k, (x0, y0, x1, y1) in enumerate(drawn.boxes.tolist()):
-            flat = drawn.masks[k].whole((height, width)).t().flatten().int().tolist()
-            changes = [0, *(i for i in range(1, len(flat)) if flat[i] != flat[i - 1]), len(flat)]
-            runs = [b - a for a, b in itertools.pairwise(changes)]
-            outline = {"size": [height, width], "counts": ([0] if flat[0] else []) + runs}
-            records.append(
-                {
-                    "id": len(records) + 1, "image_id": seed + 5, "category_id": 7, "iscrowd": int(k == 1),
-                    "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0),
-                    "segmentation": outline if k == 1 else [[x0, y0, x1, y0, x1, y1, x0, y1]],
-                }
-            )  # fmt: skip
-    categories = [{"id": 7 + i, "name": name} for i, name in enumerate(names)]
-    path = folder / "instances.json"
-    path.write_text(json.dumps({"images": listed, "annotations": records, "categories": categories}))
-    return images, path
-
-
-def _array(path: Path):
-    import numpy as np
-
-    return np.asarray(Image.open(path)).astype("int64")
 
 
 def test_a_folder_of_instances_of_mixed_sizes(tmp_path):

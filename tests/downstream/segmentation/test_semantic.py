@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictures import cut, refused
 from PIL import Image
 from sklearn.metrics import jaccard_score
-from test_layouts import H, W, ade20k, cityscapes
 from torch import Tensor, nn
 from torchvision.models.segmentation.fcn import FCNHead as TorchvisionHead
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
@@ -35,6 +33,8 @@ from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.optim import poly_lr_at
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.testing import check_task
+from tests.builders.layouts import H, W, ade20k, cityscapes
+from tests.builders.pictures import cut, refused
 
 NAME = "test_resnet"
 SMALL = CropConfig(short_side=64, scale=(0.75, 1.5), size=(64, 64), most_of_one_class=1.0)

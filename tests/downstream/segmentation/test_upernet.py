@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pictures import refused
-from test_regressor import randomise
 
 from dreamteacher.downstream.segmentation.few_masks import (
     SegmentationHead,
@@ -13,6 +11,8 @@ from dreamteacher.downstream.segmentation.few_masks import (
     from_segmentation_models,
 )
 from dreamteacher.models.student import create_student
+from tests.builders.pictures import refused
+from tests.models.test_regressor import randomise
 
 CLASSES, WIDTH = 5, 16
 

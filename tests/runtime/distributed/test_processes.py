@@ -1,6 +1,6 @@
 """Several processes: the same draws, losses, gradients and weights as one; resumption; kills; errors told once.
 
-Processes are started by torchrun, three times in all, on gloo; `distributed_worker.py` is what they run.
+Processes are started by torchrun, three times in all, on gloo; `worker.py` is what they run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import distributed_worker
 import pytest
 import torch
 from PIL import Image
@@ -51,8 +50,9 @@ from dreamteacher.teachers.module import ModuleTeacher
 from dreamteacher.teachers.registry import load_teacher
 from dreamteacher.teachers.training.augment import augment
 from dreamteacher.teachers.training.train import PRESETS, TrainTeacherConfig, train_teacher
+from tests.places import ROOT
+from tests.runtime.distributed import worker
 
-ROOT = Path(__file__).parent.parent
 HALVES = (Share(0, 2), Share(1, 2))
 
 
@@ -92,7 +92,7 @@ def streams(kind: str, teacher: Any, images: image_set.ImageSet, share: Share) -
 @pytest.mark.parametrize("kind", ["encoded", "synthesized", "mixture", "streamed"])
 def test_processes_see_their_rows_of_the_one_process_batch(kind, image_folder, tiny_teacher, monkeypatch):
     """The same images, mirrored alike, with the same noise."""
-    distributed_worker.prepare(monkeypatch.setitem)
+    worker.prepare(monkeypatch.setitem)
     teacher = load_teacher(str(tiny_teacher), timesteps=(100, 50))
     images = image_set.load_images(image_folder, (64, 64), cache_gb=0 if kind == "streamed" else 1)
     whole, first, second = (streams(kind, teacher, images, s) for s in (ALONE, *HALVES))
@@ -250,7 +250,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, tiny_teac
             images=image_folder, out=root / preset, preset=preset, device="cpu", precision="float32", **more
         )
         with pytest.MonkeyPatch.context() as patch:
-            distributed_worker.prepare(patch.setitem)
+            worker.prepare(patch.setitem)
             train_teacher(teacher)
         teachers.append(to_json(teacher))
     xrays = root / "xrays"
@@ -299,7 +299,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, tiny_teac
         "teachers": teachers, "demo": demo, "at": 4, "benchmark": benchmark,
         "script": str(ROOT / "benchmarks" / "distributed" / "run.py"),
     }  # fmt: skip
-    done = torchrun(distributed_worker.__file__, json.dumps(job))
+    done = torchrun(worker.__file__, json.dumps(job))
     (root / "said.txt").write_text(done.stdout + done.stderr)
     assert (root / "demo" / "report.html").exists(), done.stdout[-2000:] + done.stderr[-6000:]
     return root, done
@@ -415,7 +415,7 @@ def test_two_machines_go_on_after_a_kill_and_a_full_disk(runs, image_folder, tin
         "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3",
         "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}",
     ]  # fmt: skip
-    codes, out, errors = both([*agent, distributed_worker.__file__, json.dumps(job)], {}, {})
+    codes, out, errors = both([*agent, worker.__file__, json.dumps(job)], {}, {})
     assert codes == [0, 0], errors
     counts = [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)]
     assert [len(c) for c in counts] == [3, 3]
@@ -434,7 +434,7 @@ def test_a_process_out_of_memory_stops_all_and_a_restart_goes_on_in_smaller_part
 ):
     config = config_of(image_folder, tiny_teacher, tmp_path / "run")
     job = {"events": [("memory", 9)], "starts": str(tmp_path), "arguments": ["pretrain", *flags(config)]}
-    done = torchrun("--max-restarts", "1", distributed_worker.__file__, json.dumps(job))
+    done = torchrun("--max-restarts", "1", worker.__file__, json.dumps(job))
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert said.count("Step 5 runs out of memory in parts of 2 images") == 1, said
@@ -451,7 +451,7 @@ def test_a_signal_to_one_process_saves_once_and_ends_all(runs, image_folder, tin
     job = {"events": [("signal", 9)], "starts": str(tmp_path), "arguments": ["pretrain", *flags(config)]}
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     each = [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    codes, out, errors = both([distributed_worker.__file__, json.dumps(job)], *each)
+    codes, out, errors = both([worker.__file__, json.dumps(job)], *each)
     assert codes == [128 + signal.SIGTERM] * 2, errors
     assert "error: " not in errors
     (step,) = re.findall("Stopped at step (.*): saved", out)

@@ -1,4 +1,4 @@
-"""What each process of tests/test_distributed.py runs: several checks in one start, as importing torch takes long."""
+"""What each process of test_processes.py runs: several checks in one start, as importing torch takes long."""
 
 from __future__ import annotations
 

@@ -18,8 +18,6 @@ import fsspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
-from pictures import refused
-from test_shards import encoded, shard
 
 from dreamteacher.data.batches import batches
 from dreamteacher.data.image_set import load_images
@@ -27,6 +25,8 @@ from dreamteacher.data.shards import tar_images
 from dreamteacher.reports.maps import _pick_images
 from dreamteacher.runtime.download import http
 from dreamteacher.runtime.download.objects import address_of, bring_shards, expand
+from tests.builders.pictures import refused
+from tests.data.test_shards import encoded, shard
 
 SHARDS, PER_SHARD = 5, 3
 Disk = namedtuple("Disk", "total used free")

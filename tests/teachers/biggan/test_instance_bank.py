@@ -8,10 +8,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from pictures import fill, refused
 from PIL import Image
 from safetensors.torch import save_file
-from test_biggan import ALL_LEVELS, CARD, random_weights
 from torch import Tensor, nn
 from torchvision.models import ResNet, resnet50
 from torchvision.transforms.v2 import functional as T
@@ -28,6 +26,8 @@ from dreamteacher.teachers.biggan.instance_bank import (
 from dreamteacher.teachers.biggan.teacher import BigGanSpec
 from dreamteacher.teachers.registry import load_teacher, save_teacher
 from dreamteacher.testing import check_teacher
+from tests.builders.biggan import ALL_LEVELS, CARD, random_weights
+from tests.builders.pictures import fill, refused
 
 
 class Means(nn.Module):

@@ -32,8 +32,8 @@ from dreamteacher.teachers.diffusion.teacher import (
 from dreamteacher.teachers.diffusion.walk import decoder_outputs, pixel_features
 from dreamteacher.teachers.registry import load_teacher, save_teacher
 from dreamteacher.testing import check_teacher
+from tests.places import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
 NETWORKS = [
     "adm_legacy",
     "adm_legacy_nonsquare",

@@ -30,8 +30,8 @@ from dreamteacher.teachers.published.get import GetTeacherConfig, get_teacher
 from dreamteacher.teachers.registry import load_teacher, read_card
 from dreamteacher.teachers.stable_diffusion import teacher as stable_diffusion
 from dreamteacher.teachers.stable_diffusion.teacher import StableDiffusionSpec
+from tests.places import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
 # Flags of the golden network over those of the published one that it is like.
 TINY_ADM = (
     "--settings", "image_size=64", "num_head_channels=16", "model_channels=32", "channel_mult=null",

@@ -24,7 +24,6 @@ from typing import Any
 
 import pytest
 import torch
-from pictures import refused
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,8 +33,9 @@ from dreamteacher.teachers.stylegan2 import convert as stylegan2_convert
 from dreamteacher.teachers.stylegan2 import inert_pickle
 from dreamteacher.teachers.stylegan2.convert import convert, read_pickle
 from dreamteacher.teachers.stylegan2.teacher import Generator
+from tests.builders.pictures import refused
+from tests.places import GOLDEN, ROOT
 
-GOLDEN = Path(__file__).parent.resolve() / "golden"
 BENIGN = GOLDEN / "stylegan2_format.pkl"
 PREFIXES = {"G_ema": "sd.", "G": "sd_G.", "D": "sd_D.", "augment_pipe": "sd_augment_pipe."}
 
@@ -381,8 +381,9 @@ def read_mutations(folder: Path) -> dict[str, Any]:
 def test_mutations_give_an_error_or_the_same_weights_and_run_nothing(tmp_path):
     """Without a sha256, finite values in the place of others cannot be told: the format has no checksum."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", __file__, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True
-    )
+        [sys.executable, "-W", "error", "-m", "tests.teachers.stylegan2.test_convert", str(tmp_path)],
+        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     counts = found["counts"]

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from pictures import refused
-from test_stylegan2_pickle import BENIGN, equal
 
 from dreamteacher.teachers.stylegan2 import convert as stylegan2_convert
 from dreamteacher.teachers.stylegan2 import inert_pickle
 from dreamteacher.teachers.stylegan2.convert import convert, read_pickle
+from tests.builders.pictures import refused
+from tests.teachers.stylegan2.test_convert import BENIGN, equal
 
 
 class Raw(bytes):

@@ -26,8 +26,8 @@ from dreamteacher.teachers.stylegan2.teacher import (
     upsample_image,
 )
 from dreamteacher.testing import check_teacher
+from tests.places import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
 NETWORKS = (
     "stylegan2_skip64",
     "stylegan2_orig32_cond",

@@ -8,9 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_gpu_path import NoWaiting, cuda_autocast, nothing_is_kept, on_fake_gpu  # noqa: F401 - a fixture
-from test_train_stylegan2 import TINY as TINY_GAN
-from test_train_teacher import TINY
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,6 +21,9 @@ from dreamteacher.teachers.training import stylegan2, train
 from dreamteacher.teachers.training.diffusion import DiffusionTrainee
 from dreamteacher.teachers.training.stylegan2 import StyleGan2Trainee
 from dreamteacher.teachers.training.trainee import Plan
+from tests.distill.test_gpu_path import NoWaiting, cuda_autocast, nothing_is_kept, on_fake_gpu  # noqa: F401 - a fixture
+from tests.teachers.training.test_stylegan2 import TINY as TINY_GAN
+from tests.teachers.training.test_train import TINY
 
 CUDA = torch.device("cuda")
 
