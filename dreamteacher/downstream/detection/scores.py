@@ -45,7 +45,7 @@ def average_precision(
     """AP (mean over IoU 0.50 to 0.95 in steps of 0.05), AP at IoU 0.50, and AP at IoU 0.75; each in [0, 1].
 
     The mean over the classes that occur in the truth of the precision at 101 recalls; what lies on a crowd is
-    neither right nor wrong. Parity with pycocotools: `tests/test_detection.py`.
+    neither right nor wrong. Parity with pycocotools: `tests/downstream/detection/test_scores.py`.
 
     Args:
         truth: the objects of each image.

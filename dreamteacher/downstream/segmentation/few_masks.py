@@ -68,7 +68,7 @@ class SegmentationHead(nn.Module):
         align_corners: of the last resize, to the image's size.
 
     Source: UPerNet, arXiv 1807.10221; narrower than the 512 channels there. Equal to segmentation-models-pytorch's
-    UPerNet with `norm`, `align_corners` and its weights (`from_segmentation_models`): `tests/test_upernet.py`.
+    UPerNet with `norm`, `align_corners` and its weights (`from_segmentation_models`): `tests/downstream/segmentation/test_upernet.py`.
     """
 
     def __init__(

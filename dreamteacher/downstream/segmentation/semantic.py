@@ -57,7 +57,7 @@ class FCNHead(nn.Module):
         level: which of them is read.
         dropout: probability of dropping a pixel's channel before the last layer.
 
-    Source: the head of torchvision's FCN (arXiv 1411.4038), equal in `tests/test_semantic.py`.
+    Source: the head of torchvision's FCN (arXiv 1411.4038), equal in `tests/downstream/segmentation/test_semantic.py`.
     """
 
     def __init__(

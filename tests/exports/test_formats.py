@@ -1,0 +1,457 @@
+"""Exports load in the libraries they are for: the cards' own code is run, names follow from rules written here."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dreamteacher.cli import main as cli
+from dreamteacher.exports import onnx as exports_onnx
+from dreamteacher.exports.formats import FORMATS, formats_for, layout
+from dreamteacher.exports.hub import LICENCES
+from dreamteacher.exports.write import export
+from dreamteacher.models.student import Student, create_student
+from dreamteacher.runtime.errors import UserError
+from tests.exports.test_write import CONFIG, make_run, message
+
+ATTO = ((2, 2, 6, 2), (40, 80, 160, 320))
+# A network of each kind, and the formats whose card is run for it (the graph is exported once: it takes a while).
+RUN = {
+    "resnet18": ("torchvision", "smp", "mmdetection", "detectron2", "hub"),
+    "convnext_atto": ("torchvision", "smp", "mmdetection", "detectron2", "onnx"),
+    "efficientnet_b0": ("smp",),
+}
+
+
+def random_vectors(student: Student) -> None:
+    """Gains, shifts, layer scales and statistics that are far from those of a new network."""
+    generator = torch.Generator().manual_seed(1)
+    for value in student.model.state_dict().values():
+        if value.ndim == 1 and value.is_floating_point():
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Student, Path]]:
+    """Every network with its run folder; in it one folder per format, and the maps it has to give."""
+    made = {}
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    for name, formats in RUN.items():
+        folder = tmp_path_factory.mktemp("runs") / name
+        student = make_run(folder, name)
+        random_vectors(student)
+        state = {k: v.contiguous() for k, v in student.model.state_dict().items()}
+        save_file(state, folder / "backbone.safetensors", {"student": name})
+        for format in formats:
+            export(folder, folder / format, format=format)  # type: ignore[arg-type]
+        with torch.no_grad():
+            maps = student(images)
+        expected = {f"map{i}": m.contiguous() for i, m in enumerate(maps)} | {"images": images}
+        save_file(expected, folder / "expected.safetensors")
+        made[name] = (student, folder)
+    return made
+
+
+def meta(name: str) -> Student:
+    """A student without values: its names and shapes."""
+    with torch.device("meta"):
+        return Student(name, timm.create_model(name, num_classes=0))
+
+
+# --- the cards' code, in a process that never saw this package ------------------------------------------------
+
+RUN_CARDS = """
+import os, pathlib, re, sys
+import torch
+from safetensors.torch import load_file
+for folder in map(pathlib.Path, sys.argv[1:]):
+    os.chdir(folder)
+    code, = re.findall("```python\\n(.*?)```", pathlib.Path("README.md").read_text(), re.DOTALL)
+    expected = load_file("../expected.safetensors")
+    images = expected.pop("images")
+    ours = "IMAGES.numpy()" if folder.name == "onnx" else "IMAGES"
+    code, replaced = re.subn(r"^images = .*$", "images = " + ours, code, flags=re.MULTILINE)
+    assert replaced == 1
+    names = {"IMAGES": images}
+    exec(code, names)
+    assert len(names["maps"]) == len(expected) == 4
+    for i, found in enumerate(map(torch.as_tensor, names["maps"])):
+        worst = expected[f"map{i}"].abs().max().item()
+        torch.testing.assert_close(found, expected[f"map{i}"], rtol=1e-4, atol=1e-4 * max(1, worst))
+    if "masks" in names:
+        assert names["masks"].shape == (2, 2, 64, 96)
+    if folder.name == "hub":  # as if it had been downloaded
+        import timm
+        model = timm.create_model("hf-hub:me/birds", pretrained=True)
+        assert tuple(model.pretrained_cfg["input_size"]) == (3, 64, 96)
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, names["model"].state_dict()[key]), key
+assert "dreamteacher" not in sys.modules
+print("all equal")
+"""
+
+
+def test_the_card_of_every_format_gives_the_students_maps(
+    runs: dict[str, tuple[Student, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "hub" / "models--me--birds"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    (cached / "snapshots").mkdir()
+    (cached / "snapshots" / ("0" * 40)).symlink_to(runs["resnet18"][1] / "hub")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    folders = [
+        str(folder / format)
+        for name, (_, folder) in runs.items()
+        for format in RUN[name]
+        if format in ("torchvision", "smp", "onnx", "hub")
+    ]
+    assert len(folders) == 7
+    command = [sys.executable, "-I", "-W", "error", "-c", RUN_CARDS, *folders]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "all equal"
+
+
+def snippet(folder: Path) -> str:
+    (code,) = re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    return code
+
+
+# --- names by rule --------------------------------------------------------------------------------------------
+
+
+def resnet_names(blocks: tuple[int, ...], convs: int) -> Iterator[tuple[str, str, str]]:
+    """(timm, Detectron2, kind) of every layer of a ResNet; the first stage is as wide as the stem if convs is 2."""
+    yield "conv1", "stem.conv1", "conv"
+    yield "bn1", "stem.conv1.norm", "norm"
+    for stage, count in enumerate(blocks):
+        for block in range(count):
+            timm_block, d2_block = f"layer{stage + 1}.{block}", f"res{stage + 2}.{block}"
+            for i in range(1, convs + 1):
+                yield f"{timm_block}.conv{i}", f"{d2_block}.conv{i}", "conv"
+                yield f"{timm_block}.bn{i}", f"{d2_block}.conv{i}.norm", "norm"
+            if block == 0 and (stage > 0 or convs == 3):
+                yield f"{timm_block}.downsample.0", f"{d2_block}.shortcut", "conv"
+                yield f"{timm_block}.downsample.1", f"{d2_block}.shortcut.norm", "norm"
+
+
+ENDS = {"conv": ("weight",), "norm": ("weight", "bias", "running_mean", "running_var")}
+
+
+def test_detectron2_names_of_a_resnet(runs: dict[str, tuple[Student, Path]]) -> None:
+    cases = {"resnet18": ((2, 2, 2, 2), 2), "resnet50": ((3, 4, 6, 3), 3), "resnet101": ((3, 4, 23, 3), 3)}
+    for name, (blocks, convs) in cases.items():
+        student = runs[name][0] if name in runs else meta(name)
+        state = student.model.state_dict()
+        expected = {
+            f"backbone.bottom_up.{d2}.{end}": state[f"{own}.{end}"]
+            for own, d2, kind in resnet_names(blocks, convs)
+            for end in ENDS[kind]
+        }
+        found = layout("detectron2", student).tensors
+        assert sorted(found) == sorted(expected)
+        assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
+        if name == "resnet18":
+            written = load_file(runs[name][1] / "detectron2" / "model.safetensors")
+            assert all(torch.equal(written[k], v) for k, v in expected.items())
+    assert "backbone.bottom_up.res2.0.shortcut.norm.running_var" in expected
+    assert "backbone.bottom_up.stem.conv1.norm.weight" in expected
+
+
+def convnext_names(depths: tuple[int, ...], kind: str) -> Iterator[tuple[str, str]]:
+    """(timm, other library) of every tensor of a ConvNeXt without its last norm."""
+    dw, pw1, pw2 = {
+        "torchvision": ("block.0", "block.3", "block.5"),
+        "detectron2": ("dwconv", "pwconv1", "pwconv2"),
+        "mmdetection": ("depthwise_conv", "pointwise_conv1", "pointwise_conv2"),
+    }[kind]
+    for end in ("weight", "bias"):
+        for stage, depth in enumerate(depths):
+            for i in (0, 1):
+                first = f"features.{2 * stage}" if kind == "torchvision" else f"downsample_layers.{stage}"
+                own = f"stages.{stage}.downsample.{i}" if stage else f"stem.{i}"
+                yield f"{own}.{end}", f"{first}.{i}.{end}"
+            for block in range(depth):
+                own = f"stages.{stage}.blocks.{block}"
+                other = f"features.{2 * stage + 1}" if kind == "torchvision" else f"stages.{stage}"
+                norm = "block.2" if kind == "torchvision" else "norm"
+                layers = {"conv_dw": dw, "norm": norm, "mlp.fc1": pw1, "mlp.fc2": pw2}
+                for ours, theirs in layers.items():
+                    yield f"{own}.{ours}.{end}", f"{other}.{block}.{theirs}.{end}"
+                if end == "weight":
+                    scale = "layer_scale" if kind == "torchvision" else "gamma"
+                    yield f"{own}.gamma", f"{other}.{block}.{scale}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "last"),
+    [
+        ("torchvision", "", "classifier.0"),
+        ("detectron2", "backbone.bottom_up.", None),
+        ("mmdetection", "backbone.", "norm3"),
+    ],
+)
+def test_convnext_names(
+    runs: dict[str, tuple[Student, Path]], kind: str, prefix: str, last: str | None
+) -> None:
+    student, folder = runs["convnext_atto"]
+    state = student.model.state_dict()
+    expected = {prefix + other: state[own] for own, other in convnext_names(ATTO[0], kind)}
+    if last:
+        expected |= {f"{prefix}{last}.{end}": state[f"head.norm.{end}"] for end in ("weight", "bias")}
+    found = load_file(folder / kind / "model.safetensors")
+    assert sorted(found) == sorted(expected)
+    for key, value in expected.items():
+        assert torch.equal(found[key].flatten(), value.flatten()), key
+        # timm's small ConvNeXts have 1x1 convolutions where the others have Linear
+        linear = any(part in key for part in ("pw", "pointwise", "block.3", "block.5"))
+        dims = 2 if linear and key.endswith("weight") else 3 if "layer_scale" in key else value.ndim
+        assert found[key].ndim == dims, key
+
+
+def test_mmdetection_names_of_a_resnet_and_the_configuration(
+    runs: dict[str, tuple[Student, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, kind in (("resnet18", "ResNet"), ("convnext_atto", "mmpretrain.ConvNeXt")):
+        student, folder = runs[name]
+        monkeypatch.chdir(tmp_path)
+        weights = load_file(folder / "mmdetection" / "model.safetensors")
+        (tmp_path / "model.safetensors").write_bytes(
+            (folder / "mmdetection" / "model.safetensors").read_bytes()
+        )
+        names: dict[str, Any] = {}
+        exec(snippet(folder / "mmdetection"), names)
+        backbone = names["model"]["backbone"]
+        assert backbone["type"] == kind
+        assert names["model"]["neck"]["in_channels"] == [spec.channels for spec in student.specs]
+        assert names["model"]["data_preprocessor"]["mean"] == [123.675, 116.28, 103.53]
+        assert names["model"]["data_preprocessor"]["bgr_to_rgb"] is True
+        # what MMEngine does with such an entry: the names behind the prefix
+        loaded = torch.load(backbone["init_cfg"]["checkpoint"], weights_only=True)["state_dict"]
+        prefix = backbone["init_cfg"]["prefix"]
+        assert all(key.startswith(prefix) for key in loaded)
+        assert loaded.keys() == weights.keys()
+        if name == "resnet18":
+            torchvisions = torchvision.models.resnet18(weights=None).state_dict().keys() - {
+                "fc.weight",
+                "fc.bias",
+            }
+            assert {key.removeprefix(prefix) for key in loaded} == torchvisions
+            assert backbone["depth"] == 18
+        else:
+            assert (backbone["arch"], backbone["_delete_"]) == ("atto", True)
+
+
+def test_a_resnext_is_told_by_its_groups() -> None:
+    made = layout("mmdetection", meta("resnext50_32x4d"))
+    assert 'type="ResNeXt", groups=32, base_width=4, depth=50' in made.snippet
+    made = layout("detectron2", meta("wide_resnet50_2"))
+    assert "NUM_GROUPS = 1\ncfg.MODEL.RESNETS.WIDTH_PER_GROUP = 128\n" in made.snippet
+    assert "RES2_OUT_CHANNELS = 256" in made.snippet
+
+
+class _Config(SimpleNamespace):
+    def __getattr__(self, name: str) -> Any:
+        self.__dict__[name] = _Config()
+        return self.__dict__[name]
+
+
+def test_detectron2_code_sets_what_the_weights_need(
+    runs: dict[str, tuple[Student, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, model = _Config(), nn.Module()
+    given: dict[str, Tensor] = {}
+
+    def load_state_dict(state: dict[str, Tensor], strict: bool) -> tuple[list[str], list[str]]:
+        given.update(state)
+        assert not strict
+        return ["proposal_generator.rpn_head.conv.weight"], []
+
+    monkeypatch.setattr(model, "load_state_dict", load_state_dict)
+    zoo, building = ModuleType("detectron2"), ModuleType("detectron2.modeling")
+    zoo.model_zoo = SimpleNamespace(get_config=lambda name: config)  # type: ignore[attr-defined]
+    building.build_model = lambda cfg: model  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "detectron2", zoo)
+    monkeypatch.setitem(sys.modules, "detectron2.modeling", building)
+    monkeypatch.chdir(runs["resnet18"][1] / "detectron2")
+    exec(snippet(Path()), {})
+    resnet = config.MODEL.RESNETS
+    assert (resnet.DEPTH, resnet.NUM_GROUPS, resnet.WIDTH_PER_GROUP, resnet.RES2_OUT_CHANNELS) == (
+        18,
+        1,
+        64,
+        64,
+    )
+    assert (resnet.STRIDE_IN_1X1, resnet.NORM, config.INPUT.FORMAT) == (False, "FrozenBN", "RGB")
+    assert config.MODEL.PIXEL_MEAN == [123.675, 116.28, 103.53]
+    assert config.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
+    assert len(given) == 100
+
+
+# --- torchvision ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "convnext_base", "resnext50_32x4d", "wide_resnet50_2"])
+def test_torchvision_has_every_name_and_shape(name: str) -> None:
+    made = layout("torchvision", meta(name))
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, name)(weights=None).state_dict()
+    theirs = {k: v.shape for k, v in theirs.items() if not k.startswith(("fc.", "classifier.2."))}
+    assert {k: v.shape for k, v in made.tensors.items()} == theirs
+    assert f"model = {name}(weights=None)" in made.snippet
+
+
+# --- ONNX -----------------------------------------------------------------------------------------------------
+
+
+def test_the_graph_takes_any_batch_and_size(runs: dict[str, tuple[Student, Path]]) -> None:
+    student, folder = runs["convnext_atto"]
+    assert sorted(p.name for p in (folder / "onnx").iterdir()) == ["README.md", "model.onnx"]
+    graph = onnx.load(folder / "onnx" / "model.onnx")
+    onnx.checker.check_model(graph)
+    assert [(o.domain, o.version) for o in graph.opset_import] == [("", 18)]
+    assert "Opset 18" in (folder / "onnx" / "README.md").read_text()
+    (images,) = graph.graph.input
+    assert [d.dim_param or d.dim_value for d in images.type.tensor_type.shape.dim] == [
+        "batch",
+        3,
+        "height",
+        "width",
+    ]
+    assert {p.key: p.value for p in graph.metadata_props}["student"] == "convnext_atto"
+    session = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [o.name for o in session.get_outputs()] == ["s4", "s8", "s16", "s32"]
+    generator = torch.Generator().manual_seed(3)
+    for shape in ((1, 3, 64, 64), (3, 3, 45, 70), (2, 3, 160, 96)):
+        images = torch.rand(shape, generator=generator)
+        with torch.no_grad():
+            expected = student(images)
+        for found, wanted in zip(session.run(None, {"images": images.numpy()}), expected, strict=True):
+            tolerance = 1e-4 * max(1, wanted.abs().max().item())
+            torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=tolerance)
+
+
+def test_a_graph_that_differs_is_not_handed_out() -> None:
+    maps = [torch.ones(1, 2, 3, 3)]
+    exports_onnx._compare([maps[0].numpy()], maps)
+    for wrong in (maps[0] * 1.01, maps[0][:, :1], maps[0] * float("nan")):
+        with pytest.raises(UserError) as error:
+            exports_onnx._compare([wrong.numpy()], maps)
+        assert "differ from torch's" in message(error)
+
+
+def test_without_its_libraries_the_graph_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exports_onnx.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError) as error:
+        export(tmp_path / "none", format="onnx")
+    assert "pip install 'dreamteacher[onnx]'" in message(error)
+
+
+# --- the hub's folder -----------------------------------------------------------------------------------------
+
+
+def test_the_hubs_card(runs: dict[str, tuple[Student, Path]], tmp_path: Path) -> None:
+    folder = runs["resnet18"][1]
+    files = sorted(p.name for p in (folder / "hub").iterdir())
+    assert files == ["LICENSE.md", "README.md", "config.json", "model.safetensors"]
+    card = huggingface_hub.ModelCard.load(folder / "hub" / "README.md")
+    data = card.data.to_dict()
+    assert (data["license"], data["license_link"]) == ("other", "LICENSE.md")
+    assert re.fullmatch(r"[a-z0-9.-]+", data["license_name"])
+    assert (data["library_name"], data["pipeline_tag"]) == ("timm", "image-feature-extraction")
+    assert {"timm", "dreamteacher"} <= set(data["tags"])
+    assert "datasets" not in data  # a folder of images is no dataset of the hub
+    terms = (folder / "hub" / "LICENSE.md").read_text()
+    assert "(adm-birds): MIT" in terms
+    assert "(data/birds)" in terms
+    assert "hf-hub:OWNER/NAME" in card.text
+    config = json.loads((folder / "hub" / "config.json").read_text())
+    assert timm.is_model(config["architecture"])
+
+    out = export(
+        folder, tmp_path / "hub", format="hub", licence="cc-by-nc-4.0", datasets=["me/birds", "null"]
+    )
+    data = huggingface_hub.ModelCard.load(out / "README.md").data.to_dict()
+    assert (data["license"], data["datasets"]) == ("cc-by-nc-4.0", ["me/birds", "null"])
+    assert not (out / "LICENSE.md").exists()
+    assert "license_name" not in data
+
+
+def test_what_the_hub_would_refuse_is_refused_here(runs: dict[str, tuple[Student, Path]]) -> None:
+    folder = runs["resnet18"][1]
+    for settings, part in (
+        ({"format": "hub", "licence": "Apache-2.0"}, "Did you mean 'apache-2.0'?"),
+        ({"format": "hub", "datasets": ["data/birds/all"]}, "is called 'data/birds/all'"),
+        ({"format": "smp", "licence": "mit"}, "Add --format hub"),
+        ({"datasets": ["me/birds"]}, "the format is timm"),
+    ):
+        with pytest.raises(UserError) as error:
+            export(folder, folder / "never", **settings)  # type: ignore[arg-type]
+        assert part in message(error)
+    assert not (folder / "never").exists()
+    assert len(LICENCES) == len(set(LICENCES))
+
+
+# --- what does not fit, folders, the command ------------------------------------------------------------------
+
+
+def test_a_format_without_the_network_names_those_that_have_it(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "mobilenetv3_small_100")
+    for format in ("torchvision", "detectron2", "mmdetection"):
+        with pytest.raises(UserError) as error:
+            export(tmp_path / "run", format=format)  # type: ignore[arg-type]
+        assert f"The format {format} has no mobilenetv3_small_100" in message(error)
+        assert "Formats that know it: timm, smp, onnx, hub." in message(error)
+    assert not (tmp_path / "run" / "export").exists()
+    # resnet50's names and shapes, but blurred: only its name tells it apart
+    assert formats_for(meta("resnetblur50")) == ["timm", "smp", "onnx", "hub"]
+    assert formats_for(meta("resnet50.a1_in1k")) == list(FORMATS)
+    assert formats_for(meta("convnextv2_atto")) == ["timm", "smp", "onnx", "hub"]
+    assert formats_for(meta("tf_efficientnet_b0")) == ["timm", "smp", "hub"]
+
+
+def test_an_unknown_format(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        export(tmp_path, format="torchvison")  # type: ignore[arg-type]
+    assert "Did you mean 'torchvision'?" in message(error)
+    with pytest.raises(UserError) as error:
+        cli.run("export", ["--run", str(tmp_path), "--format", "detectron"])
+    assert "Did you mean 'detectron2'?" in message(error)
+
+
+def test_one_format_replaces_another_on_request(
+    runs: dict[str, tuple[Student, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = runs["resnet18"][1], tmp_path / "out"
+    export(folder, out, format="hub")
+    with pytest.raises(UserError) as error:
+        export(folder, out, format="smp")
+    assert "holds an export already" in message(error)
+    cli.run("export", ["--run", str(folder), "--out", str(out), "--overwrite", "--format", "smp"])
+    assert capsys.readouterr().out == f"Export: {out}\n"
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "model.safetensors"]
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: segmentation-models-pytorch\ntags: [smp, ")
+    assert f"| teacher's licence | {CONFIG['teacher']['licence']} |" in card  # type: ignore[index]
+    # a ResNet's names there are timm's, so even `init` reads it
+    again = create_student("resnet18", init=str(out)).model.state_dict()
+    assert all(torch.equal(again[k], v) for k, v in runs["resnet18"][0].model.state_dict().items())
