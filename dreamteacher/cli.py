@@ -61,12 +61,7 @@ VERBS = {
         "dreamteacher.inspection", "InspectConfig", "inspect_teacher",
         "which timestep and which level of a teacher: maps and a ranking",
     ),
-    "recipe": Verb(
-        "dreamteacher.recipes", "RecipeConfig", "print_recipe", "the commands that reproduce a number of the paper"
-    ),
-    "list": Verb(
-        "dreamteacher.catalogue", "ListConfig", "print_list", "teachers, students, presets, tasks, recipes"
-    ),
+    "list": Verb("dreamteacher.catalogue", "ListConfig", "print_list", "teachers, students, presets, tasks"),
     "doctor": Verb("dreamteacher.catalogue", "DoctorConfig", "doctor", "versions, devices, what is missing"),
 }  # fmt: skip
 
