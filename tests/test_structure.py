@@ -56,7 +56,7 @@ LAYERS = [
     {"feature_items", "feature_store", "feature_dataset", "estimate"},
     {"train_interpreter", "trained", "training", "pretrain", "make_features", "downstream"},
     {"export", "figures", "report", "inspection", "make_labels"},
-    {"demo", "catalogue", "testing", "recipes"},
+    {"demo", "catalogue", "testing"},
     {"cli"},
     {"__main__"},
 ]

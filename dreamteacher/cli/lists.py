@@ -35,9 +35,9 @@ EXTRAS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ListConfig:
-    """Print what can be named: teachers, students, presets, tasks or recipes."""
+    """Print what can be named: teachers, students, presets or tasks."""
 
-    what: Positional[Literal["teachers", "students", "presets", "tasks", "recipes"]] = "teachers"
+    what: Positional[Literal["teachers", "students", "presets", "tasks"]] = "teachers"
     """What to list."""
     filter: str = ""
     """Only names that contain this."""
@@ -70,10 +70,6 @@ def print_list(config: ListConfig) -> None:
             from dreamteacher.downstream.evaluate import TASKS
 
             lines = list(TASKS)
-        case "recipes":
-            from dreamteacher.recipes import recipe_lines
-
-            lines = recipe_lines()
     found = [line for line in lines if config.filter in line]
     if not found:
         raise UserError(

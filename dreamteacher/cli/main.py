@@ -61,12 +61,7 @@ VERBS = {
         "dreamteacher.reports.inspect", "InspectConfig", "inspect_teacher",
         "which timestep and which level of a teacher: maps and a ranking",
     ),
-    "recipe": Verb(
-        "dreamteacher.recipes", "RecipeConfig", "print_recipe", "the commands that reproduce a number of the paper"
-    ),
-    "list": Verb(
-        "dreamteacher.cli.lists", "ListConfig", "print_list", "teachers, students, presets, tasks, recipes"
-    ),
+    "list": Verb("dreamteacher.cli.lists", "ListConfig", "print_list", "teachers, students, presets, tasks"),
     "doctor": Verb("dreamteacher.cli.lists", "DoctorConfig", "doctor", "versions, devices, what is missing"),
 }  # fmt: skip
 

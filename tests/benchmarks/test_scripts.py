@@ -118,7 +118,7 @@ def test_a_thinned_folder_holds_nothing_of_an_earlier_one(tmp_path):
 @pytest.mark.slow
 def test_start_up_benchmark_runs(image_folder, tmp_path, monkeypatch):
     from dreamteacher.cli import main as cli
-    from dreamteacher.distill.pretrain import PretrainConfig, steps_of
+    from dreamteacher.distill.config import PretrainConfig, steps_of
 
     out = tmp_path / "startup.csv"
     script = BENCHMARKS / "startup" / "run.py"

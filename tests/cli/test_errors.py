@@ -627,14 +627,7 @@ SECTIONS: dict[str, list[Case]] = {
             patch=without_s3,
         ),
     ],
-    "Recipes and presets": [
-        case("An unknown recipe", ["recipe", "coco-resnet50-admn"], "Did you mean 'coco-resnet50-adm'?"),
-        case("A recipe of what is not here", ["recipe", "ablation-pafpn"], "is not implemented here"),
-        case(
-            "A recipe without its data",
-            ["recipe", "ade20k-resnet50-supervised", "--dry-run", "--data", "nowhere"],
-            "nowhere/ade20k",
-        ),
+    "Presets": [
         case("An unknown preset", classify(preset="imagenet-a1"), "Did you mean 'imagenet-a2'?"),
         case(
             "A preset of another task", classify(preset="imagenet-linear", tasks="knn"), "one of linear-sgd"

@@ -26,7 +26,7 @@ from dreamteacher.runtime.errors import UserError
 
 BARE = {"PATH": os.environ.get("PATH", ""), "HOME": os.environ.get("HOME", ""), "OMP_NUM_THREADS": "1"}
 
-BY_PLACE = {("list", "what"), ("get-teacher", "name"), ("recipe", "name")}  # settings without a flag
+BY_PLACE = {("list", "what"), ("get-teacher", "name")}  # settings without a flag
 
 
 def config_of(verb: str) -> type:

@@ -23,14 +23,14 @@ from dreamteacher.data.layouts.table import (
     check,
     image_files,
     instance_files,
-    label_fraction,
     layout_of,
     mask_files,
     panoptic_files,
 )
 from dreamteacher.data.masks.loaded import load_layout
-from dreamteacher.data.sources import MaskFiles
-from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate
+from dreamteacher.data.sources import MaskFiles, label_fraction
+from dreamteacher.downstream.config import EvaluateConfig
+from dreamteacher.downstream.evaluate import evaluate
 from dreamteacher.downstream.features import check_classes, class_counts
 from tests.builders.layouts import (
     ADE20K,

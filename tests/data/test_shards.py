@@ -18,7 +18,8 @@ from dreamteacher.data.image_set import ImageSet, load_images
 from dreamteacher.data.images import BadImageError, Packed, read_header, read_image
 from dreamteacher.data.layouts.table import image_files
 from dreamteacher.data.shards import tar_images
-from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.distill.config import PretrainConfig
+from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.downstream.features import class_counts
 from dreamteacher.reports.maps import _pick_images
 from tests.builders.pictures import cut, fill, noise, refused

@@ -10,7 +10,8 @@ import torch
 from dreamteacher.data import batches as data_batches
 from dreamteacher.data import image_set
 from dreamteacher.distill import dataset, kinds
-from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.distill.config import PretrainConfig
+from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import read_rows
 from dreamteacher.spec import FeatureSpec

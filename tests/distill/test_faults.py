@@ -23,7 +23,8 @@ import torch
 import dreamteacher
 from dreamteacher.cli.main import main
 from dreamteacher.distill import step as distill_step
-from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.distill.config import PretrainConfig
+from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.reports import report
 from dreamteacher.runtime import checkpoint, run_folder
 from dreamteacher.runtime.config import parse_json

@@ -21,7 +21,9 @@ from dreamteacher.data import image_set, seeds
 from dreamteacher.distill import dataset
 from dreamteacher.distill import pretrain as loop
 from dreamteacher.distill import step as distill_step
-from dreamteacher.distill.pretrain import PretrainConfig, Training, pretrain
+from dreamteacher.distill.config import PretrainConfig
+from dreamteacher.distill.pretrain import pretrain
+from dreamteacher.distill.step import Training
 from dreamteacher.losses import whitened_mse
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student

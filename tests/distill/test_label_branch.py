@@ -20,13 +20,15 @@ from torch import Tensor
 from dreamteacher.data import batches, seeds
 from dreamteacher.data.labelled import LabelledSet, draw, from_masks
 from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled
-from dreamteacher.distill.config import MakeLabelsConfig, TrainInterpreterConfig
+from dreamteacher.distill.config import MakeLabelsConfig, PretrainConfig, TrainInterpreterConfig
 from dreamteacher.distill.dataset import FeatureBatch
 from dreamteacher.distill.make_labels import make_labels
-from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.distill.step import Training
 from dreamteacher.distill.train_interpreter import prepare, train_interpreter
-from dreamteacher.downstream.evaluate import EvaluateConfig, check_config, evaluate
+from dreamteacher.downstream.check import check_config
+from dreamteacher.downstream.config import EvaluateConfig
+from dreamteacher.downstream.evaluate import evaluate
 from dreamteacher.downstream.features import draw_labels
 from dreamteacher.downstream.segmentation import distilled
 from dreamteacher.downstream.segmentation.config import SegmentConfig

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from dreamteacher.data import batches, image_set, seeds
-from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.distill.config import PretrainConfig
+from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.losses import feature_loss, whiten
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import to_json

@@ -22,7 +22,7 @@ from dreamteacher.downstream import evaluate, features, tasks
 from dreamteacher.downstream.classification import finetune, linear
 from dreamteacher.downstream.classification.config import FinetuneConfig, FinetuneFullConfig
 from dreamteacher.downstream.classification.knn import knn
-from dreamteacher.downstream.evaluate import EvaluateConfig
+from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.features import ClassificationData
 from dreamteacher.downstream.segmentation import few_masks
 from dreamteacher.downstream.segmentation.config import SegmentConfig

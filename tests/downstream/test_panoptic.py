@@ -19,9 +19,9 @@ from torchvision.transforms.v2.functional import to_pil_image
 from dreamteacher.data.layouts.table import panoptic_files
 from dreamteacher.data.panoptic_set import PanopticSet, read_panoptic
 from dreamteacher.downstream import evaluate
+from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.detection.config import DetectConfig
 from dreamteacher.downstream.detection.data import Draw
-from dreamteacher.downstream.evaluate import EvaluateConfig
 from dreamteacher.downstream.panoptic.config import PanopticConfig
 from dreamteacher.downstream.panoptic.merge import merge
 from dreamteacher.downstream.panoptic.train import (

@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from dreamteacher.downstream import evaluate, loop, results
 from dreamteacher.downstream.classification.config import FinetuneFullConfig, LinearSgdConfig
-from dreamteacher.downstream.evaluate import EvaluateConfig
+from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.segmentation.config import ReadoutConfig, SemanticConfig
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.run_folder import read_rows

@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.distill.config import PretrainConfig
+from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.downstream.classification.finetune_full import TimmClassifier, layer_groups, recipe_of
+from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.detection import train
 from dreamteacher.downstream.detection.config import DetectConfig
 from dreamteacher.downstream.detection.model import build_detector
-from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate
+from dreamteacher.downstream.evaluate import evaluate
 from dreamteacher.downstream.segmentation.few_masks import SegmentationHead
 from dreamteacher.downstream.segmentation.semantic import FCNHead
 from dreamteacher.exports.write import export, load_snippet

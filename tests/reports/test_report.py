@@ -23,7 +23,8 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dreamteacher.cli import main as cli
-from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.distill.config import PretrainConfig
+from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.reports import charts
 from dreamteacher.reports import maps as reports_maps
 from dreamteacher.reports.charts import Dots, Scale, Series, chart_scales, dot_plot, line_chart, nice_ticks

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dreamteacher
-from dreamteacher.distill.pretrain import PretrainConfig
-from dreamteacher.downstream.evaluate import EvaluateConfig
+from dreamteacher.distill.config import PretrainConfig
+from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.runtime.config import changed_keys, describe, from_json, to_json
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.teachers.diffusion.teacher import DiffusionSpec

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from dreamteacher.distill.pretrain import PretrainConfig
+from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.runtime import checkpoint, run_folder
 from dreamteacher.runtime.config import to_json
 from dreamteacher.runtime.errors import UserError

@@ -24,8 +24,8 @@ from dreamteacher.teachers.diffusion.adm import AdmFlags, DiffusersFlags, _spec
 from dreamteacher.teachers.diffusion.adm_keys import Layout
 from dreamteacher.teachers.diffusion.teacher import DiffusionSpec, build_unet
 from dreamteacher.teachers.known import ALIASES, KNOWN, Known
+from dreamteacher.teachers.published.config import GetTeacherConfig
 from dreamteacher.teachers.published.cost import measure, stylegan2_macs
-from dreamteacher.teachers.published.get import GetTeacherConfig
 from dreamteacher.teachers.registry import EMBEDDED, SPECS, save_teacher
 from dreamteacher.teachers.stable_diffusion.teacher import StableDiffusionSettings, StableDiffusionSpec
 from dreamteacher.teachers.stylegan2.convert import StyleGan2Settings

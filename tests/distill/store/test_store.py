@@ -26,8 +26,8 @@ from torch import Tensor
 from dreamteacher.data import batches as data_batches
 from dreamteacher.data import image_set, seeds
 from dreamteacher.distill import dataset
-from dreamteacher.distill.config import MakeFeaturesConfig
-from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.distill.config import MakeFeaturesConfig, PretrainConfig
+from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.distill.store import make, writer
 from dreamteacher.distill.store.files import MANIFEST, claim, manifest_text, read_manifest, shard_name
 from dreamteacher.distill.store.items import (

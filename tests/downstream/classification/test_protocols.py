@@ -27,7 +27,7 @@ from dreamteacher.downstream.classification.augment import Augmentation
 from dreamteacher.downstream.classification.config import FinetuneFullConfig, LinearSgdConfig
 from dreamteacher.downstream.classification.finetune_full import TimmClassifier, recipe_of
 from dreamteacher.downstream.classification.linear import fit_logistic
-from dreamteacher.downstream.evaluate import EvaluateConfig
+from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.features import ClassificationData
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.distributed.device import seeded

@@ -18,6 +18,7 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
+from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.detection.cascade import CascadeHeads, box_losses
 from dreamteacher.downstream.detection.config import PRESETS, check_detect
 from dreamteacher.downstream.detection.data import (
@@ -36,7 +37,7 @@ from dreamteacher.downstream.detection.data import (
 from dreamteacher.downstream.detection.model import Batcher, build_detector, roi_pool
 from dreamteacher.downstream.detection.scores import average_precision
 from dreamteacher.downstream.detection.train import build_groups, detect, predict, rate_at, train_detector
-from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate
+from dreamteacher.downstream.evaluate import evaluate
 from dreamteacher.downstream.tables import summary_table
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.optim import layer_decay_groups, layer_depths

@@ -22,8 +22,7 @@ from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream import evaluate
 from dreamteacher.downstream.classification import config as classification_config
 from dreamteacher.downstream.classification import finetune
-from dreamteacher.downstream.config import TASK_NAMES
-from dreamteacher.downstream.evaluate import EvaluateConfig
+from dreamteacher.downstream.config import TASK_NAMES, EvaluateConfig
 from dreamteacher.downstream.segmentation import crops, few_masks, semantic
 from dreamteacher.downstream.segmentation.config import CropConfig, ReadoutConfig, SemanticConfig
 from dreamteacher.downstream.segmentation.crops import SemanticData, random_crop

@@ -29,7 +29,8 @@ from dreamteacher.cli.demo import DemoConfig, demo_recipe
 from dreamteacher.data import batches as data_batches
 from dreamteacher.data import image_set
 from dreamteacher.distill import dataset
-from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.distill.config import PretrainConfig
+from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.distill.store.reader import FeatureStore
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import to_json

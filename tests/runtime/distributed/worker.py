@@ -23,8 +23,10 @@ from torch import nn
 from dreamteacher.cli import main as cli
 from dreamteacher.data import batches as data_batches
 from dreamteacher.distill import step as distill_step
+from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.dataset import FeatureBatch
-from dreamteacher.distill.pretrain import PretrainConfig, Training, pretrain
+from dreamteacher.distill.pretrain import pretrain
+from dreamteacher.distill.step import Training
 from dreamteacher.downstream.classification.config import FinetuneConfig
 from dreamteacher.downstream.segmentation.config import SegmentConfig
 from dreamteacher.models.regressor import FeatureRegressor

@@ -24,12 +24,11 @@ from dreamteacher.teachers.diffusion.teacher import (
     DiffusionTeacher,
     alphas_cumprod,
     build_unet,
-    decoder_maps,
     load,
     noised,
     q_sample,
 )
-from dreamteacher.teachers.diffusion.walk import decoder_outputs, pixel_features
+from dreamteacher.teachers.diffusion.walk import decoder_maps, decoder_outputs, pixel_features
 from dreamteacher.teachers.registry import load_teacher, save_teacher
 from dreamteacher.testing import check_teacher
 from tests.places import GOLDEN

@@ -20,13 +20,12 @@ from dreamteacher.teachers.diffusion.teacher import (
     DiffusionTeacher,
     alphas_cumprod,
     build_unet,
-    decoder_maps,
     draw_noise,
     load,
     noised,
     q_sample,
 )
-from dreamteacher.teachers.diffusion.walk import decoder_outputs, pixel_features
+from dreamteacher.teachers.diffusion.walk import decoder_maps, decoder_outputs, pixel_features
 from dreamteacher.teachers.training.diffusion import PRESETS, network_spec
 from dreamteacher.testing import check_teacher
 

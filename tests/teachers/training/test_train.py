@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from dreamteacher.cli import main as cli
 from dreamteacher.data import batches, image_set
-from dreamteacher.distill.pretrain import PretrainConfig, pretrain
+from dreamteacher.distill.config import PretrainConfig
+from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import from_json, to_json
 from dreamteacher.runtime.distributed.share import Share

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
+from typing import TypeAlias
 
 from dreamteacher.distill.config import PretrainConfig, TrainInterpreterConfig
 from dreamteacher.downstream.classification.finetune_full import recipe_of
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.detection.config import DetectConfig
-from dreamteacher.recipes_row import DATA, Places, Recipe
 from dreamteacher.teachers.known import KNOWN, Shape
 from dreamteacher.teachers.training.config import TrainTeacherConfig
 from dreamteacher.teachers.training.stylegan2 import StyleGan2Preset
 from dreamteacher.teachers.training.train import PRESETS
+
+Config: TypeAlias = PretrainConfig | TrainTeacherConfig | TrainInterpreterConfig | EvaluateConfig
 
 # Assumed, not measured: what one H100 sustains in bfloat16, in operations a second (its dense peak is 989e12).
 # Large denoisers do better than backbones whose BatchNorms wait for memory. An A100 has about a third of the peak.
@@ -38,47 +41,76 @@ GMACS: dict[str, dict[str, float]] = {
 }
 # Of one picture, whatever its size: 512 rois through a box head, 128 through a mask head.
 BOX_HEAD, MASK_HEAD = 65.98, 67.85
-_NOWHERE = Places(data=Path("data"), out=Path("runs"))
+
+
+def read_csv(name: str) -> list[dict[str, str]]:
+    """The rows of a table beside this file."""
+    with open(Path(__file__).parent / name, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+DATA_SETS = {row["name"]: row for row in read_csv("data_sets.csv")}
+
+
+def data_set(images: Path) -> str:
+    """The name of the data set that a recipe's command reads.
+
+    Example:
+        >>> data_set(Path("lsun:/data/lsun/cat"))
+        'lsun/cat'
+    """
+    (name,) = (name for name in DATA_SETS if str(images).endswith(f"/{name}"))
+    return name
+
+
+def images_of(images: Path | None) -> int:
+    """Training images of a data set, as published."""
+    assert images is not None
+    return int(DATA_SETS[data_set(images)]["images"])
 
 
 def shape_of(teacher: str) -> Shape:
-    """A published teacher, or one that a preset of `train-teacher` makes."""
-    return TRAINED[teacher] if teacher in TRAINED else KNOWN[teacher].shape
+    """A published teacher's, or that of a run that a preset of `train-teacher` makes."""
+    own = Path(teacher).name.removeprefix("teacher-")
+    return TRAINED[own] if own in TRAINED else KNOWN[teacher].shape
 
 
-def gpu_hours(recipe: Recipe) -> float:
-    """H100-hours of a recipe's own step, without those before it; 0 where there is no such thing.
+def hours(value: float) -> str:
+    """GPU-hours with two digits that mean something.
+
+    Example:
+        >>> hours(1234.5), hours(0.0123), hours(12.3)
+        ('1,200', '0.012', '12')
+    """
+    return f"{float(f'{value:.2g}'):,.10g}"
+
+
+def gpu_hours(config: Config) -> float:
+    """H100-hours of one command, without those before it.
 
     What is left out: reading images, scores on test images, heads of a few layers.
     """
-    return 0.0 if recipe.make is None else seconds(recipe) / 3600
-
-
-def seconds(recipe: Recipe) -> float:
-    """As `gpu_hours`."""
-    config = recipe.config(_NOWHERE)
     match config:
         case PretrainConfig():
-            return _pretraining(recipe, config)
+            seconds = _pretraining(config)
         case TrainTeacherConfig():
-            return _teacher(config)
+            seconds = _teacher(config)
         case TrainInterpreterConfig():
-            images = config.epochs * DATA[recipe.data[0]].labels
-            return images * _operations(shape_of(recipe.teacher).gmacs_levels) / DENOISER_SPEED
+            assert config.images is not None
+            images = config.epochs * int(DATA_SETS[data_set(config.images)]["labelled"])
+            seconds = images * _operations(shape_of(config.teacher).gmacs_levels) / DENOISER_SPEED
         case EvaluateConfig():
-            return _operations(_evaluation(recipe, config)) / BACKBONE_SPEED
-    raise AssertionError(f"a config of no verb: {config}")
+            seconds = _operations(_evaluation(config)) / BACKBONE_SPEED
+    return seconds / 3600
 
 
 def _operations(gmacs: float) -> float:
     return 2e9 * gmacs
 
 
-def _pretraining(recipe: Recipe, config: PretrainConfig) -> float:
-    shape = shape_of(recipe.teacher)
-    images = config.epochs * (
-        config.samples if config.dataset == "synthesized" else DATA[recipe.data[0]].images
-    )
+def _pretraining(config: PretrainConfig) -> float:
+    shape = shape_of(config.teacher)
+    images = config.epochs * (config.samples if config.dataset == "synthesized" else images_of(config.images))
     trained = _backbone(config.student, config.size or shape.size, "backbone", "regressor")
     ddim = 10 if config.noise == "inversion" else 0  # steps of the whole network before the levels are read
     taught = shape.gmacs_levels + ddim * shape.gmacs_full
@@ -96,15 +128,15 @@ def _backbone(student: str, size: tuple[int, int], *parts: str) -> float:
     return sum(GMACS[part][student] for part in parts) * size[0] * size[1] / 256**2
 
 
-def _evaluation(recipe: Recipe, config: EvaluateConfig) -> float:
+def _evaluation(config: EvaluateConfig) -> float:
     """GMACs of a whole training."""
-    (task,), student, count = config.tasks, str(config.student), DATA[recipe.data[0]].images
+    (task,), student = config.tasks, str(config.student)
     match task:
         case "linear-sgd":  # features are computed once
-            return count * _backbone(student, config.size, "backbone")
+            return images_of(config.train) * _backbone(student, config.size, "backbone")
         case "finetune-full":
-            epochs = recipe_of(config.finetune_full).epochs
-            return epochs * count * TRAINING * _backbone(student, config.size, "backbone")
+            images = recipe_of(config.finetune_full).epochs * images_of(config.train)
+            return images * TRAINING * _backbone(student, config.size, "backbone")
         case "readout":  # frozen
             c = config.readout
             return c.steps * c.batch_size * _backbone(student, c.crops.size, "backbone")

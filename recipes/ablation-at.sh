@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Table:  ablations, BDD100K instances
+# Row:    attention transfer alone
+# Paper:  box AP 22.3, mask AP 19.3
+# Source: DreamTeacher, ICCV 2023 (arXiv 2307.07487): number in the tables, settings in the appendix
+# Needs:  bdd100k
+# Cost:   about 180 H100-hours in all, 1.4 of its own (an estimate, not measured)
+# Status: not run
+# Note:   the MSE keeps a weight of 1e-5 beside it, which AdamW hardly sees; the teacher is not stated; the
+#         ablations' length is not stated: 600 epochs, as for the other rows
+set -euo pipefail
+source "$(dirname "$0")/steps.sh"
+
+first pretrain-bdd100k-resnet50-stylegan2-at
+dreamteacher evaluate --preset bdd100k-instance --student resnet50 \
+  --init "$RUNS/pretrain-bdd100k-resnet50-stylegan2-at" --images "bdd100k:$DATA/bdd100k" --workers 16 \
+  --out "$RUNS/ablation-at" "$@"

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Table:  generators, ADE20K
+# Row:    UPerNet, ICGAN
+# Paper:  mIoU 41.2
+# Source: DreamTeacher, ICCV 2023 (arXiv 2307.07487): number in the tables, settings in the appendix
+# Needs:  imagenet, ade20k; teacher icgan-256
+# Cost:   about 110 H100-hours in all, 14 of its own (an estimate, not measured)
+# Status: not run
+# Note:   optimizer, crops and auxiliary head are not stated: MMSegmentation's usual ones
+set -euo pipefail
+source "$(dirname "$0")/steps.sh"
+
+first pretrain-imagenet-resnet50-icgan
+dreamteacher evaluate --preset ade20k --student resnet50 --init "$RUNS/pretrain-imagenet-resnet50-icgan" \
+  --images "ade20k:$DATA/ade20k" --workers 16 --out "$RUNS/ade20k-resnet50-icgan" "$@"

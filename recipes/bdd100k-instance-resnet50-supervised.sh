@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Table:  BDD100K, ImageNet pretraining
+# Row:    instances, ImageNet-supervised
+# Paper:  box AP 26.1, mask AP 20.2
+# Source: DreamTeacher, ICCV 2023 (arXiv 2307.07487): number in the tables, settings in the appendix
+# Needs:  bdd100k
+# Cost:   about 1.4 H100-hours in all (an estimate, not measured)
+# Status: not run
+set -euo pipefail
+source "$(dirname "$0")/steps.sh"
+
+dreamteacher evaluate --preset bdd100k-instance --student resnet50 --init imagenet \
+  --images "bdd100k:$DATA/bdd100k" --workers 16 --out "$RUNS/bdd100k-instance-resnet50-supervised" "$@"

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Table:  BDD100K, in-domain
+# Row:    panoptic, StyleGAN2
+# Paper:  PQ 21.5
+# Source: DreamTeacher, ICCV 2023 (arXiv 2307.07487): number in the tables, settings in the appendix
+# Needs:  bdd100k
+# Cost:   about 180 H100-hours in all, 1.4 of its own (an estimate, not measured)
+# Status: not run
+set -euo pipefail
+source "$(dirname "$0")/steps.sh"
+
+first pretrain-bdd100k-resnet50-stylegan2
+dreamteacher evaluate --preset bdd100k-panoptic --student resnet50 \
+  --init "$RUNS/pretrain-bdd100k-resnet50-stylegan2" --images "bdd100k:$DATA/bdd100k" --workers 16 \
+  --out "$RUNS/bdd100k-panoptic-resnet50-stylegan2" "$@"

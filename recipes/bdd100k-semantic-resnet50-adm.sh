@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Table:  BDD100K, in-domain
+# Row:    semantic, ADM
+# Paper:  mIoU 60.3
+# Source: DreamTeacher, ICCV 2023 (arXiv 2307.07487): number in the tables, settings in the appendix
+# Needs:  bdd100k
+# Cost:   about 43 H100-hours in all, 14 of its own (an estimate, not measured)
+# Status: not run
+set -euo pipefail
+source "$(dirname "$0")/steps.sh"
+
+first pretrain-bdd100k-resnet50-adm
+dreamteacher evaluate --preset bdd100k-semantic --student resnet50 \
+  --init "$RUNS/pretrain-bdd100k-resnet50-adm" --images "bdd100k:$DATA/bdd100k" --workers 16 \
+  --out "$RUNS/bdd100k-semantic-resnet50-adm" "$@"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Table:  BDD100K, in-domain
+# Row:    semantic, ImageNet-supervised
+# Paper:  mIoU 61.1
+# Source: DreamTeacher, ICCV 2023 (arXiv 2307.07487): number in the tables, settings in the appendix
+# Needs:  bdd100k
+# Cost:   about 14 H100-hours in all (an estimate, not measured)
+# Status: not run
+set -euo pipefail
+source "$(dirname "$0")/steps.sh"
+
+dreamteacher evaluate --preset bdd100k-semantic --student resnet50 --init imagenet \
+  --images "bdd100k:$DATA/bdd100k" --workers 16 --out "$RUNS/bdd100k-semantic-resnet50-supervised" "$@"

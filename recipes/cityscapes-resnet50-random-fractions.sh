@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Table:  Cityscapes, after BDD100K
+# Row:    UPerNet, random init, 744, 372, 100 labels
+# Paper:  mIoU of 1/4 41.8, 1/8 40.7, 1/30 36.7
+# Source: DreamTeacher, ICCV 2023 (arXiv 2307.07487): number in the tables, settings in the appendix
+# Needs:  cityscapes
+# Cost:   about 5.1 H100-hours in all (an estimate, not measured)
+# Status: not run
+# Note:   optimizer, crops and batch are usual ones
+set -euo pipefail
+source "$(dirname "$0")/steps.sh"
+
+dreamteacher evaluate --preset cityscapes-fractions --student resnet50 \
+  --images "cityscapes:$DATA/cityscapes" --workers 16 --out "$RUNS/cityscapes-resnet50-random-fractions" \
+  "$@"

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Table:  COCO, ResNet-50, Mask R-CNN
+# Row:    2x, ADM
+# Paper:  box AP 45.1, mask AP 40.8
+# Source: DreamTeacher, ICCV 2023 (arXiv 2307.07487): number in the tables, settings in the appendix
+# Needs:  imagenet, coco; teacher adm-imagenet-256-uncond
+# Cost:   about 350 H100-hours in all, 16 of its own (an estimate, not measured)
+# Status: not run
+set -euo pipefail
+source "$(dirname "$0")/steps.sh"
+
+first pretrain-imagenet-resnet50-adm
+dreamteacher evaluate --preset coco-2x --student resnet50 --init "$RUNS/pretrain-imagenet-resnet50-adm" \
+  --images "coco:$DATA/coco" --workers 16 --out "$RUNS/coco-resnet50-adm-2x" "$@"

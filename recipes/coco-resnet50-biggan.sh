@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Table:  generators, COCO
+# Row:    1x, unconditional BigGAN
+# Paper:  box AP 40.7, mask AP 36.9
+# Source: DreamTeacher, ICCV 2023 (arXiv 2307.07487): number in the tables, settings in the appendix
+# Needs:  coco; teacher bigbigan-128
+# Cost:   about 34 H100-hours in all, 8.1 of its own (an estimate, not measured)
+# Status: not run
+set -euo pipefail
+source "$(dirname "$0")/steps.sh"
+
+first pretrain-imagenet-resnet50-biggan
+dreamteacher evaluate --preset coco-1x --student resnet50 --init "$RUNS/pretrain-imagenet-resnet50-biggan" \
+  --images "coco:$DATA/coco" --workers 16 --out "$RUNS/coco-resnet50-biggan" "$@"

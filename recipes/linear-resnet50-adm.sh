@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Table:  ImageNet, frozen
+# Row:    ResNet-50, ADM, linear probe
+# Paper:  top-1 63.9
+# Source: DreamTeacher, ICCV 2023 (arXiv 2307.07487): number in the tables, settings in the appendix
+# Needs:  imagenet; teacher adm-imagenet-256-uncond
+# Cost:   about 340 H100-hours in all, 0.039 of its own (an estimate, not measured)
+# Status: not run
+set -euo pipefail
+source "$(dirname "$0")/steps.sh"
+
+first pretrain-imagenet-resnet50-adm
+dreamteacher evaluate --preset imagenet-linear --student resnet50 \
+  --init "$RUNS/pretrain-imagenet-resnet50-adm" --train "imagenet:$DATA/imagenet" --workers 16 \
+  --out "$RUNS/linear-resnet50-adm" "$@"

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Step:   convnext_base on a label-efficient set, feature, taught by its adm
+# Source: DreamTeacher, ICCV 2023 (arXiv 2307.07487), appendix
+# Needs:  lsun/bedroom, ffhq, lsun/cat, lsun/horse; teacher adm-lsun-bedroom, adm-ffhq, adm-lsun-cat,
+#         adm-lsun-horse
+# Cost:   about 490 (bedroom), 11 (ffhq), 270 (cat), 330 (horse) H100-hours in all (an estimate, not
+#         measured)
+# Status: not run
+# Note:   how many images of LSUN were used is not stated: all
+# Usage:  bash recipes/pretrain-label-efficient-convnext_base-feature.sh bedroom|ffhq|cat|horse [SETTING ...]
+set -euo pipefail
+source "$(dirname "$0")/steps.sh"
+
+label_efficient "$@"
+shift
+dreamteacher get-teacher "$TEACHER" $ONLY_CHECK
+dreamteacher pretrain --images "$IMAGES" --out "$RUNS/pretrain-label-efficient-convnext_base-feature-$SET" \
+  --teacher "$TEACHER" --student convnext_base --t 50 --accumulate 2 --workers 16 "$@"
