@@ -1,4 +1,4 @@
-"""Every error that a user can make, made for real; docs/errors.md is what was printed.
+"""Every error that a user can make, made for real; tests/golden/errors.md is what was printed.
 
 `DREAMTEACHER_WRITE_DOCS=1 python -m pytest tests/test_errors.py` writes the page anew.
 """
@@ -36,12 +36,13 @@ from test_train_teacher import TINY
 from dreamteacher import checkpoint, report, teachers, training
 from dreamteacher.cli import main
 from dreamteacher.images import read_image
-from dreamteacher.rundir import RunDir, read_rows
+from dreamteacher.rundir import RunDir, read_rows, take_lock
 from dreamteacher.teachers import train as train_module
 from dreamteacher.teachers import train_diffusion
 from dreamteacher.training import Training
 
-PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
+PAGE = Path(__file__).parent / "golden" / "errors.md"
+TROUBLESHOOTING = Path(__file__).parent.parent / "docs" / "troubleshooting.md"
 BASELINES = Path(__file__).parent.parent / "benchmarks" / "baselines" / "run.py"
 SECRET = "dreamteacher-errors-code-ran"
 
@@ -157,6 +158,38 @@ def without_s3(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(sys.modules, "s3fs", None)
 
 
+def without_onnx(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(sys.modules, "onnx", None)
+
+
+def without_a_network(patch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("no network")
+
+    patch.setattr("timm.models._builder.load_pretrained", fail)
+
+
+def without_torchrun(patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("WORLD_SIZE", "2")
+    patch.setenv("RANK", "0")
+    patch.delenv("MASTER_ADDR", raising=False)
+
+
+class Lock:
+    """That of the run in `run`, held until this is forgotten: another open file is as good as another process."""
+
+    def __init__(self) -> None:
+        self.file = os.open("run/.lock", os.O_RDWR)
+        assert take_lock(self.file, Path("run"))
+
+    def __del__(self) -> None:
+        os.close(self.file)
+
+
+def another_process_writes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(another_process_writes, "lock", Lock(), raising=False)
+
+
 def out_of_memory(patch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -259,6 +292,7 @@ SECTIONS: dict[str, list[Case]] = {
         ),
         case("An unknown teacher", pretrain(teacher="chest-xray-46"), "Did you mean 'chest-xray-64'?"),
         case("An unknown device", pretrain(device="warp"), "'warp'", "doctor"),
+        case("A GPU that torch does not see", pretrain(device="cuda:99"), "'cuda:99'", "doctor"),
         case("A number out of its range", pretrain(lr="-1"), "--lr must be above 0"),
         case(
             "A timestep that the teacher does not have", pretrain(t="5000"), "Timestep 5000 is out of range"
@@ -273,6 +307,12 @@ SECTIONS: dict[str, list[Case]] = {
             "--width",
             patch=out_of_memory,
             kept=False,
+        ),
+        case(
+            "Several processes that torchrun did not start",
+            pretrain(),
+            "2 processes could not meet",
+            patch=without_torchrun,
         ),
         case("Pretraining without images", pretrain(images=""), "--images FOLDER"),
         case("Evaluation without data", classify(train="", test=""), "nothing to evaluate on"),
@@ -300,6 +340,12 @@ SECTIONS: dict[str, list[Case]] = {
     ],
     "Weights": [
         case("No such file", pretrain(init="weights/none.pth"), "weights/none.pth"),
+        case(
+            "ImageNet's weights without a network",
+            pretrain(init="imagenet", student="resnet18"),
+            "cannot be fetched",
+            patch=without_a_network,
+        ),
         case(
             "A safetensors file of something else",
             pretrain(init="weights/foreign.safetensors"),
@@ -441,6 +487,18 @@ SECTIONS: dict[str, list[Case]] = {
         ),
         case(
             "The same, another verb", train(), "The loss is nan at step 1", patch=nan_teacher_loss, kept=False
+        ),
+        case(
+            "Another process is writing to it",
+            pretrain(out="run", save_every="1"),
+            "Another process is writing",
+            patch=another_process_writes,
+        ),
+        case(
+            "Export without its extra",
+            ["export", "--run", "run", "--out", "new/export", "--format", "onnx"],
+            "dreamteacher[onnx]",
+            patch=without_onnx,
         ),
         case("Export of a missing run", ["export", "--run", "nowhere"], "No run folder at 'nowhere'"),
         case("Export of an unfinished run", ["export", "--run", "unfinished"], "has not finished"),
@@ -891,7 +949,14 @@ class Outcome:
 
 
 def run_command(command: list[str], patch: pytest.MonkeyPatch) -> int | None:
-    """The exit code of `dreamteacher`, or of a script, run here."""
+    """The exit code of `dreamteacher`, or of a script, run here; in a process of its own where it is one of several."""
+    if "WORLD_SIZE" in os.environ:  # its error ends the process
+        done = subprocess.run(
+            [sys.executable, "-m", "dreamteacher", *command], capture_output=True, text=True
+        )
+        sys.stdout.write(done.stdout)
+        sys.stderr.write(done.stderr)
+        return done.returncode
     if not command[0].endswith(".py"):
         return main(command)
     patch.setattr(sys, "argv", command)
@@ -1109,7 +1174,9 @@ OTHERS = {
     r"(Error while deserializing header).*?\)\.": r"\1 ...).",
     r"(JSONDecodeError) .*": r"\1 ...",
     r"\(damaged: .*?\)\.": "(damaged: ...).",
-    r"(cannot be used:) Expected one of .*": r"\1 ...",
+    r"(Device '.*' cannot be used:) .*": r"\1 ...",
+    r"(cannot be fetched:) .*": r"\1 ...",
+    r"(could not meet:) .*": r"\1 ...",
     r"None of \d+ students": "None of ... students",
 }
 
@@ -1140,5 +1207,17 @@ def test_page_is_what_was_printed(provoke: Callable[[Case], Outcome]) -> None:
         PAGE.write_text(text)
     assert PAGE.is_file(), "DREAMTEACHER_WRITE_DOCS=1 writes it"
     assert PAGE.read_text() == text, (
-        "docs/errors.md is not what is printed: DREAMTEACHER_WRITE_DOCS=1 rewrites it"
+        "tests/golden/errors.md is not what is printed: DREAMTEACHER_WRITE_DOCS=1 rewrites it"
     )
+
+
+def test_troubleshooting_quotes_what_is_printed() -> None:
+    """Fifteen sections; every message in them is one of the golden file, whole and to the letter."""
+    text, golden = TROUBLESHOOTING.read_text(), PAGE.read_text()
+    sections = text.split("\n## ")[1:]
+    assert len(sections) == 15
+    for section in sections:
+        quoted = re.findall(r"^```text\n(error: .*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+        assert quoted, section
+        for message in quoted:
+            assert f"| {cell(message)} |" in golden, message
