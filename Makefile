@@ -17,7 +17,7 @@ check: $(VENV)/installed-dev  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-tables:  ## write the benchmark tables into README.md and docs
+tables:  ## write the benchmark tables into README.md, dev/LOG.md and docs
 	$(BIN)/python benchmarks/tables.py
 
 $(VENV)/bin/python:

@@ -435,7 +435,8 @@ def render(text: str) -> str:
 
 def main() -> int:
     stale = []
-    for path in [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]:
+    top = HERE.parent
+    for path in [top / "README.md", top / "dev" / "LOG.md", *sorted((top / "docs").glob("*.md"))]:
         old = path.read_text()
         new = render(old)
         if new != old:

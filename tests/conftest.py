@@ -1,15 +1,22 @@
-"""What several test files share: no network, one thread, a tiny image folder, a tiny diffusion teacher."""
+"""What several test files share: no network, one thread, a tiny image folder, a tiny diffusion teacher.
+
+`pytest --core-only` is for an environment without extras: what fails for the lack of one is skipped. Elsewhere nothing is.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import subprocess
+import tomllib
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes; workers and started processes inherit it
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +30,66 @@ torch.set_num_threads(1)
 PHASES = (Phase.explicit, Phase.generate, Phase.shrink)
 settings.register_profile("suite", deadline=None, derandomize=True, database=None, phases=PHASES)
 settings.load_profile("suite")
+
+ROOT = Path(__file__).parent.parent
+IMPORTED_AS = {"scikit-learn": "sklearn"}
+
+
+def _missing_extras() -> dict[str, set[str]]:
+    """The extras of which something is not installed, each with those libraries as they are imported."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    missing = {}
+    for extra, requirements in extras.items():
+        names = [re.split(r"[<>=~!\[; ]", r)[0] for r in requirements]
+        imported = [IMPORTED_AS.get(name, name.replace("-", "_")) for name in names]
+        missing[extra] = {name for name in imported if importlib.util.find_spec(name) is None}
+    return {extra: names for extra, names in missing.items() if names}
+
+
+MISSING_EXTRAS = _missing_extras()
+
+
+def _skipped_for(error: BaseException | None, printed: str = "") -> str | None:
+    """Why a test that failed so is skipped: it imports, or was asked to install, an extra that is not here."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        name = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else ""
+        if any(name in names for names in MISSING_EXTRAS.values()):
+            return f"needs {name}"
+        error = error.__cause__ or error.__context__
+    asked = re.findall(r"dreamteacher\[(\w+)\]", printed)
+    return next((f"needs the extra '{extra}'" for extra in asked if extra in MISSING_EXTRAS), None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--core-only", action="store_true", help="skip what needs an extra that is not installed"
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """With --core-only: skips a file of tests that imports an extra which is not installed."""
+    report = yield
+    call = getattr(report, "call", None)
+    if collector.config.option.core_only and report.failed and call is not None and call.excinfo is not None:
+        reason = _skipped_for(call.excinfo.value)
+        if reason:
+            report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {reason}")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """With --core-only: skips a test that fails because an extra is not installed."""
+    report = yield
+    if item.config.option.core_only and report.failed and call.excinfo is not None:
+        reason = _skipped_for(call.excinfo.value, report.longreprtext + report.capstdout + report.capstderr)
+        if reason:
+            report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"Skipped: {reason}")
+    return report
+
 
 CLASSES = ("bright", "dark")
 PER_CLASS = 8

@@ -21,7 +21,7 @@ def recognition(a: Tensor, b: Tensor) -> float:
     Args:
         a, b: N x C.
 
-    Source: ours (instance retrieval, as contrastive methods have it); how it agrees with probes: docs/log.md.
+    Source: ours (instance retrieval, as contrastive methods have it); how it agrees with probes: dev/LOG.md.
 
     Example:
         >>> x = torch.eye(4)

@@ -26,7 +26,7 @@ def helpers(count: int) -> ThreadPoolExecutor:
 
     By default each thread that computes gets a team of OpenMP threads of its own. Once there are more of them than
     cores, even idle ones, libgomp lets none wait awake, and has to wake the caller's team for each operation: a student's
-    steps took 1.2 times as long on 2 cores (docs/log.md).
+    steps took 1.2 times as long on 2 cores (dev/LOG.md).
 
     Example:
         >>> with helpers(2) as pool:

@@ -1,4 +1,4 @@
-"""Every error that a user can make, made for real; docs/errors.md is what was printed.
+"""Every error that a user can make, made for real; tests/golden/errors.md is what was printed.
 
 `DREAMTEACHER_WRITE_DOCS=1 python -m pytest tests/cli/test_errors.py` writes the page anew.
 """
@@ -36,7 +36,7 @@ from dreamteacher.distill import step as distill_step
 from dreamteacher.distill.step import Training
 from dreamteacher.reports import report
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.run_folder import RunDir, read_rows
+from dreamteacher.runtime.run_folder import RunDir, read_rows, take_lock
 from dreamteacher.teachers import registry
 from dreamteacher.teachers.training import diffusion
 from dreamteacher.teachers.training import train as train_module
@@ -45,7 +45,8 @@ from tests.places import BENCHMARKS, GOLDEN, ROOT
 from tests.teachers.stylegan2.test_teacher import tiny as tiny_gan
 from tests.teachers.training.test_train import TINY
 
-PAGE = ROOT / "docs" / "errors.md"
+PAGE = GOLDEN / "errors.md"
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 BASELINES = BENCHMARKS / "baselines" / "run.py"
 SECRET = "dreamteacher-errors-code-ran"
 
@@ -161,6 +162,38 @@ def without_s3(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(sys.modules, "s3fs", None)
 
 
+def without_onnx(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(sys.modules, "onnx", None)
+
+
+def without_a_network(patch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("no network")
+
+    patch.setattr("timm.models._builder.load_pretrained", fail)
+
+
+def without_torchrun(patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("WORLD_SIZE", "2")
+    patch.setenv("RANK", "0")
+    patch.delenv("MASTER_ADDR", raising=False)
+
+
+class Lock:
+    """That of the run in `run`, held until this is forgotten: another open file is as good as another process."""
+
+    def __init__(self) -> None:
+        self.file = os.open("run/.lock", os.O_RDWR)
+        assert take_lock(self.file, Path("run"))
+
+    def __del__(self) -> None:
+        os.close(self.file)
+
+
+def another_process_writes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(another_process_writes, "lock", Lock(), raising=False)
+
+
 def out_of_memory(patch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -263,6 +296,7 @@ SECTIONS: dict[str, list[Case]] = {
         ),
         case("An unknown teacher", pretrain(teacher="chest-xray-46"), "Did you mean 'chest-xray-64'?"),
         case("An unknown device", pretrain(device="warp"), "'warp'", "doctor"),
+        case("A GPU that torch does not see", pretrain(device="cuda:99"), "'cuda:99'", "doctor"),
         case("A number out of its range", pretrain(lr="-1"), "--lr must be above 0"),
         case(
             "A timestep that the teacher does not have", pretrain(t="5000"), "Timestep 5000 is out of range"
@@ -277,6 +311,12 @@ SECTIONS: dict[str, list[Case]] = {
             "--width",
             patch=out_of_memory,
             kept=False,
+        ),
+        case(
+            "Several processes that torchrun did not start",
+            pretrain(),
+            "2 processes could not meet",
+            patch=without_torchrun,
         ),
         case("Pretraining without images", pretrain(images=""), "--images FOLDER"),
         case("Evaluation without data", classify(train="", test=""), "nothing to evaluate on"),
@@ -304,6 +344,12 @@ SECTIONS: dict[str, list[Case]] = {
     ],
     "Weights": [
         case("No such file", pretrain(init="weights/none.pth"), "weights/none.pth"),
+        case(
+            "ImageNet's weights without a network",
+            pretrain(init="imagenet", student="resnet18"),
+            "cannot be fetched",
+            patch=without_a_network,
+        ),
         case(
             "A safetensors file of something else",
             pretrain(init="weights/foreign.safetensors"),
@@ -445,6 +491,18 @@ SECTIONS: dict[str, list[Case]] = {
         ),
         case(
             "The same, another verb", train(), "The loss is nan at step 1", patch=nan_teacher_loss, kept=False
+        ),
+        case(
+            "Another process is writing to it",
+            pretrain(out="run", save_every="1"),
+            "Another process is writing",
+            patch=another_process_writes,
+        ),
+        case(
+            "Export without its extra",
+            ["export", "--run", "run", "--out", "new/export", "--format", "onnx"],
+            "dreamteacher[onnx]",
+            patch=without_onnx,
         ),
         case("Export of a missing run", ["export", "--run", "nowhere"], "No run folder at 'nowhere'"),
         case("Export of an unfinished run", ["export", "--run", "unfinished"], "has not finished"),
@@ -888,7 +946,14 @@ class Outcome:
 
 
 def run_command(command: list[str], patch: pytest.MonkeyPatch) -> int | None:
-    """The exit code of `dreamteacher`, or of a script, run here."""
+    """The exit code of `dreamteacher`, or of a script, run here; in a process of its own where it is one of several."""
+    if "WORLD_SIZE" in os.environ:  # its error ends the process
+        done = subprocess.run(
+            [sys.executable, "-m", "dreamteacher", *command], capture_output=True, text=True
+        )
+        sys.stdout.write(done.stdout)
+        sys.stderr.write(done.stderr)
+        return done.returncode
     if not command[0].endswith(".py"):
         return main(command)
     patch.setattr(sys, "argv", command)
@@ -1106,7 +1171,9 @@ OTHERS = {
     r"(Error while deserializing header).*?\)\.": r"\1 ...).",
     r"(JSONDecodeError) .*": r"\1 ...",
     r"\(damaged: .*?\)\.": "(damaged: ...).",
-    r"(cannot be used:) Expected one of .*": r"\1 ...",
+    r"(Device '.*' cannot be used:) .*": r"\1 ...",
+    r"(cannot be fetched:) .*": r"\1 ...",
+    r"(could not meet:) .*": r"\1 ...",
     r"None of \d+ students": "None of ... students",
 }
 
@@ -1137,5 +1204,17 @@ def test_page_is_what_was_printed(provoke: Callable[[Case], Outcome]) -> None:
         PAGE.write_text(text)
     assert PAGE.is_file(), "DREAMTEACHER_WRITE_DOCS=1 writes it"
     assert PAGE.read_text() == text, (
-        "docs/errors.md is not what is printed: DREAMTEACHER_WRITE_DOCS=1 rewrites it"
+        "tests/golden/errors.md is not what is printed: DREAMTEACHER_WRITE_DOCS=1 rewrites it"
     )
+
+
+def test_troubleshooting_quotes_what_is_printed() -> None:
+    """Fifteen sections; every message in them is one of the golden file, whole and to the letter."""
+    text, golden = TROUBLESHOOTING.read_text(), PAGE.read_text()
+    sections = text.split("\n## ")[1:]
+    assert len(sections) == 15
+    for section in sections:
+        quoted = re.findall(r"^```text\n(error: .*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+        assert quoted, section
+        for message in quoted:
+            assert f"| {cell(message)} |" in golden, message

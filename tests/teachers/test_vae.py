@@ -379,7 +379,7 @@ def test_original_encoder_alone():
 
 
 # How many decibels depends on the scene (dusk has little detail, daylight leaves and railings) and on its size: the
-# teacher of Stable Diffusion enlarges its images x2, and so enlarged a mean frame has 30.5 dB (docs/log.md).
+# teacher of Stable Diffusion enlarges its images x2, and so enlarged a mean frame has 30.5 dB (dev/LOG.md).
 FRAMES = {
     ("train/0001TP_006690.jpg", 1): 29.5,
     ("val/0016E5_07959.jpg", 1): 22.5,
