@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -281,6 +284,34 @@ def test_vit_benchmark_runs(tmp_path, monkeypatch):
     assert {row["method"] for row in rows if row["student"] == "vit_demo_patch8_token_64"} == {
         "random init, class token", "DreamTeacher, class token"
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_unchanged_benchmark_runs_and_finds_a_changed_bit(tmp_path):
+    script, out = BENCHMARKS / "unchanged" / "run.py", tmp_path / "before.json"
+    command = [sys.executable, str(script), "--only", "interpreter-stopped"]
+    done = subprocess.run([*command, "--write", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before = json.loads(out.read_text())
+    assert set(before["cases"]) == {"interpreter-masks", "interpreter-stopped"}  # and what it must be like
+    case = before["cases"]["interpreter-masks"]
+    assert len(case["updates"]) == len(case["values"][".: loss"]) == 30
+    case["values"][".: loss"][6] = math.nextafter(case["values"][".: loss"][6], 9.0)
+    out.write_text(json.dumps(before))
+    done = subprocess.run([*command, "--compare", str(out)], capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    wrong, equal, *_ = done.stdout.splitlines()
+    assert wrong.startswith("interpreter-masks: .: loss, number 7: ")
+    assert equal == "interpreter-stopped: equal"
+
+
+def test_committed_numbers_are_of_every_case():
+    names = re.findall(
+        r'^    "([\w-]+)": Case\(', (BENCHMARKS / "unchanged" / "run.py").read_text(), re.MULTILINE
+    )
+    path = BENCHMARKS / "unchanged" / "before.json"
+    assert list(json.loads(path.read_text())["cases"]) == names
+    assert path.stat().st_size < 300_000
 
 
 def test_demos_of_one_and_two_processes_side_by_side(tmp_path, monkeypatch):
