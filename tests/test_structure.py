@@ -168,7 +168,7 @@ def test_the_catalogue_and_the_command_line_import_lazily() -> None:
         "dreamteacher",
         "dreamteacher.runtime.errors",
         "dreamteacher.runtime.config",
-        "dreamteacher.runtime.distributed.share",
+        "dreamteacher.runtime.distributed.world",
     }
     assert own_imports("dreamteacher.cli.lists", at_top("dreamteacher.cli.lists")) <= light
     assert own_imports("dreamteacher.cli.main", at_top("dreamteacher.cli.main")) == set()

@@ -33,7 +33,7 @@ from dreamteacher.runtime.config import describe, to_json
 from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.distributed.group import Told, agree, all_gather_text, broadcast, join, together
 from dreamteacher.runtime.distributed.sharding import shard
-from dreamteacher.runtime.distributed.share import Share, check_batch, launched
+from dreamteacher.runtime.distributed.world import World, check_batch, launched
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import Progress, RunDir, Signals
 from dreamteacher.teachers.base import Teacher
@@ -54,9 +54,9 @@ def pretrain(config: PretrainConfig) -> Path | None:
         SystemExit: 128 + n after SIGINT or SIGTERM, once the state is saved.
     """
     # --- what is asked for, checked ----------------------------------------------------------------------
-    share = join(config.device)
+    world = join(config.device)
     device = pick_device(config.device)
-    _check_numbers(config, share)
+    _check_numbers(config, world)
     read = _interpreter_spec(config)  # of one that is trained already
     store = FeatureStore(config.features) if config.features else None
     asked = _asked(config, read, store)
@@ -77,7 +77,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
     kept = store.plan.specs if store and store.plan.what == "maps" else ()
     regressor = FeatureRegressor(student.specs, kept or teacher.specs, width=config.width, seed=config.seed)
     job = _interpreter_job(config, teacher, size)  # of one that is trained first
-    disk = disk_bytes(student, regressor, ema=bool(config.ema), keep=config.keep)
+    disk = disk_bytes(student, regressor, ema=bool(config.ema), keep=config.keep_checkpoints)
     resolved = (
         {"verb": "pretrain", "version": __version__, "config": to_json(config)}
         | _facts(config, teacher, images, size, read or (job.spec if job else None))
@@ -90,7 +90,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
     steps = steps_of(config, epoch)
     if config.dataset == "encoded" or (config.dataset == "synthesized" and job is None):
         teacher.keep_only("encode" if config.dataset == "encoded" else "sample")
-    cut = share.ranks > 1 and config.sharding in ("student", "both") and not config.dry_run
+    cut = world.ranks > 1 and config.sharding in ("student", "both") and not config.dry_run
     for module in (teacher,) if cut else (teacher, student, regressor):  # `shard` moves what it cuts
         module.to(device)
     if store and images:
@@ -103,8 +103,8 @@ def pretrain(config: PretrainConfig) -> Path | None:
         "levels": [f"{s.name}:{s.channels}" for s in regressor.teacher_specs], "batch": config.batch_size,
         "steps": steps, "epochs": config.epochs, "lr": config.lr, "optimizer": config.optimizer,
         "parameters": f"{millions(student)} + regressor {millions(regressor)} + teacher {millions(teacher)}",
-        "device": device, "processes": share.ranks, "precision": str(resolve_precision(device, config.precision)).removeprefix("torch."),
-        "mode": config.mode, "labelled": job.spec.labelled if job else read.labelled if read else "-",
+        "device": device, "processes": world.ranks, "precision": str(resolve_precision(device, config.precision)).removeprefix("torch."),
+        "mode": config.distill, "labelled": job.spec.labelled if job else read.labelled if read else "-",
         "out": config.out,
     }), flush=True)  # fmt: skip
     if store and images:
@@ -115,7 +115,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
     for path, reason in bad[:3]:
         print(f"  skipped {path}: {reason}")
     if config.dry_run:
-        part = share.of(config.batch_size // config.accumulate)
+        part = world.of(config.batch_size // config.accumulate)
         print(dry_run(
             teacher, student, regressor, size=size, batch=config.batch_size, part=part, steps=steps,
             disk=disk, precision=config.precision, stored=kept,
@@ -123,24 +123,24 @@ def pretrain(config: PretrainConfig) -> Path | None:
         return None
 
     # --- begin or resume ---------------------------------------------------------------------------------
-    writer = _tensorboard(config.out) if config.tensorboard and share.first else None
-    with contextlib.closing(RunDir(config.out, share)) as run, Signals() as signals:
+    writer = _tensorboard(config.out) if config.tensorboard and world.first else None
+    with contextlib.closing(RunDir(config.out, world)) as run, Signals() as signals:
         resume = run.open(resolved)
         interpreter = _interpreter(config, job, run.path)
         classes = resolved.get("labels", {}).get("classes", ())
-        training = Training(config, student, regressor, steps, interpreter, classes, share, device)
+        training = Training(config, student, regressor, steps, interpreter, classes, world, device)
         if (dtype := resolve_precision(device, config.precision)) != torch.float32:
             teacher.cast_weights(dtype)
-        whole = share.ranks == 1 or config.batch_norm == "local"  # a global one breaks the graph
+        whole = world.ranks == 1 or config.batch_norm == "local"  # a global one breaks the graph
         if config.sharding == "none" and wants_compile(config.compile, device, steps, whole=whole):
             teacher.wrap_compile_targets(functools.partial(compiled, strict=config.compile == "on"))
             training.compile()
         first = training.restore(resume, run)
         _list_skipped(run.path, images)
-        cut = share.ranks > 1 and config.sharding in ("teacher", "both") and not kept
+        cut = world.ranks > 1 and config.sharding in ("teacher", "both") and not kept
         begin = functools.partial(
             _stream, config, InParts(teacher, config.teacher_batch, sharded=cut), images, store, steps=steps,
-            device=device, share=share,
+            device=device, world=world,
         )  # fmt: skip
         if cut:
             with contextlib.closing(begin(0)) as look:
@@ -191,7 +191,9 @@ def _images(config: PretrainConfig, size: tuple[int, int]) -> image_set.ImageSet
         )
     if config.dataset != "synthesized":
         raise UserError(
-            "An encoded dataset needs images." if config.dataset == "encoded" else "A mixture needs images.",
+            "An encoded dataset needs images."
+            if config.dataset == "encoded"
+            else "A dataset of both kinds needs images.",
             "Give --images FOLDER, or --dataset synthesized.",
         )
     return None
@@ -231,10 +233,14 @@ def _asked(
                 f"{where} were made with --{flag} {_words(has)}, not {_words(wanted)}.",
                 f"Leave out --{flag}, or make others with `dreamteacher make-features`.",
             )
-    if not plan.raw and (config.mode != "feature" or config.whiten != plan.whiten):
+    if not plan.raw and (config.distill != "feature" or config.whiten != plan.whiten):
         raise UserError(
             f"{where} are whitened (--whiten {plan.whiten}), so they cannot serve "
-            + (f"--whiten {config.whiten}." if config.mode == "feature" else f"--mode {config.mode}."),
+            + (
+                f"--whiten {config.whiten}."
+                if config.distill == "feature"
+                else f"--distill {config.distill}."
+            ),
             "Use features made with --keep all, which are raw.",
         )
     return {"timesteps": plan.t, "blocks": plan.blocks, "noise": plan.noise}
@@ -254,16 +260,17 @@ def _interpreter_spec(config: PretrainConfig) -> InterpreterSpec | None:
     Raises:
         UserError: for labels without a mode that uses them, or the reverse.
     """
-    if config.mode == "feature":
+    if config.distill == "feature":
         for flag, given in (("--interpreter", config.interpreter), ("--labelled", config.labelled)):
             if given is not None:
                 raise UserError(
-                    f"{flag} is given, and --mode feature uses no labels.", "Add --mode mixed (or label)."
+                    f"{flag} is given, and --distill feature uses no labels.",
+                    "Add --distill mixed (or label).",
                 )
         return None
     if (config.interpreter is None) == (config.labelled is None):
         raise UserError(
-            f"--mode {config.mode} learns from an interpreter's labels: name one, or labelled images to train it on.",
+            f"--distill {config.distill} learns from an interpreter's labels: name one, or labelled images to train it on.",
             "Give either --interpreter FOLDER, or --labelled IMAGES with --masks MASKS.",
         )
     return read_interpreter_spec(config.interpreter) if config.interpreter else None
@@ -317,51 +324,53 @@ def _stream(
     *,
     steps: int,
     device: torch.device,
-    share: Share,
+    world: World,
 ) -> dataset.Stream:
     part, last = config.batch_size // config.accumulate, steps * config.accumulate
     if config.dataset == "synthesized":
         return dataset.synthesized(
             teacher, batch_size=part, first_step=first, last_step=last, seed=config.seed, device=device,
-            precision=config.precision, share=share,
+            precision=config.precision, world=world,
         )  # fmt: skip
     assert images is not None  # checked at the start
     if store is not None:
         return dataset.stored(
             store, images, batch_size=part, first_step=first, last_step=last, seed=config.seed, device=device,
-            workers=config.workers, teacher=teacher, precision=config.precision, share=share,
+            workers=config.workers, teacher=teacher, precision=config.precision, world=world,
         )  # fmt: skip
-    made = dataset.synthesized_part(part, config.share) if config.dataset == "mixture" else 0
+    made = dataset.synthesized_part(part, config.synthesized_fraction) if config.dataset == "both" else 0
     batches = data_batches.batches(
         images, batch_size=part - made, seed=config.seed, first_step=first, last_step=last, flip=config.flip,
-        workers=config.workers, share=share, raw=True,
+        workers=config.workers, world=world, raw=True,
     )  # fmt: skip
-    if config.dataset == "mixture":
-        return dataset.mixture(
+    if config.dataset == "both":
+        return dataset.both(
             teacher, batches, made=made, seed=config.seed, device=device, precision=config.precision,
-            share=share,
+            world=world,
         )  # fmt: skip
     return dataset.encoded(
-        teacher, batches, seed=config.seed, device=device, precision=config.precision, share=share
+        teacher, batches, seed=config.seed, device=device, precision=config.precision, world=world
     )
 
 
-def _check_numbers(config: PretrainConfig, share: Share) -> None:
+def _check_numbers(config: PretrainConfig, world: World) -> None:
     if config.accumulate < 1 or config.batch_size % config.accumulate:
         raise UserError(
             f"--accumulate {config.accumulate} does not divide --batch-size {config.batch_size}.",
             "Choose a divisor.",
         )
     part = config.batch_size // config.accumulate
-    check_batch(f"--batch-size {config.batch_size} --accumulate {config.accumulate}: a part", part, share)
-    if (share.of(part) if config.batch_norm == "local" else part) < 2:
+    check_batch(f"--batch-size {config.batch_size} --accumulate {config.accumulate}: a part", part, world)
+    if (world.of(part) if config.batch_norm == "local" else part) < 2:
         raise UserError(
             "BatchNorm needs at least 2 images in a part of a batch.",
             "Lower --accumulate" + (", or use --batch-norm global." if part >= 2 else "."),
         )
-    if config.dataset == "mixture":
-        made = dataset.synthesized_part(part, config.share)
-        check_batch(f"--share {config.share:g} of {part} images: the teacher's part", made, share)
+    if config.dataset == "both":
+        made = dataset.synthesized_part(part, config.synthesized_fraction)
+        check_batch(
+            f"--synthesized-fraction {config.share:g} of {part} images: the teacher's part", made, world
+        )
     if config.optimizer == "lamb" and config.sharding in ("student", "both"):
         raise UserError(
             f"--optimizer lamb needs whole weights, and --sharding {config.sharding} cuts them.",
@@ -373,7 +382,7 @@ def _check_numbers(config: PretrainConfig, share: Share) -> None:
         )
     if config.teacher_batch < 0:
         raise UserError("--teacher-batch is below 0.", "Give a number of images, or leave it out.")
-    for name in ("lr", "epochs", "log_every", "save_every", "keep", "tau"):
+    for name in ("lr", "epochs", "log_every", "save_every", "keep_checkpoints", "tau"):
         if getattr(config, name) <= 0:
             raise UserError(
                 f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}.",

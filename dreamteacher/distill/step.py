@@ -34,7 +34,7 @@ from dreamteacher.runtime.distributed.sharding import (
     whole,
     whole_on_first,
 )
-from dreamteacher.runtime.distributed.share import ALONE, Share
+from dreamteacher.runtime.distributed.world import ALONE, World
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import Progress, RunDir
 from dreamteacher.teachers.base import Teacher
@@ -57,36 +57,36 @@ class Training:
         steps: int,
         interpreter: Interpreter | None = None,
         classes: Sequence[str] = (),
-        share: Share = ALONE,
+        world: World = ALONE,
         device: torch.device | None = None,
     ) -> None:
         self.config, self.student, self.regressor = config, student, regressor
-        self.steps, self.share = steps, share
+        self.steps, self.world = steps, world
         begun_on = next(student.parameters()).device
         self.device = device or begun_on
         self.interpreter, self.head, self.classes = interpreter, None, list(classes)
         if interpreter is not None:
             self.head = label_head(config.seed, config.width, regressor, interpreter).to(begun_on)
-        if config.mode == "label":
+        if config.distill == "label":
             regressor.projections.requires_grad_(False)  # nothing is asked of them
-        self.trained = Trained(student, regressor, self.head, project=config.mode != "label")
-        if share.ranks > 1 and config.batch_norm == "global":
+        self.trained = Trained(student, regressor, self.head, project=config.distill != "label")
+        if world.ranks > 1 and config.batch_norm == "global":
             make_global(self.trained, self.device)
         self.trained.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        sharded = share.ranks > 1 and config.sharding in ("student", "both")
+        sharded = world.ranks > 1 and config.sharding in ("student", "both")
         if sharded:
             shard(self.trained, self.device, lambda: look(self.trained), whole=True, also=("pooled",))
         groups = optim.parameter_groups([self.trained], config.weight_decay)
         self.optimizer = optim.build_optimizer(config.optimizer, groups, config.lr, config.betas)
         self.ema = optim.Ema(self.trained, config.ema) if config.ema else None
         self.network: nn.Module = self.trained
-        if share.ranks > 1 and not sharded:
+        if world.ranks > 1 and not sharded:
             self.network = replicate(self.trained, self.device, look)
         self.warmup = round(steps * config.warmup_epochs / config.epochs)
         self.forward: Callable[..., Any] = self.network
         self.batch_loss = batch_loss
-        rows = share.of(config.batch_size // config.accumulate)
-        self.parts = memory.Parts(rows, config.accumulate, share, config.batch_norm, config.out)
+        rows = world.of(config.batch_size // config.accumulate)
+        self.parts = memory.Parts(rows, config.accumulate, world, config.batch_norm, config.out)
         self.levels = [spec.name for spec in regressor.teacher_specs]
         # Sums since the last log line, on the device: total, gradient norm, count, label loss, its entropy,
         # MSE and AT of each level.
@@ -147,15 +147,15 @@ class Training:
             progress.wait(part.waited)
             for i, batch in enumerate(part.split(self.parts.count)):
                 last = None
-                share = c.accumulate * len(part.images) / len(batch.images)
+                divisor = c.accumulate * len(part.images) / len(batch.images)
                 with gradients_stay(self.network, (k + 1, i + 1) != (c.accumulate, self.parts.count)):
                     loss, parts, maps = self._loss(batch)
-                    (loss / share).backward()
+                    (loss / divisor).backward()
                 seen.append(
                     torch.stack([*(m.detach().sum(dtype=torch.float32) for m in batch.maps), loss.detach()])
                 )
-                self.sums[0] += loss.detach() / share
-                self.sums[3:] += parts / share
+                self.sums[0] += loss.detach() / divisor
+                self.sums[3:] += parts / divisor
                 last = batch, maps
                 del batch, maps, loss
             del part
@@ -202,7 +202,7 @@ class Training:
                 logits = resize(logits, (soft.shape[-2], soft.shape[-1]))
             distilled = label_distillation(logits, soft, tau=c.tau)
             parts[0], parts[1] = distilled.detach(), label_distillation(soft, soft, tau=c.tau)
-            total = total + (c.label_weight if c.mode == "mixed" else 1.0) * distilled
+            total = total + (c.label_weight if c.distill == "mixed" else 1.0) * distilled
         return total, parts, maps
 
     def log(self, step: int, last: tuple[FeatureBatch, list[Tensor]]) -> dict[str, Any]:
@@ -230,7 +230,7 @@ class Training:
         if self.head is not None:  # the loss cannot fall below the entropy of the soft labels
             row |= {"label": label / count, "label_kl": (label - entropy) / count}
         n = len(self.levels)
-        for i, name in enumerate(self.levels if self.config.mode != "label" else ()):
+        for i, name in enumerate(self.levels if self.config.distill != "label" else ()):
             row[f"mse/{name}"], row[f"at/{name}"] = parts[i] / count, parts[n + i] / count
             row[f"loss/{name}"] = row[f"mse/{name}"] + self.config.at_weight * row[f"at/{name}"]
             target = last[0].target(i, self.config.whiten)
@@ -271,13 +271,13 @@ class Training:
         if self.ema:
             tensors |= {f"ema/{k}": v for k, v in self.ema.tensors.items()}
         tensors = whole_on_first(tensors)
-        if not self.share.first:
+        if not self.world.first:
             return True
         meta = {"kind": "pretrain", "step": step, "optimizer": scalars}
         meta["ema_updates"] = self.ema.updates if self.ema else 0
         meta["split"] = self.parts.count
         checkpoint.save(checkpoint.checkpoint_path(folder, step), tensors, meta)
-        checkpoint.prune(folder, self.config.keep)
+        checkpoint.prune(folder, self.config.keep_checkpoints)
         return True
 
     def restore(self, path: Path | None, run: RunDir) -> int:
@@ -309,7 +309,7 @@ class Training:
     def write_weights(self, folder: Path, teacher: Teacher) -> None:
         """backbone.safetensors (native timm names), regressor.safetensors (its neck), and head.safetensors."""
         state = whole_on_first(self.state())
-        if not self.share.first:
+        if not self.world.first:
             return
         about = {"format": "dreamteacher-backbone", "student": self.student.name, "teacher": teacher.name}
         files = {"backbone": "student.model.", "regressor": "regressor."}

@@ -13,7 +13,7 @@ import torch
 
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import parse_json
-from dreamteacher.runtime.distributed.share import Share
+from dreamteacher.runtime.distributed.world import World
 from dreamteacher.runtime.errors import UserError
 
 PARTS = "parts.json"  # in a run folder
@@ -58,11 +58,11 @@ class Parts:
     """
 
     def __init__(
-        self, images: int, accumulate: int, share: Share, batch_norm: Literal["global", "local"], folder: Path
+        self, images: int, accumulate: int, world: World, batch_norm: Literal["global", "local"], folder: Path
     ) -> None:
-        self.images, self.accumulate, self.share, self.folder = images, accumulate, share, folder
+        self.images, self.accumulate, self.world, self.folder = images, accumulate, world, folder
         self.count = 1
-        alone = share.ranks == 1 or batch_norm == "local"
+        alone = world.ranks == 1 or batch_norm == "local"
         self.most = max(1, images // 2 if alone else images)  # BatchNorm needs two images in each
 
     def add(self, step: int, why: str) -> None:
@@ -76,7 +76,7 @@ class Parts:
         if self.count >= self.most:
             raise UserError(problem, "Use --precision bfloat16, or a smaller --size, --student or --width.")
         self.count = min(2 * self.count, self.most)
-        if self.share.ranks > 1:
+        if self.world.ranks > 1:
             text = json.dumps({"images": self.images // self.count})
             checkpoint.write_text(self.folder / PARTS, text + "\n")
             way = "The same command goes on from the last checkpoint, in smaller parts"

@@ -20,12 +20,12 @@ from tqdm import tqdm
 from dreamteacher.runtime import checkpoint, memory
 from dreamteacher.runtime.config import changed_keys, parse_json
 from dreamteacher.runtime.distributed.group import broadcast
-from dreamteacher.runtime.distributed.share import ALONE, Share, launched
+from dreamteacher.runtime.distributed.world import ALONE, World, launched
 from dreamteacher.runtime.errors import UserError, shorten
 
 # Settings that may differ between a run and its resumption: they do not change any number.
 FREE_TO_CHANGE = (
-    "out", "workers", "dry_run", "strict", "device", "save_every", "keep", "cache_gb", "sharding",
+    "out", "workers", "dry_run", "strict", "device", "save_every", "save_minutes", "keep_checkpoints", "log_to", "cache_gb", "sharding",
     "teacher_batch",
 )  # fmt: skip
 # What a process that was killed leaves behind, workers that decode images, ends by itself within 5 s.
@@ -55,11 +55,11 @@ class RunDir:
     """One folder that holds everything of a run. Open it only after every check has passed.
 
     Args:
-        share: of a run of several processes; the first one locks and writes, the others only read.
+        world: of a run of several processes; the first one locks and writes, the others only read.
     """
 
-    def __init__(self, path: Path, share: Share = ALONE) -> None:
-        self.path, self.share = path, share
+    def __init__(self, path: Path, world: World = ALONE) -> None:
+        self.path, self.world = path, world
         self._lock: Any = None
         self._owner = os.getpid()
 
@@ -118,7 +118,7 @@ class RunDir:
 
     def open(self, resolved: Mapping[str, Any]) -> Path | None:
         """Makes and locks the folder, writes a new run's config.json; returns the checkpoint to resume."""
-        if self.share.ranks > 1:
+        if self.world.ranks > 1:
             found = broadcast(lambda: str(self._open(resolved) or ""))
             return Path(found) if found else None
         return self._open(resolved)
@@ -175,7 +175,7 @@ class RunDir:
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Adds one line to a .jsonl file of the run; a last line that a kill cut off is ended first."""
-        if not self.share.first:
+        if not self.world.first:
             return
         with open(self.path / name, "ab+") as file:
             if file.tell():
@@ -186,7 +186,7 @@ class RunDir:
 
     def rewind(self, name: str, step: int) -> None:
         """Drops what a killed run had logged after the checkpoint of `step`."""
-        if not self.share.first:
+        if not self.world.first:
             return
         path = self.path / name
         rows = read_rows(path)

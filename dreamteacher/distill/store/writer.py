@@ -36,7 +36,7 @@ from dreamteacher.distill.store.files import (
     shard_name,
 )
 from dreamteacher.distill.store.items import (
-    Plan,
+    StorePlan,
     encode_group,
     flips_of,
     layout,
@@ -72,7 +72,7 @@ def check_plan(out: Path, resolved: dict[str, Any]) -> None:
         )
 
 
-def fit_groups(plan: Plan) -> list[int]:
+def fit_groups(plan: StorePlan) -> list[int]:
     """Batches whose positions a PCA is fitted on: at most 160 images, drawn by the seed; none without a PCA."""
     if plan.keep != "pca":
         return []
@@ -89,7 +89,7 @@ class Writer:
     """
 
     def __init__(
-        self, out: Path, plan: Plan, teacher: Teacher, images: image_set.ImageSet, device: torch.device, signals: Signals
+        self, out: Path, plan: StorePlan, teacher: Teacher, images: image_set.ImageSet, device: torch.device, signals: Signals
     ) -> None:  # fmt: skip
         self.out, self.plan, self.teacher, self.images, self.device = out, plan, teacher, images, device
         self.signals = signals

@@ -16,11 +16,11 @@ from dreamteacher.data import seeds
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.distributed.device import autocast
 from dreamteacher.runtime.distributed.group import all_gather, all_reduce_mean, average_gradients
-from dreamteacher.runtime.distributed.share import Draws, randn
+from dreamteacher.runtime.distributed.world import Draws, randn
 from dreamteacher.teachers.stylegan2.teacher import Generator, StyleGan2Spec
 from dreamteacher.teachers.training.augment import Adaptation, augment
 from dreamteacher.teachers.training.discriminator import Discriminator
-from dreamteacher.teachers.training.trainee import Plan, Preset, Trainee
+from dreamteacher.teachers.training.objective import Objective, Preset, TrainingPlan
 
 R1_EVERY = (
     16  # steps between gradient penalties, which are that much heavier (Karras et al. 2020, section 3.1)
@@ -143,11 +143,17 @@ def ema_weight(seen: int, batch: int, half_life: float, ramp: float | None) -> f
     return 0.5 ** (batch / max(life, 1e-8))
 
 
-class StyleGan2Trainee(Trainee):
+class StyleGan2Objective(Objective):
     """Generator, discriminator, the averaged generator, and the steps between them."""
 
     def __init__(
-        self, preset: StyleGan2Preset, spec: StyleGan2Spec, plan: Plan, *, gamma: float, ada: float | None
+        self,
+        preset: StyleGan2Preset,
+        spec: StyleGan2Spec,
+        plan: TrainingPlan,
+        *,
+        gamma: float,
+        ada: float | None,
     ) -> None:
         self.preset, self.spec, self.plan, self.gamma = preset, spec, plan, gamma
         device = plan.device
@@ -183,14 +189,14 @@ class StyleGan2Trainee(Trainee):
     def _draws(self, step: int, stream: str) -> Draws:
         """Random numbers of a step for this process's rows."""
         plan = self.plan
-        return Draws(plan.device, seeds.step_generator(plan.seed, step, stream).initial_seed(), plan.share)
+        return Draws(plan.device, seeds.step_generator(plan.seed, step, stream).initial_seed(), plan.world)
 
     def _make(self, step: int, stream: str) -> Tensor:
         """A batch of images by the generator in training, which depends on seed, step and stream alone."""
         plan = self.plan
         source = self._draws(step, f"latents/{stream}")
-        z = randn((plan.share.of(plan.batch_size), self.spec.z_dim), source, device=plan.device)
-        noise = Draws(plan.device, source.initial_seed(), plan.share)
+        z = randn((plan.world.of(plan.batch_size), self.spec.z_dim), source, device=plan.device)
+        noise = Draws(plan.device, source.initial_seed(), plan.world)
         ws = self.g.mapping(z)
         if stream == "g":
             mean = all_reduce_mean(ws[:, 0].detach().mean(0).to(self.g.mapping.w_avg.dtype))

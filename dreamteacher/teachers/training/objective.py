@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamteacher.runtime.distributed.share import ALONE, Share
+from dreamteacher.runtime.distributed.world import ALONE, World
 from dreamteacher.runtime.settings import Precision
 
 
@@ -39,12 +39,12 @@ class Preset(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TrainingPlan:
     """How one training runs: the preset's numbers after the user's, and where.
 
     Args:
         seed: of weights and every draw; steps: in all; batch_size: images a step; lr: (peak) learning rate.
-        share: this process's part of every batch.
+        world: this process's part of every batch.
     """
 
     seed: int
@@ -53,10 +53,10 @@ class Plan:
     lr: float
     device: torch.device
     precision: Precision
-    share: Share = ALONE
+    world: World = ALONE
 
 
-class Trainee(ABC):
+class Objective(ABC):
     """Networks in training, their optimizers, and what one step does to them.
 
     Every draw depends on (seed, step) alone, and `state` holds all the rest: a resumed run is bitwise the same.
