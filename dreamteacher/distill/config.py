@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dreamteacher.runtime.settings import BatchNorm, Compile, OptimizerName, Precision, Sharding
+from dreamteacher.runtime.settings import BatchNorm, Compile, LoggerName, OptimizerName, Precision, Sharding
 from dreamteacher.spec import AtReduction, Noise, WhitenAxes
 
 Distill = Literal["feature", "label", "mixed"]
@@ -152,7 +152,9 @@ class PretrainConfig:
     probe_every: int = 500
     """Steps between RankMe and kNN; 0: only at the end."""
     save_every: int = 200
-    """Steps between checkpoints."""
+    """Steps between checkpoints; 0: by minutes alone."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints, beside --save-every; 0: by steps alone."""
     keep_checkpoints: int = 2
     """Checkpoints kept."""
     workers: int = 2
@@ -163,8 +165,8 @@ class PretrainConfig:
     """Stop before the first step when any image is damaged."""
     dry_run: bool = False
     """Only print parameters, steps, memory, time and disk."""
-    tensorboard: bool = False
-    """Also write TensorBoard files (extra: dreamteacher[tensorboard])."""
+    log_to: tuple[LoggerName, ...] = ()
+    """Services that the log also goes to; each is an extra of its name (pip install 'dreamteacher[wandb]')."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +210,11 @@ class TrainInterpreterConfig(InterpreterTraining):
     precision: Precision = "auto"
     """Autocast dtype; auto: bfloat16 where the hardware has it."""
     save_every: int = 200
-    """Steps between checkpoints."""
+    """Steps between checkpoints; 0: by minutes alone."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints, beside --save-every; 0: by steps alone."""
+    log_to: tuple[LoggerName, ...] = ()
+    """Services that the log also goes to; each is an extra of its name (pip install 'dreamteacher[wandb]')."""
     dry_run: bool = False
     """Only check and print what would be done."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -47,6 +47,43 @@ def needed(problem: str, way_out: str) -> Iterator[None]:
         if not ran_out(error):
             raise
         raise UserError(f"{problem}: {reason(error)}", way_out) from None
+
+
+class Undo:
+    """What a step changes in place before its update, noted before it and put back when it fails.
+
+    Args:
+        tensors: buffers, as the running moments of BatchNorm.
+        random: a device whose global random numbers layers draw from, beside the CPU's; None: they draw from none.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], random: torch.device | None = None) -> None:
+        self.pairs = [
+            (kept, [torch.empty_like(t) for t in kept])
+            for dtype in sorted({t.dtype for t in tensors}, key=str)
+            if (kept := [t for t in tensors if t.dtype == dtype])
+        ]
+        self.random = random
+        self.states: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    @torch.no_grad()
+    def note(self) -> None:
+        """Remembers them."""
+        for tensors, kept in self.pairs:
+            torch._foreach_copy_(kept, tensors)
+        if self.random is not None:
+            gpu = torch.cuda.get_rng_state(self.random) if self.random.type == "cuda" else None
+            self.states = torch.get_rng_state(), gpu
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Puts them back."""
+        for tensors, kept in self.pairs:
+            torch._foreach_copy_(tensors, kept)
+        if self.states is not None:
+            torch.set_rng_state(self.states[0])
+            if self.states[1] is not None:
+                torch.cuda.set_rng_state(self.states[1], self.random or "cuda")
 
 
 class Parts:

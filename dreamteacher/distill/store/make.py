@@ -25,7 +25,8 @@ from dreamteacher.runtime.config import describe, to_json
 from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.distributed.group import join
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.runtime.run_folder import RunDir, Signals
+from dreamteacher.runtime.run_folder import RunDir
+from dreamteacher.runtime.signals import Signals
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.registry import fingerprint, load_teacher
 

@@ -50,7 +50,9 @@ from dreamteacher.losses import whiten
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import changed_keys
 from dreamteacher.runtime.errors import UserError, shorten
-from dreamteacher.runtime.run_folder import Progress, RunDir, Signals
+from dreamteacher.runtime.progress import Progress
+from dreamteacher.runtime.run_folder import RunDir
+from dreamteacher.runtime.signals import Signals
 from dreamteacher.runtime.threads import helpers
 from dreamteacher.teachers.base import Teacher
 

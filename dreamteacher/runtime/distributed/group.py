@@ -315,30 +315,32 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 class Told:
-    """The number of a signal that any process got, known to all of them after the same step.
+    """What any process says after a step, known to all of them after the same one.
 
-    What is said at one step is heard at the next: so nobody waits for it.
+    That is the number of a signal that it got, and whether it wants the state saved. What is said at one step is
+    heard at the next: so nobody waits for it.
     """
 
     def __init__(self) -> None:
         self._pending: tuple[dist.Work, Tensor] | None = None
 
-    def __call__(self, number: int) -> int:
-        """Says `number` (0: no signal) and returns the largest that was said at the call before."""
+    def __call__(self, number: int, save: bool = False) -> tuple[int, bool]:
+        """Says `number` (0: no signal) and `save`; returns the largest that were said at the call before."""
         if launched().ranks == 1:
-            return number
+            return number, save
         heard = self.close()
-        said = torch.tensor([number])
+        said = torch.tensor([number, int(save)])
         work = dist.all_reduce(said, dist.ReduceOp.MAX, async_op=True)
         assert work is not None
         self._pending = work, said
         return heard
 
-    def close(self) -> int:
+    def close(self) -> tuple[int, bool]:
         """Hears what was said last."""
         if self._pending is None:
-            return 0
+            return 0, False
         work, said = self._pending
         self._pending = None
         work.wait()
-        return int(said)
+        number, save = said.tolist()
+        return number, bool(save)

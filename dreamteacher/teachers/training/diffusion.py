@@ -196,9 +196,10 @@ class DiffusionObjective(Objective):
         norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
         warmup = min(500, plan.steps // 10)
         lr = optim.lr_at(step, total=plan.steps, warmup=warmup, peak=plan.lr, final=0.02 * plan.lr)
-        optim.set_lr(self.optimizer, lr)
-        self.optimizer.step()
-        self.ema.update(self.unet)
+        with self.update():
+            optim.set_lr(self.optimizer, lr)
+            self.optimizer.step()
+            self.ema.update(self.unet)
         return {"loss": loss.detach(), "grad_norm": norm}
 
     @torch.no_grad()
@@ -220,18 +221,10 @@ class DiffusionObjective(Objective):
         return row, sheet
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, scalars = checkpoint.pack_optimizer(self.optimizer)
-        tensors |= {f"unet/{k}": v for k, v in self.unet.state_dict().items()}
-        tensors |= {f"ema/{k}": v for k, v in self.ema.tensors.items()}
-        return tensors, {"optimizer": scalars, "ema_updates": self.ema.updates}
+        return checkpoint.pack({"unet": self.unet}, self.optimizer, self.ema)
 
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> None:
-        unet = {k.removeprefix("unet/"): v for k, v in tensors.items() if k.startswith("unet/")}
-        checkpoint.load_exactly(self.unet, unet, path)
-        for key, value in self.ema.tensors.items():
-            value.copy_(tensors[f"ema/{key}"])
-        self.ema.updates = meta["ema_updates"]
-        checkpoint.unpack_optimizer(self.optimizer, tensors, meta["optimizer"])
+        checkpoint.unpack({"unet": self.unet}, self.optimizer, self.ema, tensors, meta, path)
 
     def weights(self) -> dict[str, Tensor]:
         return self.ema.tensors

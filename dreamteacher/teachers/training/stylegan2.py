@@ -173,11 +173,12 @@ class StyleGan2Objective(Objective):
 
     def step(self, step: int, images: Tensor) -> dict[str, Tensor]:
         real = self._to_network(images)
-        seen = self._step_generator(step)
-        seen |= self._step_discriminator(step, real)
-        if step % R1_EVERY == 0:
-            seen |= self._penalise(step, real)
-        self._average(step)
+        with self.update():  # three updates, one after the other
+            seen = self._step_generator(step)
+            seen |= self._step_discriminator(step, real)
+            if step % R1_EVERY == 0:
+                seen |= self._penalise(step, real)
+            self._average(step)
         if self.ada is not None:
             seen["ada_p"] = self.ada.p.clone()
         return seen
@@ -281,13 +282,10 @@ class StyleGan2Objective(Objective):
         return tensors, meta
 
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> None:
-        def part(name: str) -> dict[str, Tensor]:
-            return {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}
-
         for name, network in (("generator", self.g), ("discriminator", self.d), ("ema", self.mean)):
-            checkpoint.load_exactly(network, part(name), path)
+            checkpoint.load_exactly(network, checkpoint.under(f"{name}/", tensors), path)
         for name, optimizer in (("g", self.g_optimizer), ("d", self.d_optimizer)):
-            checkpoint.unpack_optimizer(optimizer, part(name), meta[name])
+            checkpoint.unpack_optimizer(optimizer, checkpoint.under(f"{name}/", tensors), meta[name])
         if self.ada is not None:
             for key, value in self.ada.tensors().items():
                 value.copy_(tensors[f"ada/{key}"])
