@@ -20,6 +20,7 @@ from dreamteacher.data import batches as data_batches
 from dreamteacher.data import image_set, seeds
 from dreamteacher.distill import dataset
 from dreamteacher.distill import plan as distill_plan
+from dreamteacher.distill import step as distill_step
 from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.losses import whitened_mse

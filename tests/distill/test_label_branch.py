@@ -44,6 +44,7 @@ from dreamteacher.runtime.run_folder import read_rows
 from dreamteacher.runtime.signals import signals_handled
 from dreamteacher.teachers.registry import load_teacher
 from tests.builders.pictures import refused
+from tests.builders.steps import Stepper
 from tests.test_docs import masked
 
 GAN = "chest-xray-gan-64"
