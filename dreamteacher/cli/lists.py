@@ -20,7 +20,9 @@ from dreamteacher.runtime.errors import UserError
 
 CORE = ("torch", "torchvision", "timm", "diffusers", "safetensors", "pillow", "tyro", "tqdm")
 EXTRAS = {
-    "tensorboard": "pretrain --tensorboard",
+    "tensorboard": "--log-to tensorboard",
+    "wandb": "--log-to wandb",
+    "mlflow": "--log-to mlflow",
     "huggingface_hub": "get-teacher, of teachers on the model hub",
     "transformers": "get-teacher, of Stable Diffusion",
     "faster_coco_eval": "evaluate, of detection",

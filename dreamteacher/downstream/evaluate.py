@@ -65,6 +65,7 @@ from dreamteacher.models.distilled import load_distilled, neck_weights
 from dreamteacher.models.student import Student, create_student, is_ours, recorded_student, weight_file
 from dreamteacher.runtime.distributed.device import pick_device
 from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.loggers import check_loggers
 
 __all__ = [
     "ClassificationData",
@@ -335,6 +336,7 @@ def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> l
         UserError: for anything wrong with the config, the folders or the weights.
     """
     tasks = check_config(config)
+    check_loggers(config.log_to)
     check_preset(config)
     # Made before the images are read, so that a wrong name or file fails at once.
     name = config.student or recorded_student(config.init)

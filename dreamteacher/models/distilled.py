@@ -76,7 +76,7 @@ def load_distilled(run: Path) -> Distilled:
     """
     if not has_head(run):
         raise UserError(
-            f"'{run}' has no {HEAD}: it is no finished run of `pretrain --mode label` or `mixed`.",
+            f"'{run}' has no {HEAD}: it is no finished run of `pretrain --distill label` or `mixed`.",
             "Give the --out folder of such a run.",
         )
     student = create_student(recorded_student(str(run)), init=str(run))

@@ -338,6 +338,13 @@ def _read_safetensors(path: Path) -> Weights:
         ) from error
 
 
+def check_student(name: str, init: str = "random") -> None:
+    """Raises UserError for a name that timm does not have, or an `init` that is no place of weights; reads none."""
+    _check_name(name)
+    if init not in ("random", "imagenet"):
+        weight_file(init)
+
+
 def _check_name(name: str) -> None:
     import timm
 

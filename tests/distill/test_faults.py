@@ -162,7 +162,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     pretrain(config)
     spoil(config.out / "checkpoint-00000012.safetensors", how)
     capsys.readouterr()
-    pretrain(dataclasses.replace(config, keep=1))
+    pretrain(dataclasses.replace(config, keep_checkpoints=1))
     said = capsys.readouterr().out
     assert "checkpoint-00000012.safetensors' is damaged (" in said
     assert ("changed since it was written" in said) == (how == "altered")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import from_json
-from dreamteacher.runtime.distributed.share import rand, randint, randn
+from dreamteacher.runtime.distributed.world import rand, randint, randn
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import STRIDES, Teacher

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import largest
-from dreamteacher.runtime.distributed.share import randint, randn
+from dreamteacher.runtime.distributed.world import randint, randn
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.spec import FeatureSpec, Noise
 from dreamteacher.teachers.base import STRIDES, Teacher

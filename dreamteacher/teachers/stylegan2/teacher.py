@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.distributed.share import randint, randn
+from dreamteacher.runtime.distributed.world import randint, randn
 from dreamteacher.runtime.errors import UserError, shorten
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import STRIDES, Teacher
