@@ -37,9 +37,9 @@ from dreamteacher.teachers.diffusion import teacher as diffusion
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher, build_unet
 from dreamteacher.teachers.in_parts import InParts, RowsOfDraws
 from dreamteacher.teachers.registry import load_teacher
+from tests.builders.teachers import TINY, build
 from tests.distill.test_pretrain import assert_equal, everything
 from tests.runtime.distributed.worker import in_float64
-from tests.teachers.test_families import TINY, build
 
 CPU = torch.device("cpu")
 

@@ -384,10 +384,9 @@ def test_a_part_of_the_images_is_enough(asked, tmp_path):
 
 
 def test_latents_alone_are_exact(tmp_path):
-    from tests.builders.stable_diffusion import tiny
+    from tests.builders.teachers import build
 
-    (tmp_path / "sd").mkdir()
-    tiny(tmp_path / "sd")
+    build("stable-diffusion", tmp_path / "sd")
     config = MakeFeaturesConfig(
         images=write_images(tmp_path / "images", 3, 64), out=tmp_path / "out", teacher=str(tmp_path / "sd"),
         what="latents", batch_size=3, device="cpu", precision="float32",
