@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dreamteacher import metrics
 from dreamteacher.data import image_set
+from dreamteacher.data.images import to_float
 from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.dataset import FeatureBatch, batch_loss
 from dreamteacher.distill.network import Trained, Undo, label_head, look
@@ -246,9 +247,7 @@ class Training:
         features = []
         for part in order.split(128):
             with autocast(self.device, self.config.precision):
-                features.append(
-                    self.trained.pooled(images.get(part).to(self.device).float() / 255).float().cpu()
-                )
+                features.append(self.trained.pooled(to_float(images.get(part).to(self.device))).float().cpu())
         x = torch.cat(features)
         row = {"rankme": metrics.rankme(x)}
         if images.labels is not None:

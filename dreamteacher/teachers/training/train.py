@@ -16,6 +16,7 @@ from torchvision.utils import make_grid
 
 from dreamteacher import __version__
 from dreamteacher.data import batches, image_set
+from dreamteacher.data.images import to_float
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import describe, to_json
 from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
@@ -185,7 +186,7 @@ class _Loop:
             while step < steps:
                 batch_sent, waited = next(sent)
                 progress.wait(waited)
-                images = batches.to_float(copies.receive(batch_sent)[0])
+                images = to_float(copies.receive(batch_sent)[0], torch.channels_last)
                 self.unread.append((step, self.trainee.step(step, images)))
                 step += 1
                 stop = told(signals.number)
@@ -241,7 +242,7 @@ class _Loop:
         """A validation line, and the sheet of samples."""
         generator = torch.Generator().manual_seed(0)
         pick = torch.randperm(len(self.images), generator=generator)[:64]
-        real = (self.images.get(pick).float() / 255).to(self.plan.device)
+        real = to_float(self.images.get(pick)).to(self.plan.device)
         row, sheet = self.trainee.validate(real, generator)
         self.run.append("metrics.jsonl", {"step": step, "images_seen": step * self.plan.batch_size, **row})
         if not self.plan.share.first:
