@@ -109,11 +109,10 @@ def demo(config: DemoConfig) -> Path:
         "DreamTeacher": lambda seed: create_student(config.student, init=str(runs[seed])),
     }
     rows: list[dict[str, Any]] = []
+    data = {"classification": classification, "segmentation": segmentation}
     for method, make in methods.items():
         print(f"evaluate {method}", flush=True)
-        rows += evaluate_student(
-            make, evaluation, method=method, classification=classification, segmentation=segmentation
-        )
+        rows += evaluate_student(make, evaluation, method=method, data=data)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     checkpoint.write_text(config.out / "results.jsonl", text)
     checkpoint.write_text(

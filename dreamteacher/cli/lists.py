@@ -69,7 +69,7 @@ def print_list(config: ListConfig) -> None:
             ]
             lines += [f"evaluate      {name:24} {preset.what}" for name, preset in EVALUATE.items()]
         case "tasks":
-            from dreamteacher.downstream.evaluate import TASKS
+            from dreamteacher.downstream.tasks import TASKS
 
             lines = list(TASKS)
     found = [line for line in lines if config.filter in line]

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from dreamteacher import metrics
 from dreamteacher.data import image_set, seeds
+from dreamteacher.data.draws import draw_labels
+from dreamteacher.data.images import to_float
 from dreamteacher.data.masks.loaded import load_labelled
 from dreamteacher.downstream.classification.linear import linear
-from dreamteacher.downstream.features import draw_labels
 from dreamteacher.reports.charts import pca_basis, pca_colours
 from dreamteacher.reports.config import InspectConfig
 from dreamteacher.reports.inspect_scores import halves, pixel_probe, pixels_at, recognition, standardised
@@ -187,7 +188,7 @@ class _Scores:
             n = min(config.batch_size, count - begin)
             with autocast(device, config.precision):
                 if len(self.images.pixels):
-                    x = self.images.pixels[begin : begin + n].to(device).float() / 255
+                    x = to_float(self.images.pixels[begin : begin + n].to(device))
                     maps = self.teacher.encode(x.flip(-1) if mirror else x, generator=generator)
                 else:
                     x, maps = self.teacher.sample(n, generator=generator)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamteacher.data import batches as data_batches
 from dreamteacher.data import image_set, seeds
+from dreamteacher.data.images import to_float
 from dreamteacher.distill import dataset
 from dreamteacher.distill import pretrain as loop
 from dreamteacher.distill import step as distill_step
@@ -636,7 +637,7 @@ def test_raw_batches_made_floats_on_the_device_are_the_same_bits(image_folder):
         data_batches.batches(images, raw=True, **asked), data_batches.batches(images, **asked), strict=True
     ):
         assert raw.images.dtype == torch.uint8
-        made = data_batches.to_float(raw.images)
+        made = to_float(raw.images, torch.channels_last)
         assert torch.equal(made, plain.images)
         assert made.is_contiguous(memory_format=torch.channels_last)
 

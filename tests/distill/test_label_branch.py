@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dreamteacher.data import batches, seeds
+from dreamteacher.data.draws import draw_images, draw_labels
 from dreamteacher.data.labelled import LabelledSet, draw, from_masks
 from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled
 from dreamteacher.distill.config import MakeLabelsConfig, PretrainConfig, TrainInterpreterConfig
@@ -29,11 +30,9 @@ from dreamteacher.distill.train_interpreter import prepare, train_interpreter
 from dreamteacher.downstream.check import check_config
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.evaluate import evaluate
-from dreamteacher.downstream.features import draw_labels
-from dreamteacher.downstream.segmentation import distilled
 from dreamteacher.downstream.segmentation.config import SegmentConfig
-from dreamteacher.downstream.segmentation.few_masks import draw_masks
 from dreamteacher.losses import feature_loss, interpreter_loss, label_distillation
+from dreamteacher.models import distilled
 from dreamteacher.models.distilled import load_distilled
 from dreamteacher.models.interpreter import load_interpreter, read_interpreter_spec
 from dreamteacher.models.regressor import FeatureRegressor, resize
@@ -201,7 +200,7 @@ def test_draws_are_those_of_the_downstream_tasks() -> None:
     masks = LabelledSet(images=images, targets=torch.zeros(30, 4, 4, dtype=torch.int64), classes=("a", "b"))
     for seed in range(3):
         chosen, rest = draw(masks, 12, seed)
-        assert torch.equal(chosen.images[:, 0, 0, 0].long(), draw_masks(30, 12, seed))
+        assert torch.equal(chosen.images[:, 0, 0, 0].long(), draw_images(30, 12, seed))
         assert sorted([*chosen.images[:, 0, 0, 0].tolist(), *rest.images[:, 0, 0, 0].tolist()]) == list(
             range(30)
         )
