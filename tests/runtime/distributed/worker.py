@@ -73,17 +73,9 @@ def in_float64() -> Iterator[None]:
     a sum, which differs with the processor, moves a last bit, and training makes of it whatever it likes.
     """
 
-    def to_float(pixels: torch.Tensor) -> torch.Tensor:
-        if pixels.is_floating_point():
-            return pixels
-        return pixels.to(torch.float64, memory_format=torch.channels_last).div_(255)
-
     torch.set_default_dtype(torch.float64)
     try:
-        with (
-            mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
-            mock.patch.object(data_batches, "to_float", to_float),
-        ):
+        with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
             yield
     finally:
         torch.set_default_dtype(torch.float32)
