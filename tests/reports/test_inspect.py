@@ -159,7 +159,7 @@ def test_bad_requests_leave_nothing(change, words, tiny_teacher, image_folder, t
 
 
 @pytest.mark.parametrize(
-    ("kind", "steps"), [("stable-diffusion", 2), ("vae-kl", 1), ("module", 1), ("clean", 1)]
+    ("kind", "steps"), [("stable-diffusion", 2), ("vae", 1), ("module", 1), ("clean", 1)]
 )
 def test_teachers_with_and_without_timesteps(kind, steps, image_folder, tmp_path):
     from tests.builders.teachers import build
