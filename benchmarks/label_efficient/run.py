@@ -158,11 +158,11 @@ def pretrained(task: Task, mode: str) -> Path:
     with shared(out):
         pretrain(
         PretrainConfig(
-            images=bench.unlabelled, out=out, teacher=args.teacher, student=args.student, mode=mode,  # type: ignore[arg-type]
+            images=bench.unlabelled, out=out, teacher=args.teacher, student=args.student, distill=mode,  # type: ignore[arg-type]
             interpreter=labels, size=bench.size, t=tuple(args.t),
             epochs=args.epochs, warmup_epochs=args.epochs / 10, batch_size=args.pretrain_batch, lr=4e-3,
             width=args.width, label_weight=args.label_weight, flip=not args.no_flip, seed=task.seed, device=args.device, log_every=20,
-            probe_every=0, save_every=1000, keep=1,
+            probe_every=0, save_every=1000, keep_checkpoints=1,
         )
     )  # fmt: skip
     return out
@@ -226,9 +226,9 @@ METHODS: dict[str, Callable[[Task], Predictions]] = {
     "ddpm-seg": pixels_in_teacher,
     "dataset-ddpm": samples_of_teacher,
     "interpreter": interpreter_in_teacher,
-    **{mode: functools.partial(dreamteacher, mode=mode) for mode in OURS},
-    "label-distilled": functools.partial(dreamteacher, mode="label", as_distilled=True),
-    "mixed-distilled": functools.partial(dreamteacher, mode="mixed", as_distilled=True),
+    **{mode: functools.partial(dreamteacher, distill=mode) for mode in OURS},
+    "label-distilled": functools.partial(dreamteacher, distill="label", as_distilled=True),
+    "mixed-distilled": functools.partial(dreamteacher, distill="mixed", as_distilled=True),
 }
 
 

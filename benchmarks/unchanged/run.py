@@ -56,6 +56,7 @@ PRELOADED = (tyro, UNet2DModel)  # here, and not once more for each command
 
 # Verb -> a word of the commands below (a setting or a value) -> what it is now; "" for nothing.
 WORDS: dict[str, dict[str, str]] = {
+    "pretrain": {"--mode": "--distill", "--share": "--synthesized-fraction", "mixture": "both"},
     "evaluate": {
         "--segment.ignore-index": "--ignore-index",
         "--semantic.masks": "--semantic.mask-counts",

@@ -384,7 +384,7 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 
 def to_float(pixels: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
-    """uint8 pixels as float32 in [0, 1], where they are; floats stay as they are.
+    """uint8 pixels as floats (torch's default: float32) in [0, 1], where they are; floats stay as they are.
 
     Args:
         pixels: of any shape.
@@ -396,4 +396,4 @@ def to_float(pixels: Tensor, memory_format: torch.memory_format = torch.preserve
     """
     if pixels.is_floating_point():
         return pixels
-    return pixels.to(torch.float32, memory_format=memory_format).div_(255)
+    return pixels.to(torch.get_default_dtype(), memory_format=memory_format).div_(255)

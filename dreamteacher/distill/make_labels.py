@@ -35,7 +35,9 @@ from dreamteacher.runtime.config import changed_keys, describe, to_json
 from dreamteacher.runtime.distributed.device import autocast, pick_device
 from dreamteacher.runtime.errors import UserError, shorten
 from dreamteacher.runtime.page import data_uri, page
-from dreamteacher.runtime.run_folder import Progress, RunDir, Signals, read_rows
+from dreamteacher.runtime.progress import Progress
+from dreamteacher.runtime.run_folder import RunDir, read_rows
+from dreamteacher.runtime.signals import Signals
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.registry import fingerprint, load_teacher
 

@@ -13,7 +13,7 @@ from dreamteacher.downstream.panoptic.config import PanopticConfig
 from dreamteacher.downstream.segmentation.config import ReadoutConfig, SegmentConfig, SemanticConfig
 from dreamteacher.downstream.tasks import ADDED, TASKS
 from dreamteacher.runtime.errors import UserError, did_you_mean
-from dreamteacher.runtime.settings import Precision
+from dreamteacher.runtime.settings import LoggerName, Precision
 
 T = TypeVar("T")
 
@@ -119,7 +119,9 @@ class EvaluateConfig:
     out: Path | None = None
     """Folder whose results.jsonl the rows are added to; rows that are there already are not computed again."""
     save_minutes: float = 10.0
-    """Minutes between checkpoints of a long training in `out`; the same command resumes it."""
+    """Minutes between checkpoints of a long training in `out`, 0: only at its end; the same command resumes it."""
+    log_to: tuple[LoggerName, ...] = ()
+    """Services that the log of a long training also goes to; each is an extra of its name."""
     dry_run: bool = False
     """Only check settings, data and weights, and print what would be done."""
 

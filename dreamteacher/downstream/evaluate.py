@@ -19,6 +19,7 @@ from dreamteacher.downstream.tasks import Row
 from dreamteacher.models.distilled import neck_weights
 from dreamteacher.models.student import Student, create_student, is_ours, recorded_student, weight_file
 from dreamteacher.runtime.distributed.device import pick_device
+from dreamteacher.runtime.loggers import check_loggers
 
 __all__ = [
     "EvaluateConfig",
@@ -98,6 +99,7 @@ def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> l
     Raises:
         UserError: for anything wrong with the config, the folders or the weights.
     """
+    check_loggers(config.log_to)
     check_preset(config)
     config = dataclasses.replace(config, tasks=check_config(config))
     tasks = [find_task(name) for name in config.tasks]

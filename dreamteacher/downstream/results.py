@@ -81,7 +81,7 @@ class Results:
         if not task.long:
             yield None
             return
-        saved = Saved(self._folder(facts), facts, every=60 * self.config.save_minutes)
+        saved = Saved(self._folder(facts), facts, self.config.save_minutes, log_to=self.config.log_to)
         try:
             yield saved
         finally:

@@ -29,7 +29,7 @@ from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.distributed.device import autocast, pick_device
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.page import data_uri, page
-from dreamteacher.runtime.run_folder import Progress
+from dreamteacher.runtime.progress import Progress
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.registry import is_python, load_teacher, read_card, teacher_folder
 

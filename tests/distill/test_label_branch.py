@@ -89,7 +89,7 @@ def trained(squares: Path, tiny_teacher: Path, tmp_path_factory: pytest.TempPath
 def mixed(squares: Path, tiny: Path, out: Path, **settings: object) -> PretrainConfig:
     base = PretrainConfig(
         images=squares / "images", out=out, teacher=str(tiny), student="test_resnet", width=8, batch_size=8,
-        epochs=2, warmup_epochs=0, lr=2e-3, device="cpu", precision="float32", log_every=1, mode="mixed",
+        epochs=2, warmup_epochs=0, lr=2e-3, device="cpu", precision="float32", log_every=1, distill="mixed",
     )  # fmt: skip
     return dataclasses.replace(base, **settings)  # type: ignore[arg-type]
 
@@ -244,7 +244,7 @@ def by_step_and_block(maps: list[Tensor], steps: int) -> Tensor:
 def test_the_loss_of_a_step_is_equation_3_5_or_6(
     mode: str, squares: Path, trained: Path, tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    config = mixed(squares, tiny_teacher, tmp_path / "run", mode=mode, label_weight=0.7, tau=2.0)
+    config = mixed(squares, tiny_teacher, tmp_path / "run", distill=mode, label_weight=0.7, tau=2.0)
     teacher, student = load_teacher(str(tiny_teacher)), create_student("test_resnet")
     regressor = FeatureRegressor(student.specs, teacher.specs, width=8)
     interpreter = load_interpreter(trained)[0] if mode != "feature" else None
@@ -343,7 +343,7 @@ def test_a_mixed_run_resumes_bitwise(
 @pytest.mark.slow
 def test_classes_are_distilled_too(image_folder: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     config = mixed(
-        image_folder.parent, tiny_teacher, tmp_path / "run", images=image_folder, labelled=image_folder, mode="label",
+        image_folder.parent, tiny_teacher, tmp_path / "run", images=image_folder, labelled=image_folder, distill="label",
         epochs=30, lr=4e-3, log_every=10,
     )  # fmt: skip
     config = dataclasses.replace(
@@ -446,14 +446,14 @@ def test_labels_and_modes_that_do_not_go_together(
         refused(lambda: pretrain(mixed(squares, tiny_teacher, run, **settings)), *parts)
         assert not run.exists()
 
-    wrong("--mode mixed learns from", "--interpreter FOLDER")
-    wrong("--interpreter is given", "--mode mixed", mode="feature", interpreter=trained)
+    wrong("--distill mixed learns from", "--interpreter FOLDER")
+    wrong("--interpreter is given", "--distill mixed", distill="feature", interpreter=trained)
     wrong("holds no finished interpreter", interpreter=tmp_path)
     wrong("channels at stride", "--t 100", interpreter=trained, t=(50, 150))
     wrong("another teacher", interpreter=trained, teacher="chest-xray-64")
     wrong("--tau must be above 0", interpreter=trained, tau=0.0)
     wrong("not sorted into at least two subfolders", labelled=squares / "masks")
-    refused(lambda: load_distilled(squares), "head.safetensors", "--mode label")
+    refused(lambda: load_distilled(squares), "head.safetensors", "--distill label")
 
 
 def test_memory_of_labels_is_checked_first(squares: Path, config: TrainInterpreterConfig) -> None:
