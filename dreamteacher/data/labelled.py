@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dreamteacher.data import image_set
-from dreamteacher.data.layouts.table import MASKS, layout_of
+from dreamteacher.data.layouts.table import has_masks
 from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled, load_layout
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.runtime.config import parse_json
@@ -91,8 +91,7 @@ def read_labelled(
         )
         seeds = read_seeds(images, found.paths) if seeded else None
         return replace(from_masks(found), seeds=seeds)
-    layout = layout_of(images)
-    if layout is not None and layout[0] in MASKS:
+    if has_masks(images):
         return from_masks(load_layout(images, size, ignore_index=ignore_index, binary=binary))
     folder = image_set.load_images(images, size)
     if folder.labels is None:

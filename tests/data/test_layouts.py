@@ -18,7 +18,7 @@ from dreamteacher.data.coco.annotations import CocoAnnotation
 from dreamteacher.data.coco.run_lengths import Rle
 from dreamteacher.data.image_set import load_images
 from dreamteacher.data.layouts import table as layouts_table
-from dreamteacher.data.layouts.layout import run_lengths
+from dreamteacher.data.layouts.label_maps import run_lengths
 from dreamteacher.data.layouts.table import (
     check,
     image_files,
