@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from dreamteacher.data.images import BadImage, BadImageError
+from dreamteacher.data.images import BadImage, BadImageError, nearest
 from dreamteacher.data.layouts.table import Part
-from dreamteacher.data.masks.streamed import SegmentationFiles, find_segmentation
+from dreamteacher.data.masks.reader import MaskedFiles, read_masks
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.finetune import shuffled_batches
 from dreamteacher.downstream.segmentation.config import CropConfig
@@ -41,27 +41,23 @@ class SemanticData:
         test: seen by nothing but the final score.
     """
 
-    train: SegmentationFiles
-    test: SegmentationFiles
+    train: MaskedFiles
+    test: MaskedFiles
 
 
-def split_files(everything: SegmentationFiles, seed: int = 0) -> SemanticData:
+def split_files(everything: MaskedFiles, seed: int = 0) -> SemanticData:
     """One half to train on and one to test on (the larger, of an odd number)."""
     order = torch.randperm(len(everything), generator=step_generator(seed, 0, "split"))
     half = len(order) // 2
     return SemanticData(
-        train=_chosen(everything, order[:half].sort().values),
-        test=_chosen(everything, order[half:].sort().values),
+        train=everything.take(order[:half].sort().values),
+        test=everything.take(order[half:].sort().values),
     )
 
 
-def _chosen(files: SegmentationFiles, index: Tensor) -> SegmentationFiles:
-    return replace(files, pairs=tuple(files.pairs[i] for i in index.tolist()))
-
-
-def drawn_files(files: SegmentationFiles, masks: int | None, seed: int) -> SegmentationFiles:
+def drawn_files(files: MaskedFiles, masks: int | None, seed: int) -> MaskedFiles:
     """Those of `masks` labelled images drawn by the seed; all for None."""
-    return _chosen(files, draw_masks(len(files), masks or len(files), seed))
+    return files.take(draw_masks(len(files), masks or len(files), seed))
 
 
 def load_files(
@@ -75,7 +71,7 @@ def load_files(
     most: int,
     workers: int,
 ) -> SemanticData:
-    """Both parts, every mask and test image decoded once; see `masks_files.find_segmentation`.
+    """Both parts, every mask and test image decoded once; see `data.masks.reader.read_masks`.
 
     Args:
         images: to train on; without test images, a layout's validation part or a half of them is the test.
@@ -91,11 +87,12 @@ def load_files(
         UserError: for anything wrong with the files, or too few images.
     """
 
-    def find(images: Path | None, masks: Path | None, part: Part, whole: bool) -> SegmentationFiles:
+    def find(images: Path | None, masks: Path | None, part: Part, whole: bool) -> MaskedFiles:
         assert images is not None
-        return find_segmentation(
-            images, masks, ignore_index=ignore_index, binary=binary, part=part, whole=whole, workers=workers
-        )
+        return read_masks(
+            images, masks, ignore_index=ignore_index, binary=binary, absent_ok=True, part=part, whole=whole,
+            workers=workers,
+        )  # fmt: skip
 
     if test_images is None and masks is not None:
         data = split_files(find(images, masks, "train", True))
@@ -103,8 +100,8 @@ def load_files(
         pool = find(images, masks, "train", False)
         test = find(test_images or images, test_masks if test_images else None, "val", True)
         # A small set may lack the last classes: both take the larger number.
-        larger = max(pool, test, key=lambda part: part.classes)
-        train, test = (replace(p, classes=larger.classes, names=larger.names) for p in (pool, test))
+        classes = max(pool.classes, test.classes, key=len)
+        train, test = (replace(part, classes=classes) for part in (pool, test))
         data = SemanticData(train=train, test=test)
     draw_masks(len(data.train), most or len(data.train), seed=0)  # fails where there are too few
     return data
@@ -135,8 +132,8 @@ def scaled(image: Tensor, size: tuple[int, int], top: int, left: int, part: tupl
 def scaled_mask(mask: Tensor, size: tuple[int, int], top: int, left: int, part: tuple[int, int]) -> Tensor:
     """The same of a mask, nearest neighbour."""
     rows, columns = (
-        ((torch.arange(length, dtype=torch.float64) + first + 0.5) * have / whole).long().clamp(max=have - 1)
-        for first, length, have, whole in zip((top, left), part, mask.shape, size, strict=True)
+        nearest(have, whole, first, length)
+        for have, whole, first, length in zip(mask.shape, size, (top, left), part, strict=True)
     )
     return mask[rows][:, columns]
 
@@ -187,7 +184,7 @@ class _Crops(NamedTuple):
 class _CropSet(Dataset[_Crops]):
     """Item (step, indices) is the batch of that step, whatever came before it and in which process."""
 
-    def __init__(self, files: SegmentationFiles, config: CropConfig, seed: int) -> None:
+    def __init__(self, files: MaskedFiles, config: CropConfig, seed: int) -> None:
         self.files, self.config, self.seed = files, config, seed
 
     def __getitem__(self, item: tuple[int, Tensor]) -> _Crops:
@@ -224,7 +221,7 @@ def _as_it_is(item: Any) -> Any:
 
 
 def crops(
-    files: SegmentationFiles,
+    files: MaskedFiles,
     config: CropConfig,
     *,
     steps: int,
@@ -259,7 +256,7 @@ def crops(
 class _TestSet(Dataset[Any]):
     """Item k is image k, scaled, and its mask as large as it is."""
 
-    def __init__(self, files: SegmentationFiles, short_side: int) -> None:
+    def __init__(self, files: MaskedFiles, short_side: int) -> None:
         self.files, self.short_side = files, short_side
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | BadImage:
@@ -271,9 +268,7 @@ class _TestSet(Dataset[Any]):
         return scaled(image, size, 0, 0, size), mask
 
 
-def whole_images(
-    files: SegmentationFiles, short_side: int, *, workers: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
+def whole_images(files: MaskedFiles, short_side: int, *, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Each image, uint8 3 x H x W scaled to `short_side` (0: as it is), and its mask, as large as it is.
 
     Raises:

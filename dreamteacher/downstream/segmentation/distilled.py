@@ -50,14 +50,14 @@ def distilled(
         yield from class_metrics(_scores(model, classification, precision, batch_size)[:, order],
                                  classification.test_labels)  # fmt: skip
         return
-    if segmentation is None or segmentation.test.classes > len(model.classes):
+    if segmentation is None or len(segmentation.test.classes) > len(model.classes):
         raise UserError(
             f"The run's head tells {len(model.classes)} classes of pixels apart.",
             "Give --images and --masks with these classes.",
         )
     test = segmentation.test
-    if len(model.classes) > test.classes:  # a small test set may lack the last ones
-        test = replace(test, classes=len(model.classes), names=model.classes)
+    if len(model.classes) > len(test.classes):  # a small test set may lack the last ones
+        test = replace(test, classes=model.classes)
     yield from score_segmenter(model, test, ignore_index, precision=precision, batch_size=batch_size)
 
 

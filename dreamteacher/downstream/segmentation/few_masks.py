@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from dreamteacher.data.masks.loaded import SegmentationSet
+from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.finetune import recalibrate, shuffled_batches, train
 from dreamteacher.downstream.classification.linear import choose_l2, fit_logistic, standardisation
@@ -41,18 +41,15 @@ class SegmentationData:
         test: seen by nothing but the final score.
     """
 
-    pool: SegmentationSet
-    test: SegmentationSet
+    pool: LabelledSet
+    test: LabelledSet
 
 
-def split_masks(everything: SegmentationSet, seed: int = 0) -> SegmentationData:
+def split_masks(everything: LabelledSet, seed: int = 0) -> SegmentationData:
     """One half to draw training masks from and one to test on (the larger, of an odd number)."""
     order = torch.randperm(len(everything.images), generator=step_generator(seed, 0, "split"))
     half = len(order) // 2
-    pool, test = (
-        replace(everything, images=everything.images[index], masks=everything.masks[index])
-        for index in (order[:half].sort().values, order[half:].sort().values)
-    )
+    pool, test = (everything.take(index.sort().values) for index in (order[:half], order[half:]))
     return SegmentationData(pool=pool, test=test)
 
 
@@ -315,9 +312,9 @@ def segment(
     model = train_segmenter(
         student,
         pool.images[drawn],
-        pool.masks[drawn],
+        pool.targets[drawn],
         config,
-        classes=pool.classes,
+        classes=len(pool.classes),
         freeze=freeze,
         seed=seed,
         precision=precision,
@@ -328,7 +325,7 @@ def segment(
 
 def score_segmenter(
     model: nn.Module,
-    test: SegmentationSet,
+    test: LabelledSet,
     ignore_index: int,
     *,
     precision: Precision = "auto",
@@ -340,9 +337,9 @@ def score_segmenter(
     def predictions() -> Iterator[tuple[Tensor, Tensor]]:
         for index in torch.arange(len(test.images)).split(batch_size):
             with frozen(model), autocast(device, precision):
-                yield model(to_input(test.images[index], device)).argmax(1), test.masks[index]
+                yield model(to_input(test.images[index], device)).argmax(1), test.targets[index]
 
-    yield from score(predictions(), test.names, ignore_index)
+    yield from score(predictions(), test.classes, ignore_index)
 
 
 def segment_linear(
@@ -377,7 +374,7 @@ def segment_linear(
     drawn = draw_masks(len(pool.images), masks, seed)
     columns = _columns(student, pool.images[drawn], precision)
     finest = (columns.shape[-2], columns.shape[-1])
-    coarse = F.interpolate(pool.masks[drawn].float()[:, None], size=finest, mode="nearest-exact")[:, 0]
+    coarse = F.interpolate(pool.targets[drawn].float()[:, None], size=finest, mode="nearest-exact")[:, 0]
     y = coarse.long().flatten().to(columns.device)
     x = columns.movedim(1, 3).flatten(0, 2)
     image = torch.arange(len(drawn), device=x.device).repeat_interleave(finest[0] * finest[1])
@@ -388,8 +385,8 @@ def segment_linear(
     x, y, image = x[keep], y[keep], image[keep]
     mean, deviation = standardisation(x)
     x = (x.double() - mean) / deviation
-    l2 = choose_l2(x, y, image % min(folds, masks), classes=pool.classes, grid=grid)
-    weight, bias = fit_logistic(x, y, classes=pool.classes, l2=l2, tolerance=1e-4)
+    l2 = choose_l2(x, y, image % min(folds, masks), classes=len(pool.classes), grid=grid)
+    weight, bias = fit_logistic(x, y, classes=len(pool.classes), l2=l2, tolerance=1e-4)
     scaled = (weight / deviation).float()
     shift = (bias - (weight / deviation) @ mean).float()
 
@@ -397,10 +394,10 @@ def segment_linear(
         for index in torch.arange(len(test.images)).split(batch_size):
             maps = _columns(student, test.images[index], precision)
             logits = torch.einsum("nchw,kc->nkhw", maps, scaled) + shift[:, None, None]
-            target = test.masks[index]
+            target = test.targets[index]
             yield resize(logits, (target.shape[-2], target.shape[-1])).argmax(1), target
 
-    yield from score(predictions(), pool.names, ignore_index)
+    yield from score(predictions(), pool.classes, ignore_index)
 
 
 def _columns(student: Student, images: Tensor, precision: Precision, batch_size: int = 64) -> Tensor:
