@@ -1,8 +1,9 @@
-"""A public data set is added by one file and one line: a toy, used through the command line."""
+"""A public data set is added by one file and one line: the toy of docs/data.md, used through the command line."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,35 +16,8 @@ import dreamteacher
 from tests.builders.pictures import noise
 
 PACKAGE = Path(dreamteacher.__file__).parent
-FILE = '''"""A toy: pictures and masks in two folders for each part."""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-from dreamteacher.data.layouts.layout import Layout
-from dreamteacher.data.sources import IGNORED, ImageFiles, MaskFiles, Part
-
-
-def _images(root: Path, part: Part) -> ImageFiles:
-    return ImageFiles(folder=root / part, paths=LAYOUT.images_below(root, f"{part}/images"))
-
-
-def _masks(root: Path, part: Part) -> MaskFiles:
-    pairs = LAYOUT.same_names(root, f"{part}/images", f"{part}/masks")
-    return MaskFiles(pairs=pairs, names=("ground", "toy"), ids={0: IGNORED, 1: 0, 2: 1})
-
-
-LAYOUT = Layout(
-    name="toy",
-    what="the toy",
-    tree="{train,val}/{images,masks}/*.png",
-    get="toy.zip from the shop",
-    images=_images,
-    masks=_masks,
-)
-'''
-LINE = '    "toy": "dreamteacher.data.layouts.toy",\n'
+PAGE = PACKAGE.parent / "docs" / "data.md"
+FILE, LINE = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def toys(root: Path) -> Path:

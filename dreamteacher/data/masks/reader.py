@@ -49,7 +49,7 @@ _LARGEST_ID = 65_535
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedFiles:
+class MaskedImages:
     """Images with masks that stay on the disk; every mask was decoded once and is good.
 
     Args:
@@ -86,7 +86,7 @@ class MaskedFiles:
         """
         return read_image(self.images[index], None), self.decode(self.labels[index])
 
-    def take(self, index: Tensor) -> MaskedFiles:
+    def take(self, index: Tensor) -> MaskedImages:
         """Some of them (int64 K), in this order."""
         chosen = index.tolist()
         return replace(
@@ -134,7 +134,7 @@ def read_masks(
     part: Part = "train",
     whole: bool = False,
     workers: int = 2,
-) -> MaskedFiles:
+) -> MaskedImages:
     """Images and their class ids. What `masks` is decides how they are read:
 
     - a folder of grey or palette pictures, paired with the images by name (a/1.jpg with a/1.png);
@@ -200,7 +200,7 @@ def read_masks(
             f"{shorten(f'{i} ({names[i]})' for i in absent)}.",
             "Add masks that hold them, or number the classes from 0 without gaps.",
         )
-    return MaskedFiles(
+    return MaskedImages(
         images=labels.images,
         labels=labels.labels,
         decode=decode,

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dreamteacher.data.images import BadImage, BadImageError, nearest
 from dreamteacher.data.layouts.table import Part
-from dreamteacher.data.masks.reader import MaskedFiles, read_masks
+from dreamteacher.data.masks.reader import MaskedImages, read_masks
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.finetune import shuffled_batches
 from dreamteacher.downstream.segmentation.config import CropConfig
@@ -41,11 +41,11 @@ class SemanticData:
         test: seen by nothing but the final score.
     """
 
-    train: MaskedFiles
-    test: MaskedFiles
+    train: MaskedImages
+    test: MaskedImages
 
 
-def split_files(everything: MaskedFiles, seed: int = 0) -> SemanticData:
+def split_files(everything: MaskedImages, seed: int = 0) -> SemanticData:
     """One half to train on and one to test on (the larger, of an odd number)."""
     order = torch.randperm(len(everything), generator=step_generator(seed, 0, "split"))
     half = len(order) // 2
@@ -55,7 +55,7 @@ def split_files(everything: MaskedFiles, seed: int = 0) -> SemanticData:
     )
 
 
-def drawn_files(files: MaskedFiles, masks: int | None, seed: int) -> MaskedFiles:
+def drawn_files(files: MaskedImages, masks: int | None, seed: int) -> MaskedImages:
     """Those of `masks` labelled images drawn by the seed; all for None."""
     return files.take(draw_masks(len(files), masks or len(files), seed))
 
@@ -87,7 +87,7 @@ def load_files(
         UserError: for anything wrong with the files, or too few images.
     """
 
-    def find(images: Path | None, masks: Path | None, part: Part, whole: bool) -> MaskedFiles:
+    def find(images: Path | None, masks: Path | None, part: Part, whole: bool) -> MaskedImages:
         assert images is not None
         return read_masks(
             images, masks, ignore_index=ignore_index, binary=binary, absent_ok=True, part=part, whole=whole,
@@ -184,7 +184,7 @@ class _Crops(NamedTuple):
 class _CropSet(Dataset[_Crops]):
     """Item (step, indices) is the batch of that step, whatever came before it and in which process."""
 
-    def __init__(self, files: MaskedFiles, config: CropConfig, seed: int) -> None:
+    def __init__(self, files: MaskedImages, config: CropConfig, seed: int) -> None:
         self.files, self.config, self.seed = files, config, seed
 
     def __getitem__(self, item: tuple[int, Tensor]) -> _Crops:
@@ -221,7 +221,7 @@ def _as_it_is(item: Any) -> Any:
 
 
 def crops(
-    files: MaskedFiles,
+    files: MaskedImages,
     config: CropConfig,
     *,
     steps: int,
@@ -256,7 +256,7 @@ def crops(
 class _TestSet(Dataset[Any]):
     """Item k is image k, scaled, and its mask as large as it is."""
 
-    def __init__(self, files: MaskedFiles, short_side: int) -> None:
+    def __init__(self, files: MaskedImages, short_side: int) -> None:
         self.files, self.short_side = files, short_side
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | BadImage:
@@ -268,7 +268,9 @@ class _TestSet(Dataset[Any]):
         return scaled(image, size, 0, 0, size), mask
 
 
-def whole_images(files: MaskedFiles, short_side: int, *, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+def whole_images(
+    files: MaskedImages, short_side: int, *, workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Each image, uint8 3 x H x W scaled to `short_side` (0: as it is), and its mask, as large as it is.
 
     Raises:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from dreamteacher.data.masks.reader import MaskedFiles
+from dreamteacher.data.masks.reader import MaskedImages
 from dreamteacher.downstream.classification.finetune import train
 from dreamteacher.downstream.features import device_of, frozen, to_input
 from dreamteacher.downstream.loop import Saved
@@ -95,7 +95,7 @@ class DenseModel(nn.Module):
 
 def train_dense(
     student: Student,
-    files: MaskedFiles,
+    files: MaskedImages,
     config: SemanticConfig,
     make_head: Callable[[], nn.Module],
     *,
@@ -234,7 +234,7 @@ def classes_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 def score_files(
     model: nn.Module,
-    files: MaskedFiles,
+    files: MaskedImages,
     config: SemanticConfig,
     *,
     precision: Precision = "auto",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.segmentation.fcn import FCNHead as TorchvisionHead
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from dreamteacher.data.masks.reader import MaskedFiles, read_masks
+from dreamteacher.data.masks.reader import MaskedImages, read_masks
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream import evaluate
 from dreamteacher.downstream.classification import config as classification_config
@@ -577,7 +577,7 @@ def test_crop_settings_are_checked(change: dict[str, object]) -> None:
 
 
 def test_draws_are_nested(data: SemanticData) -> None:
-    files: MaskedFiles = data.train
+    files: MaskedImages = data.train
     assert set(crops.drawn_files(files, 3, 0).images) < set(crops.drawn_files(files, 6, 0).images)
     assert crops.drawn_files(files, None, 5).images == files.images
     assert step_generator(0, 1, "crop/0").initial_seed() != step_generator(0, 1, "crop/1").initial_seed()
