@@ -17,7 +17,8 @@ from tests.builders.pictures import noise
 
 PACKAGE = Path(dreamteacher.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "data.md"
-FILE, LINE = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+SECTION = PAGE.read_text(encoding="utf-8").partition("## Another public data set")[2]
+FILE, LINE = re.findall(r"```(?:python|text)\n(.*?)```", SECTION, re.DOTALL)
 
 
 def toys(root: Path) -> Path:
