@@ -55,8 +55,10 @@ def main() -> None:
         evaluate_student(
             lambda seed: create_student(demo.student, init=str(runs[seed])), evaluation,
             method="DreamTeacher, StyleGAN2",
-            classification=labelled_data(real, image_set.load_images(test, (64, 64))),
-            segmentation=split_masks(read_masks(lungs, masks, (64, 64), binary=True).load()),
+            data={
+                "classification": labelled_data(real, image_set.load_images(test, (64, 64))),
+                "segmentation": split_masks(read_masks(lungs, masks, (64, 64), binary=True).load()),
+            },
         )
     )  # fmt: skip
     checkpoint.write_text(args.out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

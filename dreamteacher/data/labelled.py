@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from dreamteacher.data import image_set
+from dreamteacher.data.draws import draw_images, draw_labels
 from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.data.layouts.table import has_masks
 from dreamteacher.data.masks.reader import read_masks
-from dreamteacher.data.seeds import step_generator
 from dreamteacher.runtime.config import parse_json
 from dreamteacher.runtime.errors import UserError, shorten
 
@@ -103,23 +103,9 @@ def draw(labelled: LabelledSet, count: int | None, seed: int) -> tuple[LabelledS
     if count is None:
         return labelled, labelled.take(every[:0])
     if labelled.pooled:
-        generator, parts = step_generator(seed, 0, "labels"), []
-        for c, name in enumerate(labelled.classes):
-            members = (labelled.targets == c).nonzero().flatten()
-            if not 1 <= count <= len(members):
-                raise UserError(
-                    f"--labels {count} per class asked for; the class '{name}' has {len(members)} images.",
-                    "Ask for another number.",
-                )
-            parts.append(members[torch.randperm(len(members), generator=generator)[:count]])
-        index = torch.cat(parts).sort().values
+        index = draw_labels(labelled.targets, count, classes=labelled.classes, seed=seed)
     else:
-        if not 1 <= count <= len(labelled):
-            raise UserError(
-                f"--labels {count} asked for; {len(labelled)} images have masks.", "Ask for another number."
-            )
-        order = torch.randperm(len(labelled), generator=step_generator(seed, 0, "masks"))
-        index = order[:count].sort().values
+        index = draw_images(len(labelled), count, seed, least=1)
     rest = torch.ones(len(labelled), dtype=torch.bool)
     rest[index] = False
     return labelled.take(index), labelled.take(every[rest])

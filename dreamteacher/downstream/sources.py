@@ -1,39 +1,16 @@
-"""Where the data of an evaluation come from: folders, or LAYOUT:ROOT with a validation part of its own."""
+"""Where masks of an evaluation come from: folders, or LAYOUT:ROOT with a validation part of its own."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
-from dreamteacher.data.image_set import ImageSet, load_images
 from dreamteacher.data.images import IMAGE_SUFFIXES, Size, find_images
 from dreamteacher.data.labelled_set import LabelledSet
-from dreamteacher.data.layouts.table import Part, check, has_parts, layout_of
+from dreamteacher.data.layouts.table import Part, check, layout_of
 from dreamteacher.data.masks.reader import read_masks
-from dreamteacher.downstream.features import ClassificationData, labelled_data
 from dreamteacher.downstream.segmentation.few_masks import SegmentationData, split_masks
 from dreamteacher.runtime.errors import UserError
-
-
-def test_source(train: Path | None, test: Path | None) -> Path | None:
-    """What classification is scored on: `test`, or else the layout in `train`, whose validation part it then is."""
-    return train if test is None and train is not None and has_parts(train) else test
-
-
-def load_classes(
-    train: Path | None, test: Path | None, size: Size, *, strict: bool, cache_gb: float, workers: int
-) -> ClassificationData:
-    """The labelled images to learn from, and those to score on (see `test_source`).
-
-    Raises:
-        UserError: see `data.load_images`; the classes differ.
-    """
-
-    def load(source: Path | None, part: Part) -> ImageSet:
-        assert source is not None
-        return load_images(source, size, strict=strict, cache_gb=cache_gb, workers=workers, part=part)
-
-    return labelled_data(load(train, "train"), load(test_source(train, test), "val"))
 
 
 def check_masks(

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from dreamteacher import metrics
 from dreamteacher.data import image_set, seeds
+from dreamteacher.data.draws import draw_labels
+from dreamteacher.data.images import to_float
 from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.downstream.classification.linear import linear
-from dreamteacher.downstream.features import draw_labels
 from dreamteacher.reports.charts import pca_basis, pca_colours
 from dreamteacher.reports.config import InspectConfig
 from dreamteacher.reports.inspect_scores import halves, pixel_probe, pixels_at, recognition, standardised
@@ -28,7 +29,7 @@ from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.distributed.device import autocast, pick_device
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.page import data_uri, page
-from dreamteacher.runtime.run_folder import Progress
+from dreamteacher.runtime.progress import Progress
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.registry import is_python, load_teacher, read_card, teacher_folder
 
@@ -189,7 +190,7 @@ class _Scores:
             n = min(config.batch_size, count - begin)
             with autocast(device, config.precision):
                 if len(self.images.pixels):
-                    x = self.images.pixels[begin : begin + n].to(device).float() / 255
+                    x = to_float(self.images.pixels[begin : begin + n].to(device))
                     maps = self.teacher.encode(x.flip(-1) if mirror else x, generator=generator)
                 else:
                     x, maps = self.teacher.sample(n, generator=generator)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from dreamteacher.runtime.distributed.share import share_of
+from dreamteacher.runtime.distributed.world import world_of
 from dreamteacher.runtime.errors import UserError, did_you_mean, shorten
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import STRIDES, Teacher
@@ -244,11 +244,11 @@ def _input(make: Callable[[Any, torch.Generator], Tensor], first: Any, generator
 
     The user's functions draw with torch's own functions, which know nothing of rows.
     """
-    share = share_of(generator)
-    if share.ranks == 1:
+    world = world_of(generator)
+    if world.ranks == 1:
         return make(first, generator)
-    whole = first * share.ranks if isinstance(first, int) else first.repeat_interleave(share.ranks, 0)
-    return make(whole, generator)[share.rows]
+    whole = first * world.ranks if isinstance(first, int) else first.repeat_interleave(world.ranks, 0)
+    return make(whole, generator)[world.rows]
 
 
 def _traced(module: nn.Module, places: Mapping[int, str], name: str, *, whole: bool) -> fx.GraphModule:

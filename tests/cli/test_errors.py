@@ -422,7 +422,11 @@ SECTIONS: dict[str, list[Case]] = {
             pretrain(teacher="gan", dataset="synthesized", size="32 32"),
             "images of 64 x 64",
         ),
-        case("A mixture with no room for a kind", pretrain(dataset="mixture", share="0.01"), "--share"),
+        case(
+            "Both kinds with no room for a kind",
+            pretrain(dataset="both", synthesized_fraction="0.01"),
+            "--synthesized-fraction",
+        ),
         case("A file of one's own that is not there", pretrain(teacher="gone.py:teacher"), "gone.py"),
         case(
             "A function that it does not have", pretrain(teacher="own.py:techer"), "Did you mean 'teacher'?"
@@ -544,26 +548,26 @@ SECTIONS: dict[str, list[Case]] = {
         case("A GAN's maps of images that it did not draw", interpret(teacher="gan"), "samples.json"),
         case("A block that the network does not have", interpret("--blocks", "3", "99"), "has 0 to 9"),
         case("Blocks of another family", interpret("--blocks", "1", teacher="gan"), "Leave out --blocks"),
-        case("A mode without labels", pretrain(mode="mixed"), "--interpreter FOLDER"),
-        case("Labels without a mode", pretrain(interpreter="interpreter"), "--mode mixed"),
+        case("A mode without labels", pretrain(distill="mixed"), "--interpreter FOLDER"),
+        case("Labels without a mode", pretrain(interpreter="interpreter"), "--distill mixed"),
         case(
             "An interpreter of another teacher",
-            pretrain(mode="mixed", interpreter="interpreter", teacher="teacher-two"),
+            pretrain(distill="mixed", interpreter="interpreter", teacher="teacher-two"),
             "another teacher",
         ),
         case(
             "An interpreter of other timesteps",
-            pretrain(mode="mixed", interpreter="interpreter", t="50 150"),
+            pretrain(distill="mixed", interpreter="interpreter", t="50 150"),
             "--t 100",
         ),
         case(
             "An unfinished interpreter",
-            pretrain(mode="mixed", interpreter="empty"),
+            pretrain(distill="mixed", interpreter="empty"),
             "holds no finished interpreter",
         ),
         case(
             "Bad masks in the one command",
-            pretrain(mode="mixed", labelled="masked", masks="masks-rgb"),
+            pretrain(distill="mixed", labelled="masked", masks="masks-rgb"),
             "no class ids",
         ),
         case(
@@ -1046,7 +1050,7 @@ def test_a_full_disk(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 10**9))  # it filled up afterwards
     monkeypatch.setattr(report, "write_report", lambda run, **_: run)
     run = small_disk / "run"
-    command = pretrain(out=str(run), epochs="4", save_every="1", keep="9")
+    command = pretrain(out=str(run), epochs="4", save_every="1", keep_checkpoints="9")
     assert main(command) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")

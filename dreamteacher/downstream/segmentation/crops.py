@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,17 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
+from dreamteacher.data.draws import draw_images, halves
 from dreamteacher.data.images import BadImage, BadImageError, nearest
 from dreamteacher.data.layouts.table import Part
+from dreamteacher.data.loader import load_ahead
 from dreamteacher.data.masks.reader import MaskedImages, read_masks
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.finetune import shuffled_batches
 from dreamteacher.downstream.segmentation.config import CropConfig
-from dreamteacher.downstream.segmentation.few_masks import draw_masks
 from dreamteacher.runtime.errors import UserError, shorten
 
 # What lies beyond an image: close to 0 once a student has normalised it.
@@ -47,17 +47,13 @@ class SemanticData:
 
 def split_files(everything: MaskedImages, seed: int = 0) -> SemanticData:
     """One half to train on and one to test on (the larger, of an odd number)."""
-    order = torch.randperm(len(everything), generator=step_generator(seed, 0, "split"))
-    half = len(order) // 2
-    return SemanticData(
-        train=everything.take(order[:half].sort().values),
-        test=everything.take(order[half:].sort().values),
-    )
+    train, test = (everything.take(index) for index in halves(len(everything), seed))
+    return SemanticData(train=train, test=test)
 
 
 def drawn_files(files: MaskedImages, masks: int | None, seed: int) -> MaskedImages:
     """Those of `masks` labelled images drawn by the seed; all for None."""
-    return files.take(draw_masks(len(files), masks or len(files), seed))
+    return files.take(draw_images(len(files), masks or len(files), seed))
 
 
 def load_files(
@@ -68,7 +64,6 @@ def load_files(
     *,
     ignore_index: int,
     binary: bool,
-    most: int,
     workers: int,
 ) -> SemanticData:
     """Both parts, every mask and test image decoded once; see `data.masks.reader.read_masks`.
@@ -80,11 +75,10 @@ def load_files(
         test_masks: of `test_images`.
         ignore_index: id in the masks that is no class.
         binary: masks are black and white.
-        most: labelled images that will be drawn at most; 0: all there are.
         workers: threads.
 
     Raises:
-        UserError: for anything wrong with the files, or too few images.
+        UserError: for anything wrong with the files.
     """
 
     def find(images: Path | None, masks: Path | None, part: Part, whole: bool) -> MaskedImages:
@@ -103,7 +97,6 @@ def load_files(
         classes = max(pool.classes, test.classes, key=len)
         train, test = (replace(part, classes=classes) for part in (pool, test))
         data = SemanticData(train=train, test=test)
-    draw_masks(len(data.train), most or len(data.train), seed=0)  # fails where there are too few
     return data
 
 
@@ -207,19 +200,6 @@ class _CropSet(Dataset[_Crops]):
         return _Crops(torch.stack(images), torch.stack(masks), bad)
 
 
-def loader(data: Dataset[Any], items: Any, workers: int) -> DataLoader[Any]:
-    """data[item] for each of `items`, in order, made ahead by that many processes (0: by this one)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return DataLoader(
-        data, batch_size=None, sampler=items, num_workers=min(workers, cores),
-        collate_fn=_as_it_is, generator=torch.Generator(),
-    )  # fmt: skip
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
 def crops(
     files: MaskedImages,
     config: CropConfig,
@@ -238,7 +218,9 @@ def crops(
         UserError: nothing can be read any more.
     """
     order = shuffled_batches(len(files), batch_size, steps, step_generator(seed, 0, "semantic"))
-    stream = loader(_CropSet(files, config, seed), itertools.islice(enumerate(order), first, None), workers)
+    stream = load_ahead(
+        _CropSet(files, config, seed), itertools.islice(enumerate(order), first, None), workers
+    )
     known: set[BadImage] = set()
     for batch in stream:
         known |= set(batch.bad)
@@ -276,7 +258,7 @@ def whole_images(
     Raises:
         UserError: one of them cannot be read any more.
     """
-    stream = loader(_TestSet(files, short_side), range(len(files)), workers)
+    stream = load_ahead(_TestSet(files, short_side), range(len(files)), workers)
     for item in tqdm(stream, total=len(files), desc="testing", disable=not sys.stderr.isatty()):
         if isinstance(item, BadImage):
             raise UserError(

@@ -16,9 +16,11 @@ from dreamteacher.data.masks.reader import MaskedImages
 from dreamteacher.downstream.classification.finetune import train
 from dreamteacher.downstream.features import device_of, frozen, to_input
 from dreamteacher.downstream.loop import Saved
-from dreamteacher.downstream.segmentation.config import CropConfig, SemanticConfig
+from dreamteacher.downstream.segmentation.config import SemanticConfig
 from dreamteacher.downstream.segmentation.crops import FILL, SemanticData, crops, drawn_files, whole_images
+from dreamteacher.downstream.segmentation.data import STREAMED
 from dreamteacher.downstream.segmentation.few_masks import SegmentationHead, pixel_loss
+from dreamteacher.downstream.task import Bench, Task
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.metrics import confusion, iou_per_class, mean_iou
 from dreamteacher.models.regressor import conv_bn_relu, resize
@@ -29,20 +31,6 @@ from dreamteacher.spec import FeatureSpec
 
 # Classes whose logits are enlarged at once: bounds the memory of large test images.
 _CLASSES_AT_ONCE = 16
-
-
-_STREETS = CropConfig(short_side=0, size=(512, 1024))
-# Steps, optimizer and schedule are the paper's; crops and batch sizes are usual ones. None was run by us.
-PRESETS = {
-    # Expected of a ResNet-50: supervised 40.9, DreamTeacher 42.5 mIoU.
-    "ade20k": SemanticConfig(),
-    # After pretraining on BDD100K: supervised 78.7, DreamTeacher 77.5.
-    "cityscapes": SemanticConfig(steps=80_000, batch_size=8, crops=_STREETS),
-    # 1/4, 1/8 and 1/30 of the labels: supervised 71.3, 65.4, 54.4; DreamTeacher 63.9, 60.0, 50.0.
-    "cityscapes-fractions": SemanticConfig(masks=(744, 372, 100), steps=20_000, batch_size=8, crops=_STREETS),
-    # Pretrained on BDD100K: DreamTeacher 60.3; ImageNet-supervised 61.1.
-    "bdd100k": SemanticConfig(steps=80_000, crops=_STREETS),
-}
 
 
 # --- heads ----------------------------------------------------------------------------------------------------
@@ -299,3 +287,30 @@ def semantic(
         saved=saved,
     )
     yield from score_files(model, data.test, config, precision=precision, workers=workers)
+
+
+def _run(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
+    config = bench.config
+    return semantic(
+        bench.student,
+        bench.data,
+        config.semantic,
+        masks=masks,
+        seed=seed,
+        precision=config.precision,
+        workers=config.workers,
+        saved=bench.saved,
+    )
+
+
+TASK = Task(
+    name="semantic",
+    what="segmentation, full size",
+    group=STREAMED,
+    headline="miou",
+    unit="masks",
+    config=SemanticConfig,
+    budgets=lambda config: config.semantic.mask_counts,
+    long=True,
+    run=_run,
+)

@@ -21,11 +21,12 @@ from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream import evaluate
 from dreamteacher.downstream.classification import config as classification_config
 from dreamteacher.downstream.classification import finetune
-from dreamteacher.downstream.config import TASK_NAMES, EvaluateConfig
+from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.segmentation import crops, few_masks, semantic
-from dreamteacher.downstream.segmentation.config import CropConfig, ReadoutConfig, SemanticConfig
+from dreamteacher.downstream.segmentation.config import PRESETS, CropConfig, ReadoutConfig, SemanticConfig
 from dreamteacher.downstream.segmentation.crops import SemanticData, random_crop
 from dreamteacher.downstream.segmentation.readout import readout
+from dreamteacher.downstream.task import Bench, find_task
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.distributed.device import seeded
 from dreamteacher.runtime.errors import UserError
@@ -116,7 +117,7 @@ def test_layouts_are_streamed(
 ) -> None:
     make(tmp_path)
     source = Path(f"{name}:{tmp_path}")
-    found = crops.load_files(source, None, None, None, ignore_index=255, binary=False, most=2, workers=1)
+    found = crops.load_files(source, None, None, None, ignore_index=255, binary=False, workers=1)
     assert (len(found.train.classes), len(found.test.classes)) == (classes, classes)
     for files, part in ((found.train, "train"), (found.test, "val")):
         whole = read_masks(source, None, (H, W), part=part).load()
@@ -134,8 +135,8 @@ def test_layouts_are_streamed(
 def test_presets_are_the_papers() -> None:
     expected = {"ade20k": 160_000, "cityscapes": 80_000, "cityscapes-fractions": 20_000}
     expected["bdd100k"] = 80_000
-    assert {name: config.steps for name, config in semantic.PRESETS.items()} == expected
-    for config in semantic.PRESETS.values():
+    assert {name: config.steps for name, config in PRESETS.items()} == expected
+    for config in PRESETS.values():
         assert (config.optimizer, config.lr, config.power, config.width) == ("sgd", 0.01, 0.9, 512)
     shallow = ReadoutConfig()
     assert (shallow.lr, shallow.power, shallow.steps) == (0.01, 0.9, 20_000)
@@ -475,7 +476,7 @@ CONFIG = EvaluateConfig(
     precision="float32",
     device="cpu",
     workers=0,
-    semantic=dataclasses.replace(QUICK, masks=(3, 6)),
+    semantic=dataclasses.replace(QUICK, mask_counts=(3, 6)),
     readout=ReadoutConfig(steps=2, batch_size=2, crops=SMALL),
 )
 
@@ -493,11 +494,10 @@ def on_disk(root: Path, **changes: object) -> EvaluateConfig:
 
 @pytest.mark.parametrize("task", ["semantic", "readout"])
 def test_tasks_keep_their_contract(student: Student, data: SemanticData, task: str) -> None:
-    check_task(
-        lambda s: evaluate.TASKS[task](evaluate.Bench(s, CONFIG, None, None, streamed=data), 4, 0), student
-    )
+    found = find_task(task)
+    check_task(lambda s: found.run(Bench(s, CONFIG, {"streamed": data}, task=found), 4, 0), student)
     with pytest.raises(UserError, match="need masks in folders"):
-        list(evaluate.TASKS[task](evaluate.Bench(student, CONFIG, None, None), 4, 0))
+        list(found.run(Bench(student, CONFIG, {}, task=found), 4, 0))
 
 
 def test_evaluate_runs_them_from_folders(root: Path, tmp_path: Path) -> None:
@@ -509,14 +509,13 @@ def test_evaluate_runs_them_from_folders(root: Path, tmp_path: Path) -> None:
     table = evaluate.summary_table(rows)
     assert "semantic, 3 masks, miou" in table
     assert "readout, all labels, miou" in table
-    assert set(evaluate.TASKS) == set(TASK_NAMES)
 
 
 def test_without_a_test_set_half_is_set_aside(root: Path) -> None:
     config = on_disk(root, test_images=None, test_masks=None, tasks=("readout",), seeds=(0,))
     assert evaluate.evaluate(config, log=lambda line: None)
     places = config.images, config.masks, None, None
-    found = crops.load_files(*places, ignore_index=255, binary=False, most=4, workers=0)
+    found = crops.load_files(*places, ignore_index=255, binary=False, workers=0)
     assert (len(found.train), len(found.test)) == (4, 4)
     assert not set(found.train.images) & set(found.test.images)
 
@@ -543,7 +542,7 @@ def test_both_parts_have_the_larger_number_of_classes(root: Path, tmp_path: Path
     [
         ({"masks": None}, "Give both --images and --masks"),
         ({"test_masks": None}, "Only one of --test-images"),
-        ({"semantic": dataclasses.replace(QUICK, masks=(9,))}, "9 masks asked for"),
+        ({"semantic": dataclasses.replace(QUICK, mask_counts=(9,))}, "9 labelled images asked for"),
         ({"tasks": ("semantics",)}, "Did you mean 'semantic'"),
     ],
 )

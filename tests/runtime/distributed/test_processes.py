@@ -34,10 +34,10 @@ from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.distill.store.reader import FeatureStore
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import to_json
-from dreamteacher.runtime.distributed.share import (
+from dreamteacher.runtime.distributed.world import (
     ALONE,
     Draws,
-    Share,
+    World,
     check_batch,
     launched,
     rand,
@@ -55,7 +55,7 @@ from dreamteacher.teachers.training.train import PRESETS, train_teacher
 from tests.places import ROOT
 from tests.runtime.distributed import worker
 
-HALVES = (Share(0, 2), Share(1, 2))
+HALVES = (World(0, 2), World(1, 2))
 
 
 def together(halves: list[torch.Tensor]) -> torch.Tensor:
@@ -71,27 +71,27 @@ def test_rows_of_a_draw_are_those_of_the_whole_batch(draw):
     whole = [draw((6, 3), Draws("cpu", 5)), draw((6,), Draws("cpu", 6))]
     for ranks in (2, 3):
         for rank in range(ranks):
-            share = Share(rank, ranks)
-            assert torch.equal(draw((6 // ranks, 3), Draws("cpu", 5, share)), whole[0][share.rows])
+            world = World(rank, ranks)
+            assert torch.equal(draw((6 // ranks, 3), Draws("cpu", 5, world)), whole[0][world.rows])
     generator = torch.Generator().manual_seed(5)
     assert torch.equal(draw((6, 3), generator), whole[0])
 
 
-def streams(kind: str, teacher: Any, images: image_set.ImageSet, share: Share) -> list[dataset.FeatureBatch]:
-    common = {"seed": 3, "device": torch.device("cpu"), "precision": "float32", "share": share}
+def streams(kind: str, teacher: Any, images: image_set.ImageSet, world: World) -> list[dataset.FeatureBatch]:
+    common = {"seed": 3, "device": torch.device("cpu"), "precision": "float32", "world": world}
     if kind == "synthesized":
         made = dataset.synthesized(teacher, batch_size=4, first_step=1, last_step=3, **common)
         return list(made)
-    real = 2 if kind == "mixture" else 4
+    real = 2 if kind == "both" else 4
     batches = data_batches.batches(
-        images, batch_size=real, seed=3, first_step=1, last_step=3, flip=True, share=share
+        images, batch_size=real, seed=3, first_step=1, last_step=3, flip=True, world=world
     )
-    if kind == "mixture":
-        return list(dataset.mixture(teacher, batches, made=2, **common))
+    if kind == "both":
+        return list(dataset.both(teacher, batches, made=2, **common))
     return list(dataset.encoded(teacher, batches, **common))
 
 
-@pytest.mark.parametrize("kind", ["encoded", "synthesized", "mixture", "streamed"])
+@pytest.mark.parametrize("kind", ["encoded", "synthesized", "both", "streamed"])
 def test_processes_see_their_rows_of_the_one_process_batch(kind, image_folder, tiny_teacher, monkeypatch):
     """The same images, mirrored alike, with the same noise."""
     worker.prepare(monkeypatch.setitem)
@@ -100,7 +100,7 @@ def test_processes_see_their_rows_of_the_one_process_batch(kind, image_folder, t
     whole, first, second = (streams(kind, teacher, images, s) for s in (ALONE, *HALVES))
     assert len(whole) == 2
     for a, b, c in zip(whole, first, second, strict=True):
-        if kind == "mixture":  # each process has its real images first
+        if kind == "both":  # each process has its real images first
             b, c = ([t.chunk(2) for t in (x.images, *x.maps)] for x in (b, c))
             mixed = [
                 torch.cat([together([x[0], y[0]]), together([x[1], y[1]])]) for x, y in zip(b, c, strict=True)
@@ -140,11 +140,11 @@ def test_a_process_whose_teacher_sees_parts_draws_its_rows_of_the_whole_batch(fa
             net, name="mine", size=(16, 16), levels={4: "0"}, encode=lambda x, g: x + torch.randn(x.shape, generator=g)
         )  # fmt: skip
     images = torch.rand(6, 3, size, size, generator=torch.Generator().manual_seed(0))
-    for share in HALVES:
-        mine = images[share.rows]
-        whole = teacher.encode(mine, generator=Draws("cpu", 1, share))
-        other = teacher.encode(mine, generator=Draws("cpu", 2, share))
-        parts = InParts(teacher, 2).encode(mine, generator=Draws("cpu", 1, share))
+    for world in HALVES:
+        mine = images[world.rows]
+        whole = teacher.encode(mine, generator=Draws("cpu", 1, world))
+        other = teacher.encode(mine, generator=Draws("cpu", 2, world))
+        parts = InParts(teacher, 2).encode(mine, generator=Draws("cpu", 1, world))
         for a, b, c in zip(whole, parts, other, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
             assert not torch.allclose(c, a, rtol=1e-2, atol=1e-3)  # the noise is seen
@@ -162,12 +162,12 @@ def test_augmentation_disturbs_the_same_images_alike():
 
 
 def test_what_processes_cannot_share_is_refused(monkeypatch):
-    check_batch("a batch", 6, Share(0, 3))
+    check_batch("a batch", 6, World(0, 3))
     with pytest.raises(UserError, match="3 processes cannot share"):
-        check_batch("a batch", 8, Share(0, 3))
+        check_batch("a batch", 8, World(0, 3))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert launched() == Share(1, 2)
+    assert launched() == World(1, 2)
     with pytest.raises(UserError, match="runs in one process, and 2 were started"):
         cli.run("evaluate", [])
 
@@ -191,7 +191,7 @@ def config_of(images: Path, teacher: Path, out: Path) -> PretrainConfig:
     return PretrainConfig(
         images=images, out=out, teacher=str(teacher), student="test_resnet", width=8, batch_size=8, epochs=4,
         warmup_epochs=2, lr=1e-5, device="cpu", precision="float32", log_every=1, save_every=1, probe_every=4,
-        keep=100, accumulate=2, ema=0.9, clip=1.0,
+        keep_checkpoints=100, accumulate=2, ema=0.9, clip=1.0,
     )  # fmt: skip
 
 

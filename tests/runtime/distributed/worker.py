@@ -37,7 +37,7 @@ from dreamteacher.runtime.config import from_json
 from dreamteacher.runtime.distributed.batch_norm import make_global
 from dreamteacher.runtime.distributed.group import broadcast, join
 from dreamteacher.runtime.distributed.sharding import gradients_stay, shard, whole_on_first
-from dreamteacher.runtime.distributed.share import ALONE, Share, launched
+from dreamteacher.runtime.distributed.world import ALONE, World, launched
 from dreamteacher.runtime.run_folder import Progress, RunDir
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher
 from dreamteacher.teachers.training import config as training_config
@@ -73,23 +73,15 @@ def in_float64() -> Iterator[None]:
     a sum, which differs with the processor, moves a last bit, and training makes of it whatever it likes.
     """
 
-    def to_float(pixels: torch.Tensor) -> torch.Tensor:
-        if pixels.is_floating_point():
-            return pixels
-        return pixels.to(torch.float64, memory_format=torch.channels_last).div_(255)
-
     torch.set_default_dtype(torch.float64)
     try:
-        with (
-            mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
-            mock.patch.object(data_batches, "to_float", to_float),
-        ):
+        with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
             yield
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def check_batch_norm(share: Share) -> None:
+def check_batch_norm(world: World) -> None:
     """Output, gradients and running moments equal nn.BatchNorm2d's on the whole batch, in float64."""
     generator = torch.Generator().manual_seed(0)
     x = 3 + 2 * torch.randn(8, 5, 6, 4, generator=generator, dtype=torch.float64)
@@ -102,12 +94,12 @@ def check_batch_norm(share: Share) -> None:
         assert type(norms[1][0]) is not nn.BatchNorm2d
         assert norms[0].state_dict().keys() == norms[1].state_dict().keys()
         whole = x.clone(memory_format=layout).requires_grad_()
-        mine = x[share.rows].clone(memory_format=layout).requires_grad_()
+        mine = x[world.rows].clone(memory_format=layout).requires_grad_()
         expected, came = norms[0](whole), norms[1](mine)
         (expected * towards).sum().backward()
-        (came * towards[share.rows]).sum().backward()
-        torch.testing.assert_close(came, expected[share.rows], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(mine.grad, whole.grad[share.rows], rtol=1e-12, atol=1e-12)
+        (came * towards[world.rows]).sum().backward()
+        torch.testing.assert_close(came, expected[world.rows], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(mine.grad, whole.grad[world.rows], rtol=1e-12, atol=1e-12)
         for a, b in zip(norms[0].buffers(), norms[1].buffers(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
         for a, b in zip(norms[0].parameters(), norms[1].parameters(), strict=True):
@@ -116,19 +108,19 @@ def check_batch_norm(share: Share) -> None:
         torch.testing.assert_close(norms[0].eval()(whole), norms[1].eval()(whole), rtol=1e-12, atol=1e-12)
     half = nn.Sequential(nn.BatchNorm2d(5))
     make_global(half, torch.device("cpu"))
-    mine = x[share.rows].bfloat16().requires_grad_()
+    mine = x[world.rows].bfloat16().requires_grad_()
     came = half(mine)
     assert came.dtype == torch.bfloat16
     whole = x.bfloat16().float().requires_grad_()
     expected = nn.BatchNorm2d(5)(whole)
-    torch.testing.assert_close(came.float(), expected[share.rows], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(came.float(), expected[world.rows], rtol=1e-2, atol=1e-2)
     towards = (1 + whole.detach() / 2 + towards).bfloat16()  # so that both means of the backward pass count
-    came.backward(towards[share.rows])
+    came.backward(towards[world.rows])
     expected.backward(towards.float())
-    torch.testing.assert_close(mine.grad.float(), whole.grad[share.rows], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(mine.grad.float(), whole.grad[world.rows], rtol=2e-2, atol=2e-2)
 
 
-def check_steps(share: Share, base: PretrainConfig) -> None:
+def check_steps(world: World, base: PretrainConfig) -> None:
     """Gradients of three steps of two parts, and the weights after them, equal those of one process, in float64.
 
     The student is an EfficientNet: norms with activations, and layers that nothing trains.
@@ -136,12 +128,12 @@ def check_steps(share: Share, base: PretrainConfig) -> None:
     generator = torch.Generator().manual_seed(0)
     config = dataclasses.replace(base, student="test_efficientnet", batch_size=16, accumulate=2, clip=0.0)
     found = []
-    for who in (ALONE, share):
+    for who in (ALONE, world):
         student = create_student(config.student).double()
         student.mean, student.std = student.mean.double(), student.std.double()
         regressor = FeatureRegressor(student.specs, student.specs, width=8).double()
         torch.set_default_dtype(torch.float64)
-        training = Training(config, student, regressor, 4, share=who)
+        training = Training(config, student, regressor, 4, world=who)
         generator.manual_seed(0)
         parts: list[FeatureBatch] = []
         seen: dict[str, torch.Tensor | None] = {}
@@ -169,7 +161,7 @@ def check_steps(share: Share, base: PretrainConfig) -> None:
             )
 
 
-def check_sharding(share: Share) -> None:
+def check_sharding(world: World) -> None:
     """A cut network has parts of gradients after every backward, and is put together in the first process alone."""
     network, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), torch.ones(2, 8)
     for number, parameter in enumerate(network.parameters()):
@@ -184,7 +176,7 @@ def check_sharding(share: Share) -> None:
     for first, both in zip(*parts, strict=True):
         torch.testing.assert_close(both, 2 * first)
     found = whole_on_first(network.state_dict())
-    assert found.keys() == (before.keys() if share.first else set())
+    assert found.keys() == (before.keys() if world.first else set())
     for key, value in found.items():
         assert type(value) is torch.Tensor
         assert torch.equal(value, before[key])
@@ -195,13 +187,13 @@ def main(job: dict) -> None:
     torch.set_num_threads(1)
     prepare(operator.setitem)
     base = from_json(PretrainConfig, job["pretrain"])
-    share = join("cpu")
-    assert share == launched()
-    assert share.ranks == 2
-    check_batch_norm(share)
+    world = join("cpu")
+    assert world == launched()
+    assert world.ranks == 2
+    check_batch_norm(world)
     for optimizer in ("adamw", "lamb"):
-        check_steps(share, dataclasses.replace(base, optimizer=optimizer))
-    check_sharding(share)
+        check_steps(world, dataclasses.replace(base, optimizer=optimizer))
+    check_sharding(world)
     root = base.out.parent
 
     def copies() -> str:
