@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,7 @@ from dreamteacher.models.student import Student
 from dreamteacher.runtime.distributed.world import ALONE, Draws, World
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.teachers.base import Teacher
+from dreamteacher.teachers.registry import family_of
 
 
 def check_teacher(teacher: Teacher, *, batch: int = 2) -> None:
@@ -73,6 +75,21 @@ def check_teacher(teacher: Teacher, *, batch: int = 2) -> None:
             assert torch.allclose(all_[half.rows], mine, rtol=1e-2, atol=1e-3 * float(all_.abs().max())), (
                 f"{mode}: half of a batch must draw its rows: use randn, rand, randint of dreamteacher.runtime.distributed.world"
             )
+
+
+def tiny_teacher(family: str) -> Teacher:
+    """A teacher of this family (see `teachers.registry.FAMILIES`) with a small network and seeded random weights.
+
+    Raises:
+        KeyError: for a family that is not known.
+
+    Example:
+        >>> tiny_teacher("stylegan2").modes
+        frozenset({'sample'})
+    """
+    found = family_of(family)
+    weights, spec = found.tiny()
+    return found.load(weights, spec, Path("memory"), name=f"tiny-{family}", licence="CC0-1.0")
 
 
 def check_student(student: Student, *, size: tuple[int, int] = (64, 96), batch: int = 2) -> None:

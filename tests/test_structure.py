@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +17,9 @@ import pytest
 
 import dreamteacher
 from dreamteacher.cli import main as cli
+from tests.places import ROOT, TESTS
 
 PACKAGE = Path(dreamteacher.__file__).parent
-ROOT = PACKAGE.parent
 
 
 def module_name(path: Path) -> str:
@@ -29,52 +30,37 @@ def module_name(path: Path) -> str:
 FILES = {module_name(p): p for p in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
-# Lower layers first. A module may import from lower layers, and from its own as long as no cycle arises.
-LAYERS = [
-    {"dreamteacher"},
-    {"errors"},
-    {"config", "features", "distributed", "metrics", "images", "compiled", "prefetch", "threads"},
-    {
-        "losses",
-        "pyramid",
-        "regressor",
-        "interpreter",
-        "optim",
-        "checkpoint",
-        "memory",
-        "rundir",
-        "data",
-        "masks",
-        "layouts",
-        "shards",
-        "coco",
-        "labelled",
-        "labels",
-        "fetch",
-    },
-    {"students", "plain_vits", "teachers"},
-    {"feature_items", "feature_store", "feature_dataset", "estimate"},
-    {"train_interpreter", "trained", "training", "pretrain", "make_features", "downstream"},
-    {"export", "figures", "report", "inspection", "make_labels"},
-    {"demo", "catalogue", "testing"},
-    {"cli"},
-    {"__main__"},
+# Five floors, the lowest first: the packages (and modules) at the top of this package. One may import from its own
+# floor and from lower ones, as long as no circle arises between them.
+FLOORS = [
+    {"runtime", "losses", "metrics", "spec"},
+    {"data", "models"},
+    {"teachers", "downstream", "exports"},
+    {"distill", "reports", "testing"},
+    {"cli", "face", "__main__"},
+]
+# Of those that could by their floor, these never do, not even by way of others.
+STRANGERS = [
+    ("teachers", "models"),
+    ("models", "teachers"),
+    ("downstream", "teachers"),
+    ("downstream", "distill"),
+    ("distill", "downstream"),
+    ("data", "models"),
+    ("models", "data"),
+    ("exports", "data"),
+    ("exports", "teachers"),
 ]
 
 
-def part(module: str) -> str:
-    """The name by which the layers know a module: a folder is one part, report_results belongs to report."""
-    names = module.split(".")
-    top = names[1] if len(names) > 1 else names[0]
-    known = set().union(*LAYERS)
-    while top not in known and "_" in top:
-        top = top.rpartition("_")[0]
-    return top
+def room(module: str) -> str:
+    """The package at the top, or the module there, that a module belongs to."""
+    return module.split(".")[1] if "." in module else ""
 
 
-def layer(module: str) -> int:
-    found = [i for i, names in enumerate(LAYERS) if part(module) in names]
-    assert len(found) == 1, f"{module} is in no layer: say in tests/test_structure.py where it belongs"
+def floor(module: str) -> int:
+    found = [i for i, rooms in enumerate(FLOORS) if room(module) in rooms]
+    assert len(found) == 1, f"{module} is on no floor: say in {Path(__file__).name} where it belongs"
     return found[0]
 
 
@@ -122,37 +108,37 @@ def at_top(module: str) -> ast.Module:
 def test_imports_point_down(module: str) -> None:
     for name in OWN[module]:
         assert name in FILES, f"{module} imports {name}, which does not exist"
-        assert layer(name) <= layer(module), f"{module} imports {name}, which lies above it"
+        if module != "dreamteacher" and room(name):  # the face, in __init__, is above all; its import is lazy
+            assert floor(name) <= floor(module), f"{module} imports {name}, which lies above it"
 
 
-FORBIDDEN = [
-    ("losses", {"students", "teachers", "regressor"}),
-    ("teachers", {"students"}),
-    ("students", {"teachers"}),
-    ("downstream", {"teachers", "feature_dataset", "pretrain"}),
-    ("regressor", {"students", "teachers", "losses"}),
-    ("metrics", {"students", "teachers", "losses"}),
-    ("pretrain", {"downstream"}),
-    ("figures", {"report", "export"}),
-]
-
-
-@pytest.mark.parametrize(("who", "whom"), FORBIDDEN, ids=[who for who, _ in FORBIDDEN])
-def test_some_never_know_of_each_other(who: str, whom: set[str]) -> None:
-    """Not even by way of others."""
-    modules = [m for m in FILES if part(m) == who]
+@pytest.mark.parametrize(("who", "whom"), STRANGERS, ids=[f"{who}-{whom}" for who, whom in STRANGERS])
+def test_some_never_know_of_each_other(who: str, whom: str) -> None:
+    modules = [m for m in FILES if room(m) == who]
     assert modules
+    assert any(room(m) == whom for m in FILES)
     for module in modules:
-        reached = reachable(module)
-        assert not {part(m) for m in reached} & whom, f"{module} reaches {sorted(reached)}"
+        reached = reachable(module) - {"dreamteacher"}
+        assert whom not in {room(m) for m in reached}, f"{module} reaches {sorted(reached)}"
+
+
+def test_there_is_no_circle_between_packages() -> None:
+    above = {
+        r: {room(n) for m in FILES if room(m) == r for n in OWN[m]} - {r, ""} for r in map(room, FILES) if r
+    }
+    order: list[str] = []
+    while len(order) < len(above):
+        free = sorted(r for r in above if r not in order and above[r] <= set(order))
+        assert free, f"a circle among {sorted(set(above) - set(order))}"
+        order += free
 
 
 def reachable(module: str) -> set[str]:
     seen: set[str] = set()
     todo = [module]
     while todo:
-        for name in OWN[todo.pop()]:
-            if name not in seen:
+        for name in OWN.get(todo.pop(), ()):
+            if name not in seen and name != "dreamteacher":
                 seen.add(name)
                 todo.append(name)
     return seen
@@ -161,26 +147,6 @@ def reachable(module: str) -> set[str]:
 def test_there_is_no_import_cycle() -> None:
     for module in FILES:
         assert module not in reachable(module), f"{module} comes back to itself through its imports"
-
-
-def test_the_catalogue_and_the_command_line_import_lazily() -> None:
-    light = {
-        "dreamteacher",
-        "dreamteacher.runtime.errors",
-        "dreamteacher.runtime.config",
-        "dreamteacher.runtime.distributed.world",
-    }
-    assert own_imports("dreamteacher.cli.lists", at_top("dreamteacher.cli.lists")) <= light
-    assert own_imports("dreamteacher.cli.main", at_top("dreamteacher.cli.main")) == set()
-    for module in (
-        "dreamteacher",
-        "dreamteacher.cli.main",
-        "dreamteacher.runtime.errors",
-        "dreamteacher.runtime.config",
-    ):
-        for name, node in imports_of(at_top(module), module):
-            top = name.split(".")[0]
-            assert top in sys.stdlib_module_names | {"dreamteacher"}, f"{module}:{node.lineno} imports {name}"
 
 
 def reached_at_top(module: str) -> set[str]:
@@ -195,14 +161,16 @@ def reached_at_top(module: str) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize(
-    "verb", ["pretrain", "make-features", "train-interpreter", "get-teacher", "list", "doctor"]
-)
+SLOW = {"torch", "torchvision", "timm", "diffusers", "numpy", "PIL", "safetensors", "tqdm"}
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
 def test_settings_are_known_before_slow_libraries_are_imported(verb: str) -> None:
-    """`dreamteacher VERB --help`, a wrong setting, a missing folder: torch is all that they wait for."""
-    for module in reached_at_top(cli.VERBS[verb].module):
-        slow = {name.split(".")[0] for name, _ in imports_of(at_top(module), module)}
-        assert not slow & {"timm", "diffusers", "torchvision"}, f"{verb}: {module}"
+    """`dreamteacher VERB --help` and a mistyped flag wait for nothing but what reads the flags."""
+    for start in ("dreamteacher.cli.main", cli.VERBS[verb].config.partition(":")[0]):
+        for module in reached_at_top(start):
+            slow = {name.split(".")[0] for name, _ in imports_of(at_top(module), module)} & SLOW
+            assert not slow, f"{verb}: {module} imports {slow}"
 
 
 def test_importing_the_package_imports_no_torch() -> None:
@@ -255,9 +223,26 @@ def test_every_dependency_has_a_lower_bound() -> None:
 
 
 @pytest.mark.parametrize("module", FILES)
-def test_files_stay_short(module: str) -> None:
+def test_files_stay_readable(module: str) -> None:
     lines = len(FILES[module].read_text(encoding="utf-8").splitlines())
-    assert lines <= 450, f"{module} has {lines} lines"
+    assert lines <= 700, f"{module} has {lines} lines"
+
+
+@pytest.mark.parametrize(
+    "folder", sorted({p.parent for p in [*FILES.values(), *TESTS.rglob("*.py")]}), ids=str
+)
+def test_no_folder_hides_in_prefixes(folder: Path) -> None:
+    """Three files coco_*.py are a folder coco."""
+    prefixes = Counter(
+        p.stem.split("_")[0] for p in folder.glob("[!_]*_*.py") if not p.stem.startswith("test_")
+    )
+    prefixes += Counter(p.stem.removeprefix("test_").split("_")[0] for p in folder.glob("test_*_*.py"))
+    crowded = {prefix: n for prefix, n in prefixes.items() if n >= 3}
+    assert not crowded, f"{folder}: {crowded}"
+
+
+def test_distill_pretrain_reads_in_one_look() -> None:
+    assert len(FILES["dreamteacher.distill.pretrain"].read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_no_file_is_a_drawer_for_everything() -> None:

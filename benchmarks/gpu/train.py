@@ -91,7 +91,7 @@ def main() -> None:
     for method, init in (("random init", "random"), ("DreamTeacher", str(run))):
         rows += evaluate_student(
             lambda seed, init=init: create_student(args.student, init=init, seed=seed), evaluation, method=method,
-            classification=images,
+            data={"classification": images},
         )  # fmt: skip
     results = args.out / "results.jsonl"
     checkpoint.write_text(results, "".join(json.dumps(row) + "\n" for row in rows))

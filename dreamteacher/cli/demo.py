@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamteacher.data import image_set
-from dreamteacher.data.masks.loaded import load_labelled
+from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
 from dreamteacher.downstream.evaluate import EvaluateConfig, check_config, evaluate_student
 from dreamteacher.downstream.features import labelled_data
@@ -94,7 +94,7 @@ def demo(config: DemoConfig) -> Path:
     classification = labelled_data(
         image_set.load_images(train, (64, 64)), image_set.load_images(test, (64, 64))
     )
-    segmentation = split_masks(load_labelled(lungs, masks, (64, 64), binary=True))
+    segmentation = split_masks(read_masks(lungs, masks, (64, 64), binary=True).load())
 
     runs = {}
     for seed in config.seeds:
@@ -109,11 +109,10 @@ def demo(config: DemoConfig) -> Path:
         "DreamTeacher": lambda seed: create_student(config.student, init=str(runs[seed])),
     }
     rows: list[dict[str, Any]] = []
+    data = {"classification": classification, "segmentation": segmentation}
     for method, make in methods.items():
         print(f"evaluate {method}", flush=True)
-        rows += evaluate_student(
-            make, evaluation, method=method, classification=classification, segmentation=segmentation
-        )
+        rows += evaluate_student(make, evaluation, method=method, data=data)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     checkpoint.write_text(config.out / "results.jsonl", text)
     checkpoint.write_text(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dreamteacher.data.image_set import ImageSet, _decode, _Decoded
+from dreamteacher.data.images import to_float
+from dreamteacher.data.loader import load_ahead
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.runtime.distributed.world import ALONE, World
 from dreamteacher.runtime.errors import UserError
@@ -42,13 +43,6 @@ def flip_images(images: Tensor, flips: Tensor) -> Tensor:
     mirrored = images.clone()
     mirrored[flips] = images[flips].flip(-1)
     return mirrored
-
-
-def to_float(pixels: Tensor) -> Tensor:
-    """uint8 N x 3 x H x W as float32 in [0, 1], channels last; floats stay as they are."""
-    if pixels.is_floating_point():
-        return pixels
-    return pixels.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
 def batches(
@@ -119,11 +113,7 @@ def _batches(
 ) -> Iterator[Batch]:
     stream: Iterable[_Decoded] = ()
     if images.cache is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        stream = DataLoader(
-            _Steps(images, batch_size, seed, world), batch_size=None, sampler=steps, num_workers=min(workers, cores),
-            collate_fn=_as_it_is, generator=torch.Generator(),
-        )  # fmt: skip
+        stream = load_ahead(_Steps(images, batch_size, seed, world), steps, workers)
     decoded = iter(stream)
     for step in steps:
         if images.cache is None:
@@ -142,7 +132,7 @@ def _batches(
         if flip:
             flips = torch.rand(batch_size, generator=step_generator(seed, step, "flip")) < 0.5
             pixels = flip_images(pixels, flips[world.rows])
-        yield Batch(pixels if raw else to_float(pixels), index, step)
+        yield Batch(pixels if raw else to_float(pixels, torch.channels_last), index, step)
 
 
 class _Steps(Dataset[_Decoded]):
@@ -154,7 +144,3 @@ class _Steps(Dataset[_Decoded]):
     def __getitem__(self, step: int) -> _Decoded:
         index = batch_indices(len(self.images), batch_size=self.batch_size, seed=self.seed, step=step)
         return _decode(self.images, index[self.world.rows].tolist(), own_class=False)
-
-
-def _as_it_is(decoded: Any) -> Any:
-    return decoded

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dreamteacher.data import batches as data_batches
 from dreamteacher.data import image_set
+from dreamteacher.data.images import to_float
 from dreamteacher.data.seeds import device_generator
 from dreamteacher.distill.store.items import Kept, unpack
 from dreamteacher.distill.store.reader import FeatureStore
@@ -192,7 +193,7 @@ def encoded(
         return copies.send([batch.images]), batch.step
 
     for (sent, step), waited in prefetch(batches, send, threaded=device.type == "cuda"):
-        images = data_batches.to_float(copies.receive(sent)[0])
+        images = to_float(copies.receive(sent)[0], torch.channels_last)
         generator = device_generator(seed, step, "teacher", device, world)
         with autocast(device, precision):
             maps = teacher.encode(images, generator=generator)
@@ -265,7 +266,7 @@ def stored(
 
     for (sent, step), waited in prefetch(batches, read, threaded=True):
         pixels, rows = copies.receive(sent)
-        seen, kept = data_batches.to_float(pixels), unpack(store.plan, rows)
+        seen, kept = to_float(pixels, torch.channels_last), unpack(store.plan, rows)
         if store.plan.what == "latents":
             assert teacher is not None
             generator = device_generator(seed, step, "teacher", device, world)

@@ -22,7 +22,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from dreamteacher import __version__
 from dreamteacher.data import image_set
-from dreamteacher.data.images import below
+from dreamteacher.data.images import below, to_float
 from dreamteacher.data.labelled import SAMPLES
 from dreamteacher.data.seeds import device_generator, step_generator
 from dreamteacher.distill.config import MakeLabelsConfig
@@ -245,7 +245,7 @@ class _Batches:
         teacher = self.labeller.teacher
         if self.images is not None:
             images = self.images.get(index).to(self.device)
-            images = images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+            images = to_float(images, torch.channels_last)
             return images, teacher.encode(images, generator=generator) if teacher else []
         assert teacher is not None
         if self.seeds is not None:

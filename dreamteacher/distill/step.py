@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dreamteacher import metrics
 from dreamteacher.data import image_set
+from dreamteacher.data.images import to_float
 from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.dataset import FeatureBatch, Part, batch_loss
 from dreamteacher.distill.network import DistillationNetwork
@@ -185,7 +186,7 @@ def probe(
     features = []
     for part in order.split(128):
         with autocast(device, config.precision):
-            features.append(network.pooled(images.get(part).to(device).float() / 255).float().cpu())
+            features.append(network.pooled(to_float(images.get(part).to(device))).float().cpu())
     x = torch.cat(features)
     row = {"rankme": metrics.rankme(x)}
     if images.labels is not None:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from dreamteacher import __version__, metrics
 from dreamteacher.data import batches
-from dreamteacher.data.labelled import LabelledSet, draw, read_labelled
+from dreamteacher.data.images import to_float
+from dreamteacher.data.labelled import draw, read_labelled
+from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.data.seeds import device_generator, step_generator
 from dreamteacher.distill.config import TrainInterpreterConfig
 from dreamteacher.distill.estimate import millions
@@ -194,7 +196,7 @@ class InterpreterJob:
                     found.append(sample_maps(self.teacher, images.seeds[some], self.device)[1])
                     continue
                 x = batches.flip_images(images.images[some], mirrored).to(self.device)
-                x = x.to(torch.float32, memory_format=torch.channels_last).div_(255)
+                x = to_float(x, torch.channels_last)
                 found.append(self.teacher.encode(x, generator=generator))
         return found[0] if len(found) == 1 else [torch.cat(level) for level in zip(*found, strict=True)]
 

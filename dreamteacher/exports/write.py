@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from dreamteacher.exports.config import Format
 from dreamteacher.exports.formats import Layout, check_format, layout
 from dreamteacher.exports.hub import LICENCE_FILE, OTHER, check_hub, front_matter, licence_text
 from dreamteacher.exports.onnx import check_onnx, write_onnx
+from dreamteacher.metrics import spread
 from dreamteacher.models.plain_vit import fitting, grid_of, rebuilt_with, size_settings
 from dreamteacher.models.student import (
     Student,
@@ -275,8 +275,7 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
         return f"Evaluations: {UNKNOWN}."
     rows = []
     for key, values in groups.items():
-        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        rows.append((*key, f"{statistics.fmean(values):.4f}{spread}", str(len(values))))
+        rows.append((*key, spread(values, digits=4), str(len(values))))
     head = ("method", "student", "task", "metric", "labels", "value", "seeds")
     return "Evaluations (mean ± standard deviation over seeds):\n\n" + _table(head, rows)
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from dreamteacher.runtime import tensor_file
 from dreamteacher.runtime.config import parse_json
 from dreamteacher.runtime.distributed.sharding import part_of, parts_of, whole_on_first
 from dreamteacher.runtime.errors import UserError, shorten
@@ -133,7 +134,7 @@ def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         ) from None
 
 
-_DAMAGE = (OSError, SafetensorError, ValueError)
+_DAMAGE = (*tensor_file.UNREADABLE, ValueError)
 
 
 def _reason(error: Exception) -> str:
@@ -142,14 +143,13 @@ def _reason(error: Exception) -> str:
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """As `load`, with one of _DAMAGE for what is damaged, and a UserError for what is whole and not ours."""
-    with safe_open(path, framework="pt") as file:
-        facts = file.metadata() or {}
-        if "dreamteacher" not in facts:
-            raise UserError(
-                f"'{path}' is a safetensors file, but not one that dreamteacher wrote.",
-                "Remove it from the run folder; where weights are wanted, give a file from `dreamteacher export`.",
-            )
-        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    facts = tensor_file.read_metadata(path)
+    if "dreamteacher" not in facts:
+        raise UserError(
+            f"'{path}' is a safetensors file, but not one that dreamteacher wrote.",
+            "Remove it from the run folder; where weights are wanted, give a file from `dreamteacher export`.",
+        )
+    tensors = tensor_file.read(path)
     if "sha256" in facts and facts["sha256"] != digest(tensors, facts["dreamteacher"]):
         raise ValueError("its content has changed since it was written")
     return tensors, parse_json(facts["dreamteacher"])
@@ -178,8 +178,7 @@ def latest(folder: Path, *, whole: bool = False) -> Path | None:
             if whole:
                 _read(path)
             else:
-                with safe_open(path, framework="pt") as file:
-                    file.keys()
+                tensor_file.read_metadata(path)
         except _DAMAGE as error:
             damaged.append((path, _reason(error)))
             continue
@@ -406,7 +405,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     content: Any
     try:
         if path.suffix == ".safetensors":
-            content = load_file(path)
+            content = tensor_file.read(path)
         else:
             with warnings.catch_warnings():  # torch warns of pickles that it then refuses: our error says it
                 warnings.simplefilter("ignore")

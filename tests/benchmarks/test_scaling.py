@@ -14,7 +14,7 @@ import pytest
 
 from dreamteacher.cli import main as cli
 from dreamteacher.distill.store.items import Level, StorePlan, layout
-from dreamteacher.teachers.known import KNOWN
+from dreamteacher.teachers.published.known import KNOWN
 from tests.places import ROOT
 
 PLAN = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "plan.py")))

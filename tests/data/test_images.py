@@ -260,7 +260,7 @@ def test_a_large_image_below_the_limit_gives_no_warning(tmp_path: Path) -> None:
 PEAK = """
 import os, resource, sys
 from pathlib import Path
-from dreamteacher.data.image_set.images import read_image
+from dreamteacher.data.images import read_image
 for path in map(Path, sys.argv[1:]):
     for size in ((64, 48), None):
         if not os.fork():

@@ -27,7 +27,7 @@ from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.dataset import PartStream
 from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.reports import report
-from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime import checkpoint, tensor_file
 from dreamteacher.runtime.config import parse_json
 from dreamteacher.runtime.progress import Progress
 from dreamteacher.runtime.run_folder import RunDir, read_rows
@@ -183,14 +183,14 @@ def test_a_checkpoint_on_a_bad_block_gives_way_too(
     paths = [checkpoint.checkpoint_path(tmp_path, step) for step in (4, 8)]
     for path in paths:
         checkpoint.save(path, {"x": torch.zeros(9)}, {})
-    opened, bad = checkpoint.safe_open, [paths[1]]
+    opened, bad = tensor_file.safe_open, [paths[1]]
 
     def failing(path: Path, framework: str) -> Any:
         if path in bad:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return opened(path, framework=framework)
 
-    monkeypatch.setattr(checkpoint, "safe_open", failing)
+    monkeypatch.setattr(tensor_file, "safe_open", failing)
     assert checkpoint.latest(tmp_path) == paths[0]
     assert checkpoint.latest(tmp_path, whole=True) == paths[0]
     assert "Input/output error" in capsys.readouterr().out

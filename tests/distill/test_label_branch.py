@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dreamteacher.data import batches, seeds
-from dreamteacher.data.labelled import LabelledSet, draw, from_masks
-from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled
+from dreamteacher.data.draws import draw_images, draw_labels
+from dreamteacher.data.labelled import draw
+from dreamteacher.data.labelled_set import LabelledSet
+from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.distill.config import MakeLabelsConfig, PretrainConfig, TrainInterpreterConfig
 from dreamteacher.distill.dataset import FeatureBatch, Part
 from dreamteacher.distill.make_labels import make_labels
@@ -29,11 +31,9 @@ from dreamteacher.distill.train_interpreter import prepare, train_interpreter
 from dreamteacher.downstream.check import check_config
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.evaluate import evaluate
-from dreamteacher.downstream.features import draw_labels
-from dreamteacher.downstream.segmentation import distilled
 from dreamteacher.downstream.segmentation.config import SegmentConfig
-from dreamteacher.downstream.segmentation.few_masks import draw_masks
 from dreamteacher.losses import feature_loss, interpreter_loss, label_distillation, total_loss
+from dreamteacher.models import distilled
 from dreamteacher.models.distilled import load_distilled
 from dreamteacher.models.interpreter import load_interpreter, read_interpreter_spec
 from dreamteacher.models.regressor import FeatureRegressor, resize
@@ -204,7 +204,7 @@ def test_draws_are_those_of_the_downstream_tasks() -> None:
     masks = LabelledSet(images=images, targets=torch.zeros(30, 4, 4, dtype=torch.int64), classes=("a", "b"))
     for seed in range(3):
         chosen, rest = draw(masks, 12, seed)
-        assert torch.equal(chosen.images[:, 0, 0, 0].long(), draw_masks(30, 12, seed))
+        assert torch.equal(chosen.images[:, 0, 0, 0].long(), draw_images(30, 12, seed))
         assert sorted([*chosen.images[:, 0, 0, 0].tolist(), *rest.images[:, 0, 0, 0].tolist()]) == list(
             range(30)
         )
@@ -311,9 +311,9 @@ def test_one_command_from_images_and_masks_to_a_segmentation_model(
     folder = make_labels(
         MakeLabelsConfig(run=out, images=squares / "images", out=tmp_path / "labels", batch_size=5)
     )
-    truth = load_labelled(squares / "images", squares / "masks", (64, 64), binary=True)
-    found = load_labelled(folder / "images", folder / "masks", (64, 64))
-    assert (found.masks == truth.masks).float().mean() > 0.9
+    truth = read_masks(squares / "images", squares / "masks", (64, 64), binary=True).load()
+    found = read_masks(folder / "images", folder / "masks", (64, 64)).load()
+    assert (found.targets == truth.targets).float().mean() > 0.9
 
 
 @pytest.mark.slow
@@ -463,9 +463,8 @@ def test_labels_and_modes_that_do_not_go_together(
 
 
 def test_memory_of_labels_is_checked_first(squares: Path, config: TrainInterpreterConfig) -> None:
-    found = load_labelled(squares / "images", squares / "masks", (64, 64), binary=True)
-    assert isinstance(found, SegmentationSet)
-    job = prepare(dataclasses.replace(config, dry_run=True), labelled=from_masks(found))
+    found = read_masks(squares / "images", squares / "masks", (64, 64), binary=True).load()
+    job = prepare(dataclasses.replace(config, dry_run=True), labelled=found)
     assert len(job.labelled) == 8
     assert not config.out.exists()
     refused(lambda: prepare(dataclasses.replace(config, width=0)), "--width must be above 0")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dreamteacher.data.batches import flip_images
+from dreamteacher.data.images import to_float
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.distill.config import Keep, Storage, What
 from dreamteacher.losses import energy, whiten
@@ -320,7 +321,7 @@ def encode_group(
     plan: StorePlan, teacher: Teacher, pixels: Tensor, flips: Tensor, seed: int, device: torch.device
 ) -> list[Tensor]:
     """The teacher's maps (or latents), float32, of uint8 images N x 3 x H x W, some of them mirrored first."""
-    images = flip_images(pixels, flips).to(torch.float32, memory_format=torch.channels_last).div_(255)
+    images = to_float(flip_images(pixels, flips), torch.channels_last)
     images = images.to(device)
     with torch.no_grad(), autocast(device, plan.precision):
         if plan.what == "latents":

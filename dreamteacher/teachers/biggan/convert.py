@@ -16,7 +16,7 @@ from torch import Tensor
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.errors import UserError, shorten
 
-Layout = Literal["biggan-pytorch", "bigbigan", "icgan"]
+KeyNaming = Literal["biggan-pytorch", "bigbigan", "icgan"]
 SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors")
 # BN_eps and SN_eps of each published code; the output's BatchNorm has 1e-5 everywhere.
 EPS: dict[str, tuple[float, float]] = {
@@ -43,7 +43,7 @@ class BigGanSettings:
         cross_replica, mybn, norm_style: the kind of BatchNorm; G_param: "SN" where weights are spectrally normed.
     """
 
-    layout: Layout
+    layout: KeyNaming
     resolution: int | None = None
     bottom_width: int | None = None
     G_ch: int | None = None

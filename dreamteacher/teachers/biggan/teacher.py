@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ class BigGanSpec:
         UserError: for sizes that give no network.
     """
 
+    family: ClassVar[str] = "biggan"
     channels: tuple[int, ...]
     bottom: int = 4
     attention: tuple[int, ...] = ()
@@ -245,7 +246,7 @@ class BigGanTeacher(Teacher):
         UserError: a bank that is missing or does not fit, psi out of range, no level at stride 4 to 32.
     """
 
-    family = "biggan"
+    family = BigGanSpec.family
     compile_targets = ("network.forward",)
     modes = frozenset({"sample"})
     bank: Tensor | None

@@ -15,6 +15,7 @@ from torchvision.utils import make_grid
 
 from dreamteacher import __version__
 from dreamteacher.data import batches, image_set
+from dreamteacher.data.images import to_float
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import describe, to_json
 from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
@@ -180,7 +181,7 @@ def _train(
         for step in loop:
             pixels, waited = next(sent)
             loop.progress.wait(waited)
-            losses = objective.step(step, batches.to_float(copies.receive(pixels)[0]))
+            losses = objective.step(step, to_float(copies.receive(pixels)[0], torch.channels_last))
             loop.meter.watch(step, losses)
             loop.meter.add(step, losses)
             if loop.due(LOG_EVERY):
@@ -195,7 +196,7 @@ def _look(
     """A validation line; it also writes the sheet of samples."""
     generator = torch.Generator().manual_seed(0)
     pick = torch.randperm(len(images), generator=generator)[:64]
-    real = (images.get(pick).float() / 255).to(plan.device)
+    real = to_float(images.get(pick)).to(plan.device)
     row, sheet = objective.validate(real, generator)
     if plan.world.first:
         picture = to_pil_image(make_grid(sheet.cpu(), nrow=8, padding=2, pad_value=1.0))
