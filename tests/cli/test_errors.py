@@ -541,9 +541,7 @@ SECTIONS: dict[str, list[Case]] = {
         case("A JSON file that is none", interpret(masks="labels/broken.json"), "broken.json"),
         case("A JSON file whose images are missing", interpret(masks="labels/missing.json"), "gone.png"),
         case("A JSON file of unknown categories", interpret(masks="labels/category.json"), "categor"),
-        case(
-            "More labels than there are", interpret("--labels", "100"), "100 labelled images", "1 to 8"
-        ),
+        case("More labels than there are", interpret("--labels", "100"), "100 labelled images", "1 to 8"),
         case("No labels at all", interpret(masks=""), "not sorted into at least two subfolders"),
         case("A GAN's maps of images that it did not draw", interpret(teacher="gan"), "samples.json"),
         case("A block that the network does not have", interpret("--blocks", "3", "99"), "has 0 to 9"),
