@@ -34,7 +34,7 @@ from protocol import SETS, Benchmark, load_benchmark, score
 from torch import Tensor, nn
 
 from dreamteacher.data.draws import draw_images
-from dreamteacher.data.labelled import LabelledSet
+from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.data.seeds import device_generator
 from dreamteacher.distill.config import TrainInterpreterConfig
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
@@ -116,7 +116,7 @@ def pixels_in_teacher(task: Task) -> Predictions:
     """DDPM-seg: no student, the teacher itself runs on every test image."""
     segmenter = pixel_classifiers(task)
     test = task.benchmark.test
-    for (ids, _), target in zip(segmenter(test.images), test.masks, strict=True):
+    for (ids, _), target in zip(segmenter(test.images), test.targets, strict=True):
         yield ids.cpu(), target
 
 
@@ -215,7 +215,7 @@ def interpreter_in_teacher(task: Task) -> Predictions:
         with torch.no_grad(), autocast(task.device, "auto"):
             maps = teacher.encode(to_input(test.images[index], task.device), generator=noise)
             logits = resize(network(maps).float(), task.benchmark.size)
-        yield logits.argmax(1).cpu(), test.masks[index]
+        yield logits.argmax(1).cpu(), test.targets[index]
 
 
 OURS = ("feature", "label", "mixed")
@@ -254,7 +254,7 @@ def predictions(model: nn.Module, task: Task) -> Predictions:
     bench, device = task.benchmark, device_of(model)
     for index in torch.arange(len(bench.test.images)).split(32):
         with frozen(model), autocast(device, "auto"):
-            yield model(to_input(bench.test.images[index], device)).argmax(1).cpu(), bench.test.masks[index]
+            yield model(to_input(bench.test.images[index], device)).argmax(1).cpu(), bench.test.targets[index]
 
 
 def peak_mb() -> float:
@@ -273,7 +273,7 @@ def measure(settings: argparse.Namespace, method: str, count: int, seed: int) ->
     task = Task(
         benchmark=bench,
         images=bench.pool.images[drawn],
-        masks=bench.pool.masks[drawn],
+        masks=bench.pool.targets[drawn],
         seed=seed,
         settings=settings,
     )

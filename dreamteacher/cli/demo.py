@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamteacher.data import image_set
-from dreamteacher.data.masks.loaded import load_labelled
+from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
 from dreamteacher.downstream.evaluate import EvaluateConfig, check_config, evaluate_student
 from dreamteacher.downstream.features import labelled_data
@@ -94,7 +94,7 @@ def demo(config: DemoConfig) -> Path:
     classification = labelled_data(
         image_set.load_images(train, (64, 64)), image_set.load_images(test, (64, 64))
     )
-    segmentation = split_masks(load_labelled(lungs, masks, (64, 64), binary=True))
+    segmentation = split_masks(read_masks(lungs, masks, (64, 64), binary=True).load())
 
     runs = {}
     for seed in config.seeds:

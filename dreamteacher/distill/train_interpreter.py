@@ -17,7 +17,8 @@ from torch import Tensor
 from dreamteacher import __version__, metrics
 from dreamteacher.data import batches
 from dreamteacher.data.images import to_float
-from dreamteacher.data.labelled import LabelledSet, draw, read_labelled
+from dreamteacher.data.labelled import draw, read_labelled
+from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.data.seeds import device_generator, step_generator
 from dreamteacher.distill.config import TrainInterpreterConfig
 from dreamteacher.distill.estimate import millions

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from dreamteacher.data.images import IMAGE_SUFFIXES, Size, find_images
+from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.data.layouts.table import Part, check, layout_of
-from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled, load_layout
+from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.downstream.segmentation.few_masks import SegmentationData, split_masks
 from dreamteacher.runtime.errors import UserError
 
@@ -59,14 +60,14 @@ def load_masks(
         binary: masks are black and white.
 
     Raises:
-        UserError: see `labelled.load_labelled` and `masks.load_layout`.
+        UserError: see `data.masks.reader.read_masks`.
     """
 
-    def load(images: Path | None, masks: Path | None, part: Part) -> SegmentationSet:
+    def load(images: Path | None, masks: Path | None, part: Part) -> LabelledSet:
         assert images is not None
-        if masks is None:
-            return load_layout(images, size, part=part, ignore_index=ignore_index, binary=binary)
-        return load_labelled(images, masks, size, ignore_index=ignore_index, binary=binary, absent_ok=True)
+        return read_masks(
+            images, masks, size, ignore_index=ignore_index, binary=binary, absent_ok=True, part=part
+        ).load()
 
     pool = load(images, masks, "train")
     if test_images is not None:
@@ -76,8 +77,6 @@ def load_masks(
     else:
         data = split_masks(pool)
     # A small set may lack the last classes: both take the larger number.
-    larger = max(data.pool, data.test, key=lambda part: part.classes)
-    pool, test = (
-        replace(part, classes=larger.classes, names=larger.names) for part in (data.pool, data.test)
-    )
+    classes = max(data.pool.classes, data.test.classes, key=len)
+    pool, test = (replace(part, classes=classes) for part in (data.pool, data.test))
     return SegmentationData(pool=pool, test=test)

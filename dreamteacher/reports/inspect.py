@@ -20,7 +20,7 @@ from dreamteacher import metrics
 from dreamteacher.data import image_set, seeds
 from dreamteacher.data.draws import draw_labels
 from dreamteacher.data.images import to_float
-from dreamteacher.data.masks.loaded import load_labelled
+from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.downstream.classification.linear import linear
 from dreamteacher.reports.charts import pca_basis, pca_colours
 from dreamteacher.reports.config import InspectConfig
@@ -127,14 +127,16 @@ def _images(config: InspectConfig, teacher: Teacher, size: tuple[int, int]) -> I
         )
     generator = seeds.step_generator(config.seed, 0, "inspect")
     if config.masks is not None:
-        found = load_labelled(config.images, config.masks, size, binary=config.binary_masks, absent_ok=True)
+        found = read_masks(
+            config.images, config.masks, size, binary=config.binary_masks, absent_ok=True
+        ).load()
         pick = torch.randperm(len(found.images), generator=generator)[: config.count]
         if len(pick) <= config.labels:
             raise UserError(
                 f"{len(pick)} images with masks leave none to score beside --labels {config.labels}.",
                 "Give a smaller --labels.",
             )
-        return Images(found.images[pick], masks=found.masks[pick], names=found.names)
+        return Images(found.images[pick], masks=found.targets[pick], names=found.classes)
     folder = image_set.load_images(config.images, size)
     pick = torch.randperm(len(folder), generator=generator)[: config.count]
     classes = folder.labels[pick] if folder.labels is not None else None

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from dreamteacher.data import batches, seeds
 from dreamteacher.data.draws import draw_images, draw_labels
-from dreamteacher.data.labelled import LabelledSet, draw, from_masks
-from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled
+from dreamteacher.data.labelled import draw
+from dreamteacher.data.labelled_set import LabelledSet
+from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.distill.config import MakeLabelsConfig, PretrainConfig, TrainInterpreterConfig
 from dreamteacher.distill.dataset import FeatureBatch
 from dreamteacher.distill.make_labels import make_labels
@@ -305,9 +306,9 @@ def test_one_command_from_images_and_masks_to_a_segmentation_model(
     folder = make_labels(
         MakeLabelsConfig(run=out, images=squares / "images", out=tmp_path / "labels", batch_size=5)
     )
-    truth = load_labelled(squares / "images", squares / "masks", (64, 64), binary=True)
-    found = load_labelled(folder / "images", folder / "masks", (64, 64))
-    assert (found.masks == truth.masks).float().mean() > 0.9
+    truth = read_masks(squares / "images", squares / "masks", (64, 64), binary=True).load()
+    found = read_masks(folder / "images", folder / "masks", (64, 64)).load()
+    assert (found.targets == truth.targets).float().mean() > 0.9
 
 
 @pytest.mark.slow
@@ -457,9 +458,8 @@ def test_labels_and_modes_that_do_not_go_together(
 
 
 def test_memory_of_labels_is_checked_first(squares: Path, config: TrainInterpreterConfig) -> None:
-    found = load_labelled(squares / "images", squares / "masks", (64, 64), binary=True)
-    assert isinstance(found, SegmentationSet)
-    job = prepare(dataclasses.replace(config, dry_run=True), labelled=from_masks(found))
+    found = read_masks(squares / "images", squares / "masks", (64, 64), binary=True).load()
+    job = prepare(dataclasses.replace(config, dry_run=True), labelled=found)
     assert len(job.labelled) == 8
     assert not config.out.exists()
     refused(lambda: prepare(dataclasses.replace(config, width=0)), "--width must be above 0")

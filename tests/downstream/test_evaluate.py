@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from dreamteacher import metrics
 from dreamteacher.data.draws import draw_images, draw_labels
 from dreamteacher.data.image_set import ImageSet
-from dreamteacher.data.masks.loaded import SegmentationSet
+from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.downstream import evaluate, features
 from dreamteacher.downstream import task as task_module
 from dreamteacher.downstream.classification import finetune, linear
@@ -60,7 +60,7 @@ def coloured(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return images.to(torch.uint8), labels
 
 
-def squares(count: int, seed: int) -> SegmentationSet:
+def squares(count: int, seed: int) -> LabelledSet:
     """A bright square (class 1) somewhere on a dark ground (class 0), both noisy."""
     g = generator(seed)
     images = torch.randint(0, 90, (count, 3, SIDE, SIDE), generator=g)
@@ -69,7 +69,7 @@ def squares(count: int, seed: int) -> SegmentationSet:
         y, x = torch.randint(0, SIDE - 16, (2,), generator=g).tolist()
         masks[i, y : y + 16, x : x + 16] = 1
         images[i, :, y : y + 16, x : x + 16] += 130
-    return SegmentationSet(images=images.to(torch.uint8), masks=masks, classes=2, names=("ground", "square"))
+    return LabelledSet(images=images.to(torch.uint8), targets=masks, classes=("ground", "square"))
 
 
 # What needs instances, segments, masks on the disk, or a run with a label head: tested in files of their own.
@@ -389,7 +389,7 @@ def test_only_finetuning_moves_the_backbone(student: Student, masked: Segmentati
         model = few_masks.train_segmenter(
             student,
             masked.pool.images,
-            masked.pool.masks,
+            masked.pool.targets,
             SegmentConfig(steps=2, width=8),
             classes=2,
             freeze=freeze,
@@ -413,7 +413,7 @@ def trained_head(student: Student, masks: Tensor, seed: int = 0) -> Tensor:
 
 
 def test_segmentation_is_reproducible(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
-    masks = squares(6, 1).masks
+    masks = squares(6, 1).targets
     first = trained_head(student, masks)
     assert torch.equal(first, trained_head(student, masks))
     assert not torch.equal(first, trained_head(student, masks, seed=1))
@@ -425,8 +425,8 @@ def test_segmentation_is_reproducible(student: Student, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("freeze", [True, False])
 def test_a_batch_without_any_label_teaches_nothing(student: Student, freeze: bool) -> None:
     data = squares(6, 1)
-    masks = torch.full_like(data.masks, 255)
-    masks[:2] = data.masks[:2]  # most batches of 3 of these 6 hold some; of one pair of images alone, none
+    masks = torch.full_like(data.targets, 255)
+    masks[:2] = data.targets[:2]  # most batches of 3 of these 6 hold some; of one pair of images alone, none
     for labelled in (masks, torch.full_like(masks, 255)):
         model = few_masks.train_segmenter(
             student, data.images, labelled, SegmentConfig(steps=4, batch_size=2, width=8), classes=2,
@@ -436,7 +436,7 @@ def test_a_batch_without_any_label_teaches_nothing(student: Student, freeze: boo
 
 
 def test_ignored_pixels_teach_nothing_and_are_not_scored(student: Student) -> None:
-    masks = squares(6, 1).masks
+    masks = squares(6, 1).targets
     masks[:, :8] = 255
     hidden = trained_head(student, masks)
     masks[:, 8:16] = 255
@@ -557,7 +557,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).mkdir()
     for i in range(12):
         to_pil_image(pairs.images[i]).save(root / "images" / f"{i}.png")
-        to_pil_image((pairs.masks[i] * 255).to(torch.uint8)).save(root / "masks" / f"{i}.png")
+        to_pil_image((pairs.targets[i] * 255).to(torch.uint8)).save(root / "masks" / f"{i}.png")
     return root
 
 

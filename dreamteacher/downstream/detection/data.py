@@ -19,7 +19,16 @@ from torchvision.transforms.v2.functional import resize
 
 from dreamteacher.data.coco.annotations import CocoImage, Rle, instance_mask, read_coco
 from dreamteacher.data.draws import halves
-from dreamteacher.data.images import BadImageError, Size, below, read_header, read_image, read_mask, to_float
+from dreamteacher.data.images import (
+    BadImageError,
+    Size,
+    below,
+    nearest,
+    read_header,
+    read_image,
+    read_mask,
+    to_float,
+)
 from dreamteacher.data.layouts.table import InstanceFiles, instance_files, layout_of
 from dreamteacher.data.masks.pairs import find_pairs
 from dreamteacher.runtime.errors import UserError, shorten
@@ -383,10 +392,7 @@ def example(data: InstanceSet, draw: Draw, longest: int) -> Example:
 def scaled_masks(masks: Sequence[Mask], have: Size, size: Size) -> Tensor:
     """Masks of a picture of size `have` in the scaled picture: uint8 K x H x W, nearest neighbour."""
     result = torch.zeros(len(masks), *size, dtype=torch.uint8)
-    ys, xs = (
-        ((torch.arange(new) + 0.5) * old / new).long().clamp(max=old - 1)
-        for new, old in zip(size, have, strict=True)
-    )
+    ys, xs = (nearest(old, new) for old, new in zip(have, size, strict=True))
     for mask, (top, left, pixels) in zip(result, masks, strict=True):
         height, width = pixels.shape
         rows, columns = (

@@ -44,13 +44,13 @@ def distilled(
     test = data.test
     if model.pooled:
         raise UserError("The run's head labels images, not pixels.", "Use the task distilled-classes.")
-    if test.classes > len(model.classes):
+    if len(test.classes) > len(model.classes):
         raise UserError(
             f"The run's head tells {len(model.classes)} classes of pixels apart.",
             "Give --images and --masks with these classes.",
         )
-    if len(model.classes) > test.classes:  # a small test set may lack the last ones
-        test = replace(test, classes=len(model.classes), names=model.classes)
+    if len(model.classes) > len(test.classes):  # a small test set may lack the last ones
+        test = replace(test, classes=model.classes)
     yield from score_segmenter(model, test, ignore_index, precision=precision, batch_size=batch_size)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from dreamteacher.data.draws import halves
-from dreamteacher.data.masks.loaded import SegmentationSet
+from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.finetune import recalibrate, shuffled_batches, train
 from dreamteacher.downstream.features import device_of, frozen, to_input
@@ -39,16 +39,13 @@ class SegmentationData:
         test: seen by nothing but the final score.
     """
 
-    pool: SegmentationSet
-    test: SegmentationSet
+    pool: LabelledSet
+    test: LabelledSet
 
 
-def split_masks(everything: SegmentationSet, seed: int = 0) -> SegmentationData:
+def split_masks(everything: LabelledSet, seed: int = 0) -> SegmentationData:
     """One half to draw training masks from and one to test on (the larger, of an odd number)."""
-    pool, test = (
-        replace(everything, images=everything.images[index], masks=everything.masks[index])
-        for index in halves(len(everything.images), seed)
-    )
+    pool, test = (everything.take(index) for index in halves(len(everything), seed))
     return SegmentationData(pool=pool, test=test)
 
 
@@ -270,7 +267,7 @@ def score(
 
 def score_segmenter(
     model: nn.Module,
-    test: SegmentationSet,
+    test: LabelledSet,
     ignore_index: int,
     *,
     precision: Precision = "auto",
@@ -282,6 +279,6 @@ def score_segmenter(
     def predictions() -> Iterator[tuple[Tensor, Tensor]]:
         for index in torch.arange(len(test.images)).split(batch_size):
             with frozen(model), autocast(device, precision):
-                yield model(to_input(test.images[index], device)).argmax(1), test.masks[index]
+                yield model(to_input(test.images[index], device)).argmax(1), test.targets[index]
 
-    yield from score(predictions(), test.names, ignore_index)
+    yield from score(predictions(), test.classes, ignore_index)

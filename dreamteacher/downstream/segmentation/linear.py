@@ -57,7 +57,7 @@ def segment_linear(
     drawn = draw_images(len(pool.images), masks, seed)
     columns = _columns(student, pool.images[drawn], precision)
     finest = (columns.shape[-2], columns.shape[-1])
-    coarse = F.interpolate(pool.masks[drawn].float()[:, None], size=finest, mode="nearest-exact")[:, 0]
+    coarse = F.interpolate(pool.targets[drawn].float()[:, None], size=finest, mode="nearest-exact")[:, 0]
     y = coarse.long().flatten().to(columns.device)
     x = columns.movedim(1, 3).flatten(0, 2)
     image = torch.arange(len(drawn), device=x.device).repeat_interleave(finest[0] * finest[1])
@@ -68,8 +68,8 @@ def segment_linear(
     x, y, image = x[keep], y[keep], image[keep]
     mean, deviation = standardisation(x)
     x = (x.double() - mean) / deviation
-    l2 = choose_l2(x, y, image % min(folds, masks), classes=pool.classes, grid=grid)
-    weight, bias = fit_logistic(x, y, classes=pool.classes, l2=l2, tolerance=1e-4)
+    l2 = choose_l2(x, y, image % min(folds, masks), classes=len(pool.classes), grid=grid)
+    weight, bias = fit_logistic(x, y, classes=len(pool.classes), l2=l2, tolerance=1e-4)
     scaled = (weight / deviation).float()
     shift = (bias - (weight / deviation) @ mean).float()
 
@@ -77,10 +77,10 @@ def segment_linear(
         for index in torch.arange(len(test.images)).split(batch_size):
             maps = _columns(student, test.images[index], precision)
             logits = torch.einsum("nchw,kc->nkhw", maps, scaled) + shift[:, None, None]
-            target = test.masks[index]
+            target = test.targets[index]
             yield resize(logits, (target.shape[-2], target.shape[-1])).argmax(1), target
 
-    yield from score(predictions(), pool.names, ignore_index)
+    yield from score(predictions(), pool.classes, ignore_index)
 
 
 def _columns(student: Student, images: Tensor, precision: Precision, batch_size: int = 64) -> Tensor:

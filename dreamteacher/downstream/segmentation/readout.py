@@ -69,7 +69,7 @@ def readout(
         student,
         drawn_files(files, masks, seed),
         training,
-        lambda: FCNHead(student.specs, files.classes, level, config.dropout),
+        lambda: FCNHead(student.specs, len(files.classes), level, config.dropout),
         freeze=True,
         seed=seed,
         precision=precision,

@@ -55,9 +55,9 @@ def segment(
     model = train_segmenter(
         student,
         pool.images[drawn],
-        pool.masks[drawn],
+        pool.targets[drawn],
         config,
-        classes=pool.classes,
+        classes=len(pool.classes),
         freeze=freeze,
         seed=seed,
         ignore_index=ignore_index,

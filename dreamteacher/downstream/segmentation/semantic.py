@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from dreamteacher.data.masks.streamed import SegmentationFiles
+from dreamteacher.data.masks.reader import MaskedImages
 from dreamteacher.downstream.classification.finetune import train
 from dreamteacher.downstream.features import device_of, frozen, to_input
 from dreamteacher.downstream.loop import Saved
@@ -83,7 +83,7 @@ class DenseModel(nn.Module):
 
 def train_dense(
     student: Student,
-    files: SegmentationFiles,
+    files: MaskedImages,
     config: SemanticConfig,
     make_head: Callable[[], nn.Module],
     *,
@@ -112,7 +112,7 @@ def train_dense(
         head = make_head()
         second = None
         if config.auxiliary and not freeze:
-            second = FCNHead(student.specs, files.classes, -min(2, len(student.specs)), config.dropout)
+            second = FCNHead(student.specs, len(files.classes), -min(2, len(student.specs)), config.dropout)
         model = DenseModel(copy.deepcopy(student), head, second).to(device)
         model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         batches = crops(
@@ -222,7 +222,7 @@ def classes_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 def score_files(
     model: nn.Module,
-    files: SegmentationFiles,
+    files: MaskedImages,
     config: SemanticConfig,
     *,
     precision: Precision = "auto",
@@ -234,17 +234,18 @@ def score_files(
         UserError: an image or mask cannot be read any more.
     """
     device = device_of(model)
-    matrix = torch.zeros(files.classes, files.classes, dtype=torch.int64)
+    classes = len(files.classes)
+    matrix = torch.zeros(classes, classes, dtype=torch.int64)
     for image, mask in whole_images(files, config.crops.short_side, workers=workers):
         with frozen(model), autocast(device, precision):
             logits = predict_logits(model, image, config)
         pred = classes_at(logits.float(), (mask.shape[0], mask.shape[1]))[0].cpu()
-        matrix += confusion(pred, mask, files.classes, files.ignore_index)
+        matrix += confusion(pred, mask, classes, files.ignore_index)
     hits, members = matrix.diagonal().double(), matrix.sum(1).double()
     yield "miou", mean_iou(matrix)
     yield "accuracy", float(hits.sum() / members.sum())
     yield "mean_accuracy", float((hits / members).nanmean())
-    for name, iou in zip(files.names, iou_per_class(matrix).tolist(), strict=True):
+    for name, iou in zip(files.classes, iou_per_class(matrix).tolist(), strict=True):
         if iou == iou:
             yield f"iou/{name}", iou
 
@@ -278,7 +279,7 @@ def semantic(
         student,
         files,
         config,
-        lambda: SegmentationHead(student.specs, files.classes, width, dropout, norm=norm),
+        lambda: SegmentationHead(student.specs, len(files.classes), width, dropout, norm=norm),
         freeze=False,
         seed=seed,
         precision=precision,
