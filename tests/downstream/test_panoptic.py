@@ -22,10 +22,9 @@ from dreamteacher.downstream import evaluate
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.detection.config import DetectConfig
 from dreamteacher.downstream.detection.data import Draw
-from dreamteacher.downstream.panoptic.config import PanopticConfig
+from dreamteacher.downstream.panoptic.config import PRESETS, PanopticConfig
 from dreamteacher.downstream.panoptic.merge import merge
 from dreamteacher.downstream.panoptic.train import (
-    PRESETS,
     TASK,
     PanopticData,
     PanopticFPN,
