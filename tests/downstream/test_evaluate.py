@@ -642,9 +642,8 @@ def test_configs_round_trip(folders: Path) -> None:
 def test_wrong_settings_fail_before_anything_is_made(
     folders: Path, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
-    config = on_disk(folders, out=tmp_path / "out", **changes)
     with pytest.raises(UserError, match=message) as caught:
-        evaluate.evaluate(config, log=lambda line: None)
+        evaluate.evaluate(on_disk(folders, out=tmp_path / "out", **changes), log=lambda line: None)
     assert len(str(caught.value).splitlines()) <= 3
     assert not (tmp_path / "out").exists()
 
