@@ -535,7 +535,6 @@ def test_both_parts_have_the_larger_number_of_classes(root: Path, tmp_path: Path
         tmp_path / "masks",
         ignore_index=255,
         binary=False,
-        most=0,
         workers=1,
     )
     assert (len(found.pool.classes), len(found.test.classes)) == (10, 10)
@@ -565,7 +564,7 @@ def test_wrong_settings_fail_before_anything_is_made(
         ({"warmup": 1.0}, "warmup"),
         ({"overlap": -0.1}, "overlap"),
         ({"auxiliary": -1.0}, "auxiliary"),
-        ({"masks": (1,)}, "at least 2"),
+        ({"mask_counts": (1,)}, "at least 2"),
     ],
 )
 def test_settings_are_checked(change: dict[str, object], message: str) -> None:
