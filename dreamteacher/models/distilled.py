@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dreamteacher.models.regressor import LabelHead, Neck, resize
 from dreamteacher.models.student import Student, create_student, recorded_student
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.errors import UserError, first_line
 
 HEAD, REGRESSOR = "head.safetensors", "regressor.safetensors"
 
@@ -96,7 +96,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"'{path}' cannot be read: {str(error).splitlines()[0]}.",
+            f"'{path}' cannot be read: {first_line(error)}.",
             "Give a finished run folder of `dreamteacher pretrain`.",
         ) from None
 
