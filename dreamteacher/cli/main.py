@@ -213,7 +213,7 @@ def run(name: str, arguments: Sequence[str]) -> Any:
     with _no_collections():
         config = parse(named(verb.config), name, arguments, default=_preset(name, arguments))
     result = named(verb.function)(config)
-    if name in ("pretrain", "train-teacher") and result is not None and os.environ.get("RANK", "0") == "0":
+    if name in ("pretrain", "train-teacher") and result is not None:
         from dreamteacher.reports.report import report_after
 
         report_after(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape as esc
@@ -32,7 +33,12 @@ def report(config: ReportConfig) -> Path:
 
 
 def report_after(run: Path) -> Path | None:
-    """The page that a training ends with; what stands in its way is only said, for the run itself is whole."""
+    """The page that a training ends with; what stands in its way is only said, for the run itself is whole.
+
+    Of several processes the first one writes it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return None
     try:
         path = write_report(run, own_code=True)  # what it names was named just now
     except UserError as error:
