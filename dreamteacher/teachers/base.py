@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dreamteacher.data.pictures import Pictures, to_batch
-from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.errors import UserError, first_line
 from dreamteacher.spec import FeatureSpec
 
 STRIDES = (4, 8, 16, 32)
@@ -83,7 +83,11 @@ class Teacher(nn.Module, ABC):
             UserError: for what is no picture, a size that does not divide, a teacher that cannot encode.
         """
         height, width = (size, size) if isinstance(size, int) else size or self.size
-        self.check_size(height, width)
+        try:
+            self.check_size(height, width)
+        except UserError as error:  # its way out is a flag
+            way = f"Give a size of multiples of {self.multiple}, or none for {self.size[0]} x {self.size[1]}."
+            raise UserError(f"{first_line(error, 200)}.", way) from None
         device = next(itertools.chain(self.parameters(), self.buffers()), torch.empty(0)).device
         if generator is None:
             generator = torch.Generator(device).manual_seed(0)
