@@ -15,6 +15,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+from dreamteacher.downstream.tables import headline
+from dreamteacher.downstream.task import find_task
+from dreamteacher.metrics import mean_and_deviation, spread
+
 HERE = Path(__file__).parent
 PLAN = runpy.run_path(str(HERE / "plan.py"))
 TASKS = {
@@ -29,8 +33,6 @@ TASKS = {
     "detect": "Mask R-CNN, mask AP",
     "detect-cascade": "Cascade Mask R-CNN, mask AP",
 }
-HEADLINE = dict.fromkeys(("knn", "linear", "finetune", "linear-sgd", "finetune-full"), "accuracy")
-HEADLINE |= {"detect": "mask_ap", "detect-cascade": "mask_ap"}
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -44,20 +46,19 @@ def results_table(*paths: Path) -> str:
     values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     methods: list[str] = []
     for row in (row for path in paths for row in rows(path)):
-        if row["metric"] == HEADLINE.get(row["task"], "miou"):
+        if row["metric"] == headline(row["task"]):
             values[row["task"], row["labels"], row["method"]].append(float(row["value"]))
             if row["method"] not in methods:
                 methods.append(row["method"])
     lines = [f"| | labels | {' | '.join(methods)} | difference |", "| --- " * (len(methods) + 3) + "|"]
     for task, labels in dict.fromkeys((t, n) for t, n, _ in values):
         cells = [values[task, labels, m] for m in methods]
-        means, spreads = [statistics.mean(c) for c in cells], [statistics.stdev(c) for c in cells]
-        shown = [f"{m:.3f} ± {s:.3f}" for m, s in zip(means, spreads, strict=True)]
+        means, spreads = zip(*map(mean_and_deviation, cells), strict=True)
+        shown = [spread(c) for c in cells]
         shown[means.index(max(means))] = f"**{shown[means.index(max(means))]}**"
-        unit = (
-            "masks" if task.startswith("segment") else "images" if task.startswith("detect") else "per class"
+        amount = (
+            "all" if labels in ("", "None") else f"{labels} {find_task(task).unit.removeprefix('labels ')}"
         )
-        amount = "all" if labels in ("", "None") else f"{labels} {unit}"
         gain = means[-1] - means[0]
         apart = f"{gain / max(spreads):+.1f} deviations" if max(spreads) else ""
         lines.append(f"| {TASKS[task]} | {amount} | {' | '.join(shown)} | {gain:+.3f} ({apart}) |")
@@ -72,7 +73,7 @@ def vit_table(demo: Path, vit: Path) -> str:
     seeds = {row["seed"] for row in own}
     for network, found in (("ResNet-18", rows(demo)), ("ViT", own)):
         for row in found:
-            if row["seed"] in seeds and row["metric"] == HEADLINE.get(row["task"], "miou"):
+            if row["seed"] in seeds and row["metric"] == headline(row["task"]):
                 method, _, token = row["method"].partition(", ")
                 values[network + token, row["task"], row["labels"], method].append(float(row["value"]))
     parts = [f"{n}, {m} | pretraining adds" if m == "DreamTeacher" else f"{n}, {m}" for n in ("ResNet-18", "ViT")
@@ -87,11 +88,11 @@ def vit_table(demo: Path, vit: Path) -> str:
             if not all(pair):
                 cells += ["", "", ""]
                 continue
-            (a, b), spreads = [statistics.mean(p) for p in pair], [statistics.stdev(p) for p in pair]
-            shown = [f"{m:.3f} ± {s:.3f}" for m, s in zip((a, b), spreads, strict=True)]
+            (a, b), spreads = zip(*map(mean_and_deviation, pair), strict=True)
+            shown = [spread(p) for p in pair]
             cells += [*shown, f"{b - a:+.3f} ({(b - a) / max(spreads):+.1f} dev.)"]
         amount = (
-            "all" if labels in ("", "None") else f"{labels} {'masks' if 'segment' in task else 'per class'}"
+            "all" if labels in ("", "None") else f"{labels} {find_task(task).unit.removeprefix('labels ')}"
         )
         name = TASKS[task] + (f", {token}" if token else "")
         lines.append(f"| {name} | {amount} | {' | '.join(cells)} |")
@@ -162,10 +163,10 @@ def transfer_table(path: Path) -> str:
     head = ["", "labels", *methods, "over random", "over the best other", "says", "seeds", "status"]
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for (task, name, labels), found in values.items():
-        stats = {m: (statistics.mean(v), statistics.stdev(v)) for m, v in found.items() if len(v) > 1}
+        stats = {m: mean_and_deviation(v) for m, v in found.items() if len(v) > 1}
         best = max(stats, key=lambda m: stats[m][0])
         cells = [
-            f"{stats[m][0]:.3f} ± {stats[m][1]:.3f}" if m in stats
+            spread(found[m]) if m in stats
             else f"{found[m][0]:.3f} (one seed)" if m in found
             else "not run"
             for m in methods
@@ -189,8 +190,8 @@ def _ahead(stats: dict[str, tuple[float, float]], method: str | None) -> tuple[f
     """DreamTeacher's mean less a method's, and that in deviations."""
     if method not in stats or "DreamTeacher" not in stats:
         return float("nan"), float("nan")
-    (ours, own), (theirs, spread) = stats["DreamTeacher"], stats[method]
-    return ours - theirs, (ours - theirs) / max(own, spread, 1e-9)
+    (ours, own), (theirs, other) = stats["DreamTeacher"], stats[method]
+    return ours - theirs, (ours - theirs) / max(own, other, 1e-9)
 
 
 METHODS = {
@@ -221,11 +222,11 @@ def label_efficient_table(path: Path) -> str:
     for method in (m for m in METHODS if any((m, c) in groups for c in counts)):
         cells, seen = [], [r for c in counts for r in groups.get((method, c), [])]
         for c in counts:
-            mean, spread = _miou(groups[method, c])
-            text = f"{mean:.3f} ± {spread:.3f}"
+            mean, deviation = _miou(groups[method, c])
+            text = f"{mean:.3f} ± {deviation:.3f}"
             cells.append(f"**{text}**" if best[c] == method else text)
             ours, own = _miou(groups["mixed", c])
-            larger = max(spread, own)
+            larger = max(deviation, own)
             cells.append(
                 "" if method == "mixed" else f"{ours - mean:+.3f} ({(ours - mean) / larger:+.1f} dev.)"
             )
@@ -238,11 +239,7 @@ def label_efficient_table(path: Path) -> str:
 
 
 def _miou(group: list[dict[str, str]]) -> tuple[float, float]:
-    return _mean([float(r["miou"]) for r in group])
-
-
-def _mean(values: list[float]) -> tuple[float, float]:
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return mean_and_deviation([float(r["miou"]) for r in group])
 
 
 def interpreter_table(path: Path) -> str:
@@ -314,13 +311,13 @@ def accuracy_table(path: Path) -> str:
         cells, worst = [], 0.0
         base = "online, no flips" if "no flips" in method and "online, no flips" in facts else "online"
         for task in tasks:
-            mean, spread = _mean(values[method, *task])
-            cells.append(f"{mean:.3f} ± {spread:.3f}")
+            mean, deviation = mean_and_deviation(values[method, *task])
+            cells.append(f"{mean:.3f} ± {deviation:.3f}")
             if method.startswith("online"):
                 cells.append("")
                 continue
-            theirs, their_spread = _mean(values[base, *task])
-            apart = (mean - theirs) / max(spread, their_spread, 1e-9)
+            theirs, their_deviation = mean_and_deviation(values[base, *task])
+            apart = (mean - theirs) / max(deviation, their_deviation, 1e-9)
             worst = min(worst, apart)
             cells.append(f"{mean - theirs:+.3f} ({apart:+.1f} dev.)")
         kept = "" if method.startswith("online") else "yes" if worst >= -1 else "no"

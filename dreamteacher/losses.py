@@ -6,7 +6,8 @@ precision from autocast, and in float64 when they come in float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -173,6 +174,35 @@ def feature_loss(
             raise ValueError(f"{len(weights)} level weights for {len(levels)} levels")
         levels = levels * levels.new_tensor(list(weights))
     return FeatureLoss(levels.mean(), mse_levels, at_levels)
+
+
+def total_loss(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The weighted sum of named losses, a scalar.
+
+    Args:
+        losses: scalars. "mse/s4" is the term "mse" of the level "s4": terms of levels are averaged over the levels.
+        weights: of terms; a term without one does not count.
+
+    Source: eq. 3 and 6. Test: equal to `feature_loss` of the same maps, to the last bit.
+
+    Example:
+        >>> losses = {"mse/s4": torch.tensor(1.0), "mse/s8": torch.tensor(3.0), "label": torch.tensor(5.0)}
+        >>> total_loss(losses, {"mse": 1.0, "label": 0.5}).item()
+        4.5
+    """
+    levels: dict[str, Tensor] = {}
+    rest: list[Tensor] = []
+    for name, value in losses.items():
+        term, _, level = name.partition("/")
+        if term not in weights:
+            continue
+        weighted = weights[term] * value
+        if not level:
+            rest.append(weighted)
+        else:
+            levels[level] = levels[level] + weighted if level in levels else weighted
+    parts = [torch.stack(list(levels.values())).mean()] if levels else []
+    return functools.reduce(torch.add, [*parts, *rest])
 
 
 def projected_loss(

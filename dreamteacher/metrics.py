@@ -6,6 +6,7 @@ in float64 whatever comes in. Parity with scikit-learn and with plain loops: `te
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -362,3 +363,24 @@ def panoptic_quality(counts: Tensor, things: Sequence[bool]) -> dict[str, float]
             parts = {"pq": sq * rq, "sq": sq, "rq": rq}
             result |= {f"{name}{ending}": float(value[chosen].mean()) for name, value in parts.items()}
     return result
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample deviation, over seeds for example; the deviation of a single value is 0.
+
+    Example:
+        >>> mean_and_deviation([0.5, 0.75, 1.0])
+        (0.75, 0.25)
+    """
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """The mean ± the sample deviation; of a single value there is none.
+
+    Example:
+        >>> spread([0.5, 0.75, 1.0]), spread([0.5], digits=1)
+        ('0.750 ± 0.250', '0.5')
+    """
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.distributed.share import ALONE, Draws, Share
+from dreamteacher.runtime.distributed.world import ALONE, Draws, World
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.teachers.base import Teacher
+from dreamteacher.teachers.registry import family_of
 
 
 def check_teacher(teacher: Teacher, *, batch: int = 2) -> None:
@@ -42,9 +44,9 @@ def check_teacher(teacher: Teacher, *, batch: int = 2) -> None:
     height, width = teacher.size
     images = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
 
-    def maps(mode: str, seed: int, share: Share = ALONE) -> list[torch.Tensor]:
-        generator = Draws(device, seed, share)
-        some = images[share.rows]
+    def maps(mode: str, seed: int, world: World = ALONE) -> list[torch.Tensor]:
+        generator = Draws(device, seed, world)
+        some = images[world.rows]
         if mode == "encode":
             return teacher.encode(some, generator=generator)
         made, found = teacher.sample(len(some), generator=generator)
@@ -68,11 +70,26 @@ def check_teacher(teacher: Teacher, *, batch: int = 2) -> None:
             assert m.shape == expected, f"{mode}, {spec.name}: {tuple(m.shape)} instead of {expected}"
             assert bool(torch.isfinite(m).all()), f"{mode}, {spec.name}: not finite"
             assert not m.requires_grad, f"{mode}, {spec.name}: carries a gradient"
-        half = Share(1, 2)
+        half = World(1, 2)
         for all_, mine in zip(first, maps(mode, 1, half), strict=True):
             assert torch.allclose(all_[half.rows], mine, rtol=1e-2, atol=1e-3 * float(all_.abs().max())), (
-                f"{mode}: half of a batch must draw its rows: use randn, rand, randint of dreamteacher.runtime.distributed.share"
+                f"{mode}: half of a batch must draw its rows: use randn, rand, randint of dreamteacher.runtime.distributed.world"
             )
+
+
+def tiny_teacher(family: str) -> Teacher:
+    """A teacher of this family (see `teachers.registry.FAMILIES`) with a small network and seeded random weights.
+
+    Raises:
+        KeyError: for a family that is not known.
+
+    Example:
+        >>> tiny_teacher("stylegan2").modes
+        frozenset({'sample'})
+    """
+    found = family_of(family)
+    weights, spec = found.tiny()
+    return found.load(weights, spec, Path("memory"), name=f"tiny-{family}", licence="CC0-1.0")
 
 
 def check_student(student: Student, *, size: tuple[int, int] = (64, 96), batch: int = 2) -> None:

@@ -31,7 +31,7 @@ from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.errors import UserError, did_you_mean
 from dreamteacher.spec import FeatureSpec
-from dreamteacher.teachers.known import KNOWN, fetched
+from dreamteacher.teachers.published.known import KNOWN, fetched
 from dreamteacher.teachers.training.config import TrainTeacherConfig
 
 SETS = ("bedroom", "ffhq", "cat", "horse")

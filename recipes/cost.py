@@ -10,7 +10,7 @@ from dreamteacher.distill.config import PretrainConfig, TrainInterpreterConfig
 from dreamteacher.downstream.classification.finetune_full import recipe_of
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.detection.config import DetectConfig
-from dreamteacher.teachers.known import KNOWN, Shape
+from dreamteacher.teachers.published.known import KNOWN, Shape
 from dreamteacher.teachers.training.config import TrainTeacherConfig
 from dreamteacher.teachers.training.stylegan2 import StyleGan2Preset
 from dreamteacher.teachers.training.train import PRESETS
@@ -25,7 +25,7 @@ BACKBONE_SPEED = 75e12
 # four passes of the generator and nine of the discriminator.
 TRAINING, STYLEGAN2_STEP = 3, 13
 
-# Teachers that `train-teacher` makes; tests compute them anew, as those of `teachers.known`.
+# Teachers that `train-teacher` makes; tests compute them anew, as those of `teachers.published.known`.
 TRAINED: dict[str, Shape] = {
     "adm-bdd100k": Shape((128, 256), {4: 256, 8: 256, 16: 384, 32: 512}, 135.51, 56.34),
     "stylegan2-bdd100k": Shape((512, 1024), {4: 256, 8: 512, 16: 512, 32: 512}, 120.37, 120.37),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cost import BACKBONE_SPEED, DATA_SETS, DENOISER_SPEED, read_csv
 
-from dreamteacher.teachers.known import KNOWN
+from dreamteacher.teachers.published.known import KNOWN
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "reproducing.md"

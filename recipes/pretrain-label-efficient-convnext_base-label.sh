@@ -16,5 +16,5 @@ shift
 first interpreter-label-efficient "$SET"
 dreamteacher get-teacher "$TEACHER" $ONLY_CHECK
 dreamteacher pretrain --images "$IMAGES" --out "$RUNS/pretrain-label-efficient-convnext_base-label-$SET" \
-  --teacher "$TEACHER" --student convnext_base --mode label \
+  --teacher "$TEACHER" --student convnext_base --distill label \
   --interpreter "$RUNS/interpreter-label-efficient-$SET" --t 50 --accumulate 2 --workers 16 "$@"

@@ -16,5 +16,5 @@ shift
 first interpreter-label-efficient "$SET"
 dreamteacher get-teacher "$TEACHER" $ONLY_CHECK
 dreamteacher pretrain --images "$IMAGES" --out "$RUNS/pretrain-label-efficient-resnet101-mixed-$SET" \
-  --teacher "$TEACHER" --student resnet101 --mode mixed \
+  --teacher "$TEACHER" --student resnet101 --distill mixed \
   --interpreter "$RUNS/interpreter-label-efficient-$SET" --t 50 --accumulate 2 --workers 16 "$@"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dreamteacher.models.student import create_student
-from dreamteacher.runtime.distributed.share import randn
+from dreamteacher.runtime.distributed.world import randn
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.registry import load_teacher

@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -27,12 +26,13 @@ import torch.nn.functional as F
 import tyro
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from dreamteacher import __version__
 from dreamteacher.data.image_set import ImageSet, load_images
+from dreamteacher.data.loader import load_ahead
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import Student, create_student
@@ -362,11 +362,7 @@ def train(
         optimizer = torch.optim.AdamW(groups, lr=peak)
     else:
         optimizer = torch.optim.SGD(groups, lr=peak, momentum=0.9)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    loader = DataLoader(
-        Steps(images, config), batch_size=None, sampler=range(total), collate_fn=lambda views: views,
-        num_workers=min(config.workers, cores), generator=torch.Generator(),
-    )  # fmt: skip
+    loader = load_ahead(Steps(images, config), range(total), config.workers)
     model.train()
     start, every = time.perf_counter(), max(1, total // 100)
     for step, views in enumerate(tqdm(loader, config.method, total, disable=None)):

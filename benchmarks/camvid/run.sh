@@ -10,7 +10,7 @@ dreamteacher pretrain --images "$camvid/images/train" --teacher "$runs/camvid-te
 rm -f "$runs/camvid/results.jsonl"
 for init in random "$runs/camvid"; do
   dreamteacher evaluate --student resnet18 --init "$init" --size 64 96 --seeds 0 1 2 --mask-counts 20 \
-    --tasks segment-frozen segment-finetune --out "$runs/camvid" --segment.ignore-index 11 --segment.steps 300 \
+    --tasks segment-frozen segment-finetune --out "$runs/camvid" --ignore-index 11 --segment.steps 300 \
     --images "$camvid/images/train" --masks "$camvid/labels/train" \
     --test-images "$camvid/images/test" --test-masks "$camvid/labels/test"
 done

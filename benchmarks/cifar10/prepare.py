@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreamteacher.downstream.features import draw_labels
+from dreamteacher.data.draws import draw_labels
 from dreamteacher.runtime.errors import UserError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

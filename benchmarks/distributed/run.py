@@ -42,7 +42,7 @@ from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.distributed.group import all_gather_text, broadcast, join
-from dreamteacher.runtime.distributed.share import ALONE, Share
+from dreamteacher.runtime.distributed.world import ALONE, World
 from dreamteacher.runtime.run_folder import Progress
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.registry import load_teacher
@@ -69,19 +69,19 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
 
-    share = join(args.device)
-    bound = bind(share)
+    world = join(args.device)
+    bound = bind(world)
     device = pick_device(args.device)
     teacher = NETWORKS[args.teacher][1](256) if args.teacher in NETWORKS else load_teacher(args.teacher)
     teacher.keep_only("encode")
     teacher.to(device)
-    steps = {kind: stepper(kind, args, share, teacher) for kind in STEPS}
+    steps = {kind: stepper(kind, args, world, teacher) for kind in STEPS}
     acts = {kind: act for kind, (act, _) in steps.items()}
     acts["exchange"] = exchanger(*steps["together"], device)
     times: dict[str, list[list[float]]] = {kind: [] for kind in acts}
     for round_ in range(args.rounds + args.warm):
         for kind, act in acts.items():
-            if share.ranks > 1:
+            if world.ranks > 1:
                 torch.distributed.barrier()  # all begin at once
             begin = time.perf_counter()
             if kind == "alone":
@@ -91,8 +91,8 @@ def main() -> None:
             seconds = (time.perf_counter() - begin) / args.steps
             if round_ >= args.warm:
                 times[kind].append([float(t) for t in all_gather_text(str(seconds))])
-    if share.first:
-        report(args, share, device, bound, times)
+    if world.first:
+        report(args, world, device, bound, times)
 
 
 def work(act: Callable[[], None], steps: int, device: torch.device) -> str:
@@ -104,21 +104,21 @@ def work(act: Callable[[], None], steps: int, device: torch.device) -> str:
     return ""
 
 
-def bind(share: Share) -> str:
+def bind(world: World) -> str:
     """Gives this process a core of its own, where there are enough; says what was done."""
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if len(cores) < share.ranks:
+    if len(cores) < world.ranks:
         return f"{len(cores)} cores, not bound"
-    os.sched_setaffinity(0, {cores[share.rank]})
-    return f"{share.ranks} of {len(cores)} cores, one each"
+    os.sched_setaffinity(0, {cores[world.rank]})
+    return f"{world.ranks} of {len(cores)} cores, one each"
 
 
 def stepper(
-    kind: str, args: argparse.Namespace, share: Share, teacher: Teacher
+    kind: str, args: argparse.Namespace, world: World, teacher: Teacher
 ) -> tuple[Callable[[], None], int]:
     """One pretraining step after the other, of this kind; and how many numbers it trains."""
-    who = share if kind in ("together", "local") else ALONE
+    who = world if kind in ("together", "local") else ALONE
     config = PretrainConfig(
         images=Path("-"), out=Path("-"), teacher=args.teacher, student=args.student, width=args.width,
         batch_size=args.batch_size * who.ranks, batch_norm="local" if kind == "local" else "global",
@@ -126,12 +126,12 @@ def stepper(
     device = next(teacher.parameters()).device
     student = create_student(args.student).to(device)
     regressor = FeatureRegressor(student.specs, teacher.specs, width=args.width).to(device)
-    training = Training(config, student, regressor, steps=10**6, share=who)
+    training = Training(config, student, regressor, steps=10**6, world=who)
     images = noise_images(teacher.size, 2 * config.batch_size)
     batches = data_batches.batches(
-        images, batch_size=config.batch_size, seed=0, first_step=0, last_step=10**6, flip=True, share=who
+        images, batch_size=config.batch_size, seed=0, first_step=0, last_step=10**6, flip=True, world=who
     )
-    stream = dataset.encoded(teacher, batches, seed=0, device=device, precision="auto", share=who)
+    stream = dataset.encoded(teacher, batches, seed=0, device=device, precision="auto", world=who)
     progress = Progress(10**6, 0, config.batch_size, "benchmark")
     index = iter(range(10**6))
 
@@ -166,7 +166,7 @@ def exchanger(together: Callable[[], None], trained: int, device: torch.device) 
 
 def report(
     args: argparse.Namespace,
-    share: Share,
+    world: World,
     device: torch.device,
     bound: str,
     times: dict[str, list[list[float]]],
@@ -180,7 +180,7 @@ def report(
         "apart_over_exchanged": [(a, a + e) for a, e in zip(mean["apart"], mean["exchange"], strict=True)],
     }
     row: dict[str, object] = {
-        "student": args.student, "teacher": args.teacher, "processes": share.ranks,
+        "student": args.student, "teacher": args.teacher, "processes": world.ranks,
         "images_per_process": args.batch_size, "width": args.width,
     }  # fmt: skip
     row |= {f"{k}_ms": f"{1e3 * statistics.median(v):.1f}" for k, v in mean.items()}
@@ -192,7 +192,7 @@ def report(
         "rounds": args.rounds, "steps": args.steps, "device": str(device.type), "cores": bound,
         "precision": str(resolve_precision(device, "auto")).removeprefix("torch."), "torch": torch.__version__,
         "version": __version__, "machine": platform.machine(), "load": f"{BUSY:.2f}",
-        "command": f"torchrun --nproc-per-node {share.ranks} benchmarks/distributed/run.py "
+        "command": f"torchrun --nproc-per-node {world.ranks} benchmarks/distributed/run.py "
         + " ".join(sys.argv[1:]),
     }  # fmt: skip
     for key, value in row.items():

@@ -227,7 +227,7 @@ def life(verb: Verb, out: Path, board: Board) -> int:
 def observe(board: Board) -> None:
     """Makes the steps and saves of this process known on the board."""
     write_one, step_one = checkpoint.atomic_write, distill_step.Training.step
-    teach_one, shard_one = diffusion.DiffusionTrainee.step, store_writer.Writer._write_shard
+    teach_one, shard_one = diffusion.DiffusionObjective.step, store_writer.Writer._write_shard
 
     def atomic_write(path: Path, write: Any) -> None:
         with board.save():
@@ -246,7 +246,7 @@ def observe(board: Board) -> None:
         shard_one(self, index, *rest)
 
     checkpoint.atomic_write, distill_step.Training.step = atomic_write, step  # type: ignore[method-assign]
-    diffusion.DiffusionTrainee.step = teach  # type: ignore[method-assign]
+    diffusion.DiffusionObjective.step = teach  # type: ignore[method-assign]
     store_writer.Writer._write_shard = shard  # type: ignore[method-assign]
 
 

@@ -121,7 +121,7 @@ def main() -> None:
         runs, facts = students(args, kind, images)
         rows = list(evaluate_student(
             lambda seed, runs=runs: create_student(args.student, init=str(runs[seed])), evaluation,
-            method=kind, classification=classification,
+            method=kind, data={"classification": classification},
         ))  # fmt: skip
         print(f"{kind}: {time.perf_counter() - begin:.0f} s", flush=True)
         told = facts | stamp(args) | {"settings": same}

@@ -30,9 +30,9 @@ from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.distributed.device import pick_device
 from dreamteacher.runtime.run_folder import RunDir
 from dreamteacher.teachers.training.config import TrainTeacherConfig
-from dreamteacher.teachers.training.diffusion import PRESETS, DiffusionTrainee, network_spec
+from dreamteacher.teachers.training.diffusion import PRESETS, DiffusionObjective, network_spec
+from dreamteacher.teachers.training.objective import TrainingPlan
 from dreamteacher.teachers.training.train import train_teacher
-from dreamteacher.teachers.training.trainee import Plan
 
 COLLECT = Path(__file__).parent.parent / "collect.py"
 
@@ -91,7 +91,7 @@ def main() -> None:
     for method, init in (("random init", "random"), ("DreamTeacher", str(run))):
         rows += evaluate_student(
             lambda seed, init=init: create_student(args.student, init=init, seed=seed), evaluation, method=method,
-            classification=images,
+            data={"classification": images},
         )  # fmt: skip
     results = args.out / "results.jsonl"
     checkpoint.write_text(results, "".join(json.dumps(row) + "\n" for row in rows))
@@ -117,15 +117,15 @@ def teacher_steps(args: argparse.Namespace) -> int:
     if begun is not None:
         return begun["config"]["steps"]
     preset, device, size = PRESETS[args.preset], pick_device(args.device), (args.size, args.size)
-    plan = Plan(
+    plan = TrainingPlan(
         seed=0, steps=args.teacher_steps, batch_size=args.batch_size, lr=preset.lr, device=device, precision="auto"
     )  # fmt: skip
-    trainee = DiffusionTrainee(preset, network_spec(preset, size, 3, "linear"), plan)
+    objective = DiffusionObjective(preset, network_spec(preset, size, 3, "linear"), plan)
     images = torch.rand(args.batch_size, 3, *size, device=device)
-    float(trainee.step(0, images)["loss"])  # read: a GPU has done what was asked of it
+    float(objective.step(0, images)["loss"])  # read: a GPU has done what was asked of it
     begin = time.perf_counter()
     for step in range(1, 11):
-        loss = trainee.step(step, images)["loss"]
+        loss = objective.step(step, images)["loss"]
     float(loss)
     each = (time.perf_counter() - begin) / 10
     steps = max(1, min(args.teacher_steps, int(60 * args.teacher_minutes / each)))

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from dreamteacher import __version__
-from dreamteacher.data.labelled import LabelledSet
+from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.distill.config import TrainInterpreterConfig
 from dreamteacher.distill.train_interpreter import train_interpreter
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher, build_unet

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dreamteacher.cli.demo import xray_folders
 from dreamteacher.data.images import Size, below, find_images
-from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled
+from dreamteacher.data.labelled_set import LabelledSet
+from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.segmentation.few_masks import split_masks
 from dreamteacher.metrics import confusion
@@ -79,8 +80,8 @@ class Benchmark:
     ignore: int
     size: Size
     unlabelled: Path | None
-    pool: SegmentationSet
-    test: SegmentationSet
+    pool: LabelledSet
+    test: LabelledSet
 
     @property
     def scored(self) -> list[int]:
@@ -144,7 +145,7 @@ def load_benchmark(
         return published_benchmark(name, root, unlabelled=unlabelled, split=split)
     if name == "lungs":
         train, _, images, masks = xray_folders(root)
-        halves = split_masks(load_labelled(images, masks, (64, 64), binary=True))
+        halves = split_masks(read_masks(images, masks, (64, 64), binary=True).load())
         return Benchmark(
             name=name,
             classes=2,
@@ -167,17 +168,15 @@ def _camvid(root: Path | None) -> Benchmark:
     size = (64, 96)
     parts = {}
     for part in ("train", "test"):
-        found = load_labelled(
+        found = read_masks(
             root / "images" / part, root / "labels" / part, size, ignore_index=11, absent_ok=True
-        )
-        if found.classes > len(CAMVID_CLASSES):
+        ).load()
+        if len(found.classes) > len(CAMVID_CLASSES):
             raise UserError(
-                f"The masks in '{root / 'labels' / part}' hold ids up to {found.classes - 1}.",
+                f"The masks in '{root / 'labels' / part}' hold ids up to {len(found.classes) - 1}.",
                 "CamVid has the classes 0 to 10, and 11 for what is ignored.",
             )
-        parts[part] = SegmentationSet(
-            images=found.images, masks=found.masks, classes=len(CAMVID_CLASSES), names=CAMVID_CLASSES
-        )
+        parts[part] = replace(found, classes=CAMVID_CLASSES, paths=(), unpaired=())
     return Benchmark(
         name="camvid", classes=len(CAMVID_CLASSES), ignore=11, size=size, unlabelled=root / "images" / "train",
         pool=parts["train"], test=parts["test"],
@@ -198,26 +197,26 @@ def published_benchmark(
         size: (height, width).
 
     Raises:
-        UserError: see `check_published` and `load_labelled`.
+        UserError: see `check_published` and `data.masks.reader.read_masks`.
     """
     check_published(name, root)
     facts = PUBLISHED[name]
     pool, test = (
         _first(
-            load_labelled(
+            read_masks(
                 folder := root / name / "real" / part, folder, size, ignore_index=facts.ignore,
                 classes=facts.classes, absent_ok=True,
-            ),
+            ).load(),
             count,
         )
         for part, count in (("train", facts.train), ("test", facts.test))
     )  # fmt: skip
     if split:
-        images, masks = torch.cat([pool.images, test.images]), torch.cat([pool.masks, test.masks])
+        images, masks = torch.cat([pool.images, test.images]), torch.cat([pool.targets, test.targets])
         order = torch.randperm(len(images), generator=step_generator(split, 0, "published split"))
         train, held = order[: facts.train].sort().values, order[facts.train :].sort().values
-        pool = replace(pool, images=images[train], masks=masks[train])
-        test = replace(test, images=images[held], masks=masks[held])
+        pool = replace(pool, images=images[train], targets=masks[train], paths=())
+        test = replace(test, images=images[held], targets=masks[held], paths=())
     return Benchmark(
         name=name,
         classes=facts.classes,
@@ -229,8 +228,8 @@ def published_benchmark(
     )
 
 
-def _first(part: SegmentationSet, count: int) -> SegmentationSet:
-    return replace(part, images=part.images[:count], masks=part.masks[:count], unpaired=())
+def _first(part: LabelledSet, count: int) -> LabelledSet:
+    return replace(part.take(torch.arange(min(count, len(part)))), unpaired=())
 
 
 def check_published(name: str, root: Path) -> None:

@@ -33,14 +33,15 @@ from ddpm_seg import PixelConfig, PixelSegmenter, ddpm_seg
 from protocol import SETS, Benchmark, load_benchmark, score
 from torch import Tensor, nn
 
-from dreamteacher.data.labelled import LabelledSet
+from dreamteacher.data.draws import draw_images
+from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.data.seeds import device_generator
 from dreamteacher.distill.config import TrainInterpreterConfig
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
 from dreamteacher.distill.train_interpreter import train_interpreter
 from dreamteacher.downstream.features import device_of, frozen, to_input
 from dreamteacher.downstream.segmentation.config import SegmentConfig
-from dreamteacher.downstream.segmentation.few_masks import draw_masks, train_segmenter
+from dreamteacher.downstream.segmentation.few_masks import train_segmenter
 from dreamteacher.models.distilled import load_distilled, neck_weights
 from dreamteacher.models.interpreter import load_interpreter
 from dreamteacher.models.regressor import resize
@@ -115,7 +116,7 @@ def pixels_in_teacher(task: Task) -> Predictions:
     """DDPM-seg: no student, the teacher itself runs on every test image."""
     segmenter = pixel_classifiers(task)
     test = task.benchmark.test
-    for (ids, _), target in zip(segmenter(test.images), test.masks, strict=True):
+    for (ids, _), target in zip(segmenter(test.images), test.targets, strict=True):
         yield ids.cpu(), target
 
 
@@ -157,11 +158,11 @@ def pretrained(task: Task, mode: str) -> Path:
     with shared(out):
         pretrain(
         PretrainConfig(
-            images=bench.unlabelled, out=out, teacher=args.teacher, student=args.student, mode=mode,  # type: ignore[arg-type]
+            images=bench.unlabelled, out=out, teacher=args.teacher, student=args.student, distill=mode,  # type: ignore[arg-type]
             interpreter=labels, size=bench.size, t=tuple(args.t),
             epochs=args.epochs, warmup_epochs=args.epochs / 10, batch_size=args.pretrain_batch, lr=4e-3,
             width=args.width, label_weight=args.label_weight, flip=not args.no_flip, seed=task.seed, device=args.device, log_every=20,
-            probe_every=0, save_every=1000, keep=1,
+            probe_every=0, save_every=1000, keep_checkpoints=1,
         )
     )  # fmt: skip
     return out
@@ -214,7 +215,7 @@ def interpreter_in_teacher(task: Task) -> Predictions:
         with torch.no_grad(), autocast(task.device, "auto"):
             maps = teacher.encode(to_input(test.images[index], task.device), generator=noise)
             logits = resize(network(maps).float(), task.benchmark.size)
-        yield logits.argmax(1).cpu(), test.masks[index]
+        yield logits.argmax(1).cpu(), test.targets[index]
 
 
 OURS = ("feature", "label", "mixed")
@@ -225,9 +226,9 @@ METHODS: dict[str, Callable[[Task], Predictions]] = {
     "ddpm-seg": pixels_in_teacher,
     "dataset-ddpm": samples_of_teacher,
     "interpreter": interpreter_in_teacher,
-    **{mode: functools.partial(dreamteacher, mode=mode) for mode in OURS},
-    "label-distilled": functools.partial(dreamteacher, mode="label", as_distilled=True),
-    "mixed-distilled": functools.partial(dreamteacher, mode="mixed", as_distilled=True),
+    **{mode: functools.partial(dreamteacher, distill=mode) for mode in OURS},
+    "label-distilled": functools.partial(dreamteacher, distill="label", as_distilled=True),
+    "mixed-distilled": functools.partial(dreamteacher, distill="mixed", as_distilled=True),
 }
 
 
@@ -240,12 +241,10 @@ def finetuned(
 ) -> Predictions:
     """Predictions for the test set after fine-tuning backbone and UPerNet head on images and masks."""
     args, bench = task.settings, task.benchmark
-    config = SegmentConfig(
-        steps=args.steps, batch_size=args.batch_size, flip=not args.no_flip, ignore_index=bench.ignore
-    )
+    config = SegmentConfig(steps=args.steps, batch_size=args.batch_size, flip=not args.no_flip)
     model = train_segmenter(
         student.to(task.device), images, masks, config, classes=bench.classes, freeze=False, seed=task.seed,
-        neck=neck,
+        ignore_index=bench.ignore, neck=neck,
     )  # fmt: skip
     yield from predictions(model, task)
 
@@ -255,7 +254,7 @@ def predictions(model: nn.Module, task: Task) -> Predictions:
     bench, device = task.benchmark, device_of(model)
     for index in torch.arange(len(bench.test.images)).split(32):
         with frozen(model), autocast(device, "auto"):
-            yield model(to_input(bench.test.images[index], device)).argmax(1).cpu(), bench.test.masks[index]
+            yield model(to_input(bench.test.images[index], device)).argmax(1).cpu(), bench.test.targets[index]
 
 
 def peak_mb() -> float:
@@ -270,11 +269,11 @@ def peak_mb() -> float:
 def measure(settings: argparse.Namespace, method: str, count: int, seed: int) -> dict[str, Any]:
     """The row of one method at one number of masks and one seed."""
     bench = load(settings, seed)
-    drawn = draw_masks(len(bench.pool.images), count, seed)
+    drawn = draw_images(len(bench.pool.images), count, seed)
     task = Task(
         benchmark=bench,
         images=bench.pool.images[drawn],
-        masks=bench.pool.masks[drawn],
+        masks=bench.pool.targets[drawn],
         seed=seed,
         settings=settings,
     )
@@ -301,7 +300,7 @@ def check(settings: argparse.Namespace) -> None:
     """Raises UserError for what would fail only after hours."""
     bench = load(settings, 0)
     for count in settings.counts:
-        draw_masks(len(bench.pool.images), count, 0)
+        draw_images(len(bench.pool.images), count, 0)
     needs_teacher = TEACHES & set(settings.methods)
     if needs_teacher and settings.teacher is None:
         raise UserError(

@@ -22,7 +22,8 @@ from dreamteacher import __version__
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
 from dreamteacher.spec import FeatureSpec
-from dreamteacher.teachers.published.cost import measure, stylegan2_macs
+from dreamteacher.teachers.cost import measure
+from dreamteacher.teachers.stylegan2.family import macs as stylegan2_macs
 from dreamteacher.teachers.stylegan2.teacher import StyleGan2Spec
 from dreamteacher.teachers.training.diffusion import PRESETS, network_spec
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from dreamteacher.cli.config import DemoConfig
 from dreamteacher.cli.demo import demo_recipe, xray_folders
 from dreamteacher.data import image_set
-from dreamteacher.data.masks.loaded import load_labelled
+from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
 from dreamteacher.downstream.features import labelled_data
@@ -56,8 +56,10 @@ def main() -> None:
         evaluate_student(
             lambda seed: create_student(demo.student, init=str(runs[seed])), evaluation,
             method="DreamTeacher, StyleGAN2",
-            classification=labelled_data(real, image_set.load_images(test, (64, 64))),
-            segmentation=split_masks(load_labelled(lungs, masks, (64, 64), binary=True)),
+            data={
+                "classification": labelled_data(real, image_set.load_images(test, (64, 64))),
+                "segmentation": split_masks(read_masks(lungs, masks, (64, 64), binary=True).load()),
+            },
         )
     )  # fmt: skip
     checkpoint.write_text(args.out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -98,7 +98,9 @@ class TransferConfig:
     """Only make the tiles of dsb2018."""
     finetune: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(steps=200))
     """As of `dreamteacher evaluate`."""
-    segment: SegmentConfig = field(default_factory=lambda: SegmentConfig(steps=300, ignore_index=11))
+    ignore_index: int = 11
+    """Id in CamVid's masks that is neither learned nor scored."""
+    segment: SegmentConfig = field(default_factory=lambda: SegmentConfig(steps=300))
     """As of `dreamteacher evaluate`; 11 is CamVid's void."""
     detect: DetectConfig = field(
         default_factory=lambda: DetectConfig(
@@ -290,7 +292,7 @@ def evaluated(
         init, seen = pretrained(config, method, seed, images)
         evaluation = EvaluateConfig(
             student=config.student, init=init, method=NAMES[method], size=config.size, seeds=(seed,),
-            finetune=config.finetune, segment=config.segment, device=config.device, workers=config.workers,
+            finetune=config.finetune, segment=config.segment, ignore_index=config.ignore_index, device=config.device, workers=config.workers,
             **settings,
         )  # fmt: skip
         return [{**row, "images_seen": seen, "status": STATUS} for row in evaluate(evaluation)]

@@ -50,13 +50,21 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 HERE = Path(__file__).resolve().parent
-COMMAND = "python benchmarks/unchanged/run.py " + " ".join(sys.argv[1:])
 PRELOADED = (tyro, UNet2DModel)  # here, and not once more for each command
 
 # --- what has got another name since before.json was written -------------------------------------------------
 
 # Verb -> a word of the commands below (a setting or a value) -> what it is now; "" for nothing.
-WORDS: dict[str, dict[str, str]] = {}
+WORDS: dict[str, dict[str, str]] = {
+    "pretrain": {"--mode": "--distill", "--share": "--synthesized-fraction", "mixture": "both"},
+    "evaluate": {
+        "--segment.ignore-index": "--ignore-index",
+        "--semantic.masks": "--semantic.mask-counts",
+        "--readout.masks": "--readout.mask-counts",
+        "--detect.images": "--detect.image-counts",
+        "--panoptic.detect.images": "--panoptic.detect.image-counts",
+    },
+}
 # A metric, task or file as it is called now -> as it was called.
 NAMES: dict[str, str] = {}
 
@@ -88,8 +96,7 @@ MASKS = f"{SCENES} --masks @data/scenes/train/classes"
 TEST_MASKS = "--test-images @data/scenes/test/images --test-masks @data/scenes/test/classes"
 CLASSES = "--train @data/classes/train --test @data/classes/test"
 INTERPRETER = "train-interpreter --epochs 10 --warmup-epochs 2 --width 16 --look-every 5 --out @out"
-TEACHER = "train-teacher --images @data/classes/train --steps 30 --batch-size 8 --sample-every 20 --out @out"
-DIFFUSION = f"{TEACHER} --size 32 32 --sample-every 100"
+TEACHER = "train-teacher --images @data/classes/train --steps 30 --batch-size 8 --size 32 32 --out @out"
 FEATURES = "make-features --images @data/classes/train --channels 16 --fit 2000 --out @out/store"
 STORED = f"{ENCODED} --features @out/store --out @out/run"
 EVALUATE = "evaluate --student test_resnet --size 64 64 --seeds 0 --out @out"
@@ -162,11 +169,10 @@ CASES: dict[str, Case] = {
         "make-labels --teacher chest-xray-gan-64 --samples 12 --out @out/samples",
     )),
     # Teachers of one's own.
-    "teacher-diffusion": Case((DIFFUSION,)),
-    "teacher-cosine-rgb": Case((f"{DIFFUSION} --schedule cosine --channels rgb --no-flip --steps 5",)),
+    "teacher-diffusion": Case((TEACHER,)),
     "teacher-stylegan2": Case((f"{TEACHER} --preset stylegan2-cpu-64",)),
-    "teacher-ada": Case((f"{TEACHER} --preset stylegan2-cpu-64 --ada 0.6 --gamma 1 --steps 20",)),
-    "teacher-stopped": Case((DIFFUSION,) * 2, ("12 SIGTERM", ""), like="teacher-diffusion"),
+    "teacher-ada": Case((f"{TEACHER} --preset stylegan2-cpu-64 --ada 0.6 --gamma 1 --channels rgb --no-flip --steps 20",)),
+    "teacher-stopped": Case((TEACHER,) * 2, ("12 SIGTERM", ""), like="teacher-diffusion"),
     "teacher-used": Case((f"{ENCODED} --teacher @teacher-diffusion --epochs 1 --out @out",)),
     # What a backbone is worth.
     "probes": Case((f"{EVALUATE} --init @feature {CLASSES} --tasks knn linear finetune --labels 4 8 --finetune.steps 30",)),
@@ -436,7 +442,7 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any] | No
 def write(path: Path, head: dict[str, Any], cases: dict[str, dict[str, Any]]) -> None:
     """One JSON file, with a line for each part of a case."""
     rows = []
-    for name, found in cases.items():
+    for name, found in sorted(cases.items(), key=lambda case: list(CASES).index(case[0])):
         parts = [f'  "{key}": {json.dumps(value)}' for key, value in found.items()]
         rows.append(f' "{name}": {{\n' + ",\n".join(parts) + "\n }")
     text = json.dumps(head, indent=1).removesuffix("\n}") + ',\n "cases": {\n' + ",\n".join(rows) + "\n}}\n"
@@ -459,6 +465,11 @@ def main() -> int:
 
     old = json.loads(args.compare.read_text()) if args.compare else None
     here, good, kept, seconds = environment(), True, {}, {}
+    if args.write and args.only and args.write.exists():  # the other cases stay
+        there = json.loads(args.write.read_text())
+        if there["environment"] != here:
+            parser.error(f"{args.write} is of another environment")
+        kept, seconds = there["cases"], there["cpu_seconds"]
     if old:
         for key in (key for key in here if old["environment"].get(key) != here[key]):
             print(f"Other environment, bits may differ: {key}: {old['environment'].get(key)} -> {here[key]}")
@@ -469,7 +480,7 @@ def main() -> int:
             continue
         kept[name] = found
         if args.write:
-            write(args.write, {"environment": here, "command": COMMAND, "cpu_seconds": seconds}, kept)
+            write(args.write, {"environment": here, "cpu_seconds": seconds}, kept)
         if old is None:
             print(f"{name}: {len(found['values'])} values, {len(found['updates'])} updates, "
                   f"{len(found['files'])} files, {spent:.0f} s, {seconds[name]:.1f} s of a CPU", flush=True)  # fmt: skip

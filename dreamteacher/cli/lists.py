@@ -19,7 +19,9 @@ from dreamteacher.runtime.errors import UserError
 
 CORE = ("torch", "torchvision", "timm", "diffusers", "safetensors", "pillow", "tyro", "tqdm")
 EXTRAS = {
-    "tensorboard": "pretrain --tensorboard",
+    "tensorboard": "--log-to tensorboard",
+    "wandb": "--log-to wandb",
+    "mlflow": "--log-to mlflow",
     "huggingface_hub": "get-teacher, of teachers on the model hub",
     "transformers": "get-teacher, of Stable Diffusion",
     "faster_coco_eval": "evaluate, of detection",
@@ -51,7 +53,7 @@ def print_list(config: ListConfig) -> None:
             ]
             lines += [f"evaluate      {name:24} {preset.what}" for name, preset in EVALUATE.items()]
         case "tasks":
-            from dreamteacher.downstream.evaluate import TASKS
+            from dreamteacher.downstream.tasks import TASKS
 
             lines = list(TASKS)
     found = [line for line in lines if config.filter in line]
@@ -96,15 +98,15 @@ def _levels(levels: Mapping[int, int]) -> str:
 
 def _teachers() -> list[str]:
     """Embedded, fetched and published teachers; no weights are read."""
-    from dreamteacher.teachers.known import KNOWN, fetched
-    from dreamteacher.teachers.registry import EMBEDDED
+    from dreamteacher.teachers.published.known import KNOWN, fetched
+    from dreamteacher.teachers.registry import EMBEDDED, families_by_kind
 
-    here = fetched()
+    here, families = fetched(), families_by_kind()
     rows = [_from_card(name, folder, "embedded") for name, folder in EMBEDDED.items()]
     rows += [_from_card(name, folder, "fetched") for name, folder in here.items()]
     rows += [
         _Row(
-            name, "not fetched", known.family, known.modes, known.shape.levels, known.shape.size,
+            name, "not fetched", families[known.kind], known.modes, known.shape.levels, known.shape.size,
             (known.shape.gmacs_full, known.shape.gmacs_levels), known.licence,
         )
         for name, known in KNOWN.items()
@@ -138,7 +140,7 @@ def _from_card(name: str, folder: Path, status: str) -> _Row:
     if "levels" in card and "gmacs" in card:
         levels = {int(stride): channels for stride, channels in card["levels"].items()}
         return _Row(name, status, card["family"], card["modes"], levels, size, tuple(card["gmacs"]), licence)
-    from dreamteacher.teachers.published.cost import measure
+    from dreamteacher.teachers.cost import measure
 
     cost = measure(card["family"], read_spec(folder, card))
     return _Row(
@@ -148,7 +150,7 @@ def _from_card(name: str, folder: Path, status: str) -> _Row:
 
 def teacher_table() -> str:
     """The published teachers as a Markdown table, for docs/teachers.md."""
-    from dreamteacher.teachers.known import KNOWN
+    from dreamteacher.teachers.published.known import KNOWN
 
     lines = [
         "| name | what | modes | stride: channels | t | GMACs whole / needed | download | licence | in the paper |",

@@ -166,9 +166,11 @@ def _main(arguments: list[str]) -> int:
         print(f"dreamteacher {__version__}")
         return 0
     from dreamteacher.runtime.errors import UserError
+    from dreamteacher.runtime.signals import signals_handled
 
     try:
-        run(arguments[0], arguments[1:])
+        with signals_handled():
+            run(arguments[0], arguments[1:])
         sys.stdout.flush()  # a full disk or a reader that went away shows here, not at the exit
     except UserError as error:
         return _report(str(error), error)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dreamteacher.data.image_set import ImageSet, _decode, _Decoded
+from dreamteacher.data.images import to_float
+from dreamteacher.data.loader import load_ahead
 from dreamteacher.data.seeds import step_generator
-from dreamteacher.runtime.distributed.share import ALONE, Share
+from dreamteacher.runtime.distributed.world import ALONE, World
 from dreamteacher.runtime.errors import UserError
 
 
@@ -44,13 +45,6 @@ def flip_images(images: Tensor, flips: Tensor) -> Tensor:
     return mirrored
 
 
-def to_float(pixels: Tensor) -> Tensor:
-    """uint8 N x 3 x H x W as float32 in [0, 1], channels last; floats stay as they are."""
-    if pixels.is_floating_point():
-        return pixels
-    return pixels.to(torch.float32, memory_format=torch.channels_last).div_(255)
-
-
 def batches(
     images: ImageSet,
     *,
@@ -60,7 +54,7 @@ def batches(
     last_step: int,
     flip: bool,
     workers: int = 0,
-    share: Share = ALONE,
+    world: World = ALONE,
     raw: bool = False,
 ) -> Iterator[Batch]:
     """Batches of steps `first_step` to `last_step` - 1, over as many epochs as that takes.
@@ -72,7 +66,7 @@ def batches(
     Args:
         flip: mirror each image with probability 1/2.
         workers: processes that decode when the set has no cache; 0: this one.
-        share: whose rows of each batch are read and given.
+        world: whose rows of each batch are read and given.
         raw: leave `to_float` to whoever has the images on a device: a quarter of the bytes to copy.
 
     Raises:
@@ -84,7 +78,7 @@ def batches(
             f"Use a batch size of 1 to {len(images)}.",
         )
     steps = range(first_step, last_step)
-    return _batches(images, batch_size, seed, steps, flip, workers, share, raw)
+    return _batches(images, batch_size, seed, steps, flip, workers, world, raw)
 
 
 _GONE = (
@@ -114,16 +108,12 @@ def _batches(
     steps: range,
     flip: bool,
     workers: int,
-    share: Share,
+    world: World,
     raw: bool,
 ) -> Iterator[Batch]:
     stream: Iterable[_Decoded] = ()
     if images.cache is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        stream = DataLoader(
-            _Steps(images, batch_size, seed, share), batch_size=None, sampler=steps, num_workers=min(workers, cores),
-            collate_fn=_as_it_is, generator=torch.Generator(),
-        )  # fmt: skip
+        stream = load_ahead(_Steps(images, batch_size, seed, world), steps, workers)
     decoded = iter(stream)
     for step in steps:
         if images.cache is None:
@@ -137,24 +127,20 @@ def _batches(
                     decoded._shutdown_workers()  # type: ignore[attr-defined]
                 raise died from None
         else:
-            index = batch_indices(len(images), batch_size=batch_size, seed=seed, step=step)[share.rows]
+            index = batch_indices(len(images), batch_size=batch_size, seed=seed, step=step)[world.rows]
             pixels = images.get(index)
         if flip:
             flips = torch.rand(batch_size, generator=step_generator(seed, step, "flip")) < 0.5
-            pixels = flip_images(pixels, flips[share.rows])
-        yield Batch(pixels if raw else to_float(pixels), index, step)
+            pixels = flip_images(pixels, flips[world.rows])
+        yield Batch(pixels if raw else to_float(pixels, torch.channels_last), index, step)
 
 
 class _Steps(Dataset[_Decoded]):
     """Item k is what step k shows: a loader that begins at any step needs no history."""
 
-    def __init__(self, images: ImageSet, batch_size: int, seed: int, share: Share) -> None:
-        self.images, self.batch_size, self.seed, self.share = images, batch_size, seed, share
+    def __init__(self, images: ImageSet, batch_size: int, seed: int, world: World) -> None:
+        self.images, self.batch_size, self.seed, self.world = images, batch_size, seed, world
 
     def __getitem__(self, step: int) -> _Decoded:
         index = batch_indices(len(self.images), batch_size=self.batch_size, seed=self.seed, step=step)
-        return _decode(self.images, index[self.share.rows].tolist(), own_class=False)
-
-
-def _as_it_is(decoded: Any) -> Any:
-    return decoded
+        return _decode(self.images, index[self.world.rows].tolist(), own_class=False)

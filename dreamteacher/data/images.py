@@ -190,6 +190,9 @@ def read_mask(path: ImageFile, size: Size | None, *, binary: bool = False) -> Te
 def scale_mask(ids: Tensor, size: Size) -> Tensor:
     """Class ids H x W (within 32 bits), brought to `size` by nearest neighbour, cropped as `read_image` crops.
 
+    By PIL, as `read_mask` does it: it adds up its steps, so that where a place lies between two pixels it may take
+    the other one than `nearest`.
+
     Example:
         >>> scale_mask(torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]]), (2, 2)).tolist()
         [[1, 2], [5, 6]]
@@ -197,6 +200,23 @@ def scale_mask(ids: Tensor, size: Size) -> Tensor:
     image = Image.fromarray(ids.to(torch.int32).contiguous().numpy())
     height, width = ids.shape
     return _pixels(_scale(image, (height, width), 1, size, Image.Resampling.NEAREST))[0].long()
+
+
+def nearest(have: int, whole: int, first: int = 0, count: int | None = None) -> Tensor:
+    """The pixels, of `have` along a side, that are nearest to those of the side scaled to `whole`.
+
+    Args:
+        have: pixels along the side.
+        whole: pixels along the scaled side.
+        first: of the scaled side, where the part that is wanted begins.
+        count: its length; None: all that is left.
+
+    Example:
+        >>> nearest(4, 2).tolist(), nearest(2, 4, 1, 2).tolist()
+        ([1, 3], [0, 1])
+    """
+    places = torch.arange(whole - first if count is None else count, dtype=torch.float64) + first
+    return ((places + 0.5) * have / whole).long().clamp(max=have - 1)
 
 
 def read_channels(path: ImageFile) -> Tensor:
@@ -405,3 +425,19 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
         return
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def to_float(pixels: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
+    """uint8 pixels as floats (torch's default: float32) in [0, 1], where they are; floats stay as they are.
+
+    Args:
+        pixels: of any shape.
+        memory_format: of the result; `torch.channels_last` is what convolutions are quickest with.
+
+    Example:
+        >>> to_float(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist()
+        [0.0, 0.20000000298023224, 1.0]
+    """
+    if pixels.is_floating_point():
+        return pixels
+    return pixels.to(torch.get_default_dtype(), memory_format=memory_format).div_(255)

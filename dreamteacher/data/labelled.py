@@ -3,57 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dreamteacher.data import image_set
-from dreamteacher.data.layouts.table import MASKS, layout_of
-from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled, load_layout
-from dreamteacher.data.seeds import step_generator
+from dreamteacher.data.draws import draw_images, draw_labels
+from dreamteacher.data.labelled_set import LabelledSet
+from dreamteacher.data.layouts.table import has_masks
+from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.runtime.config import parse_json
 from dreamteacher.runtime.errors import UserError, shorten
 
 SAMPLES = "samples.json"  # beside images that a teacher drew: whose they are, and the seed of each
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelledSet:
-    """Images with labels, decoded in memory.
-
-    Args:
-        images: uint8 N x 3 x H x W.
-        targets: class ids, N x H x W (masks) or N (one an image).
-        classes: their names in id order.
-        seeds: int64 N of samples whose maps the teacher draws again, as it cannot encode; else None.
-    """
-
-    images: Tensor
-    targets: Tensor
-    classes: tuple[str, ...]
-    seeds: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def pooled(self) -> bool:
-        """One label an image."""
-        return self.targets.ndim == 1
-
-    def take(self, index: Tensor) -> LabelledSet:
-        """Some of them (int64 K)."""
-        seeds = None if self.seeds is None else self.seeds[index]
-        return LabelledSet(
-            images=self.images[index], targets=self.targets[index], classes=self.classes, seeds=seeds
-        )
-
-
-def from_masks(found: SegmentationSet) -> LabelledSet:
-    """A segmentation set as labelled images."""
-    return LabelledSet(images=found.images, targets=found.masks, classes=found.names)
 
 
 def read_labelled(
@@ -71,7 +35,7 @@ def read_labelled(
 
     Args:
         images: a folder; without masks one subfolder per class. Or LAYOUT:ROOT, with the masks of a layout that has any.
-        masks: see `labelled.load_labelled`; None: classes.
+        masks: see `masks.reader.read_masks`; None: classes.
         size: (height, width) that images and masks are brought to.
         binary, ignore_index, classes, absent_ok: of masks.
         seeded: the images are a teacher's samples, which it draws again: their seeds are read too.
@@ -80,7 +44,7 @@ def read_labelled(
         UserError: for labels that are missing, damaged or do not fit, before anything is trained.
     """
     if masks is not None:
-        found = load_labelled(
+        found = read_masks(
             images,
             masks,
             size,
@@ -88,12 +52,10 @@ def read_labelled(
             binary=binary,
             classes=classes,
             absent_ok=absent_ok,
-        )
-        seeds = read_seeds(images, found.paths) if seeded else None
-        return replace(from_masks(found), seeds=seeds)
-    layout = layout_of(images)
-    if layout is not None and layout[0] in MASKS:
-        return from_masks(load_layout(images, size, ignore_index=ignore_index, binary=binary))
+        ).load()
+        return replace(found, seeds=read_seeds(images, found.paths) if seeded else None)
+    if has_masks(images):
+        return read_masks(images, None, size, ignore_index=ignore_index, binary=binary).load()
     folder = image_set.load_images(images, size)
     if folder.labels is None:
         raise UserError(
@@ -141,23 +103,9 @@ def draw(labelled: LabelledSet, count: int | None, seed: int) -> tuple[LabelledS
     if count is None:
         return labelled, labelled.take(every[:0])
     if labelled.pooled:
-        generator, parts = step_generator(seed, 0, "labels"), []
-        for c, name in enumerate(labelled.classes):
-            members = (labelled.targets == c).nonzero().flatten()
-            if not 1 <= count <= len(members):
-                raise UserError(
-                    f"--labels {count} per class asked for; the class '{name}' has {len(members)} images.",
-                    "Ask for another number.",
-                )
-            parts.append(members[torch.randperm(len(members), generator=generator)[:count]])
-        index = torch.cat(parts).sort().values
+        index = draw_labels(labelled.targets, count, classes=labelled.classes, seed=seed)
     else:
-        if not 1 <= count <= len(labelled):
-            raise UserError(
-                f"--labels {count} asked for; {len(labelled)} images have masks.", "Ask for another number."
-            )
-        order = torch.randperm(len(labelled), generator=step_generator(seed, 0, "masks"))
-        index = order[:count].sort().values
+        index = draw_images(len(labelled), count, seed, least=1)
     rest = torch.ones(len(labelled), dtype=torch.bool)
     rest[index] = False
     return labelled.take(index), labelled.take(every[rest])

@@ -35,7 +35,7 @@ _TYPES = {
 }  # fmt: skip
 
 
-class _Layout(NamedTuple):
+class _Array(NamedTuple):
     size: Size
     code: str  # kind and bytes: u1
     big_endian: bool
@@ -50,7 +50,7 @@ def read_npy_header(path: Path) -> Header:
         BadImageError: it is no .npy file, cut off, or holds anything but whole numbers in two dimensions.
     """
     with _open(path) as file:
-        return Header(_layout(path, file).size, "L", "NPY")
+        return Header(_header(path, file).size, "L", "NPY")
 
 
 def read_npy(path: Path) -> Tensor:
@@ -60,20 +60,20 @@ def read_npy(path: Path) -> Tensor:
         BadImageError: as `read_npy_header`; and ids that need more than 32 bits.
     """
     with _open(path) as file:
-        layout = _layout(path, file)
-        file.seek(layout.start)
+        array = _header(path, file)
+        file.seek(array.start)
         content = bytearray(file.read())
-    width = int(layout.code[1])
-    if len(content) != math.prod(layout.size) * width:
+    width = int(array.code[1])
+    if len(content) != math.prod(array.size) * width:
         raise BadImageError(path, "truncated")
     raw = torch.frombuffer(content, dtype=torch.uint8).view(-1, width)
-    if layout.big_endian:
+    if array.big_endian:
         raw = raw.flip(1)
-    ids = raw.contiguous().view(_TYPES[layout.code]).long().flatten()
-    least = 0 if layout.code == "u8" else -(2**31)  # unsigned ones beyond 63 bits look negative
+    ids = raw.contiguous().view(_TYPES[array.code]).long().flatten()
+    least = 0 if array.code == "u8" else -(2**31)  # unsigned ones beyond 63 bits look negative
     if ids.min() < least or ids.max() >= 2**31:
         raise BadImageError(path, "class ids that need more than 32 bits")
-    return ids.view(layout.size[::-1]).t().contiguous() if layout.by_columns else ids.view(layout.size)
+    return ids.view(array.size[::-1]).t().contiguous() if array.by_columns else ids.view(array.size)
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -85,7 +85,7 @@ def _open(path: Path) -> IO[bytes]:
         raise BadImageError(path, error.strerror or "it cannot be opened") from None
 
 
-def _layout(path: Path, file: IO[bytes]) -> _Layout:
+def _header(path: Path, file: IO[bytes]) -> _Array:
     """Parses the header: magic, version, its length, and a dictionary in Python's notation."""
     total = os.fstat(file.fileno()).st_size
     if total == 0:
@@ -117,4 +117,4 @@ def _layout(path: Path, file: IO[bytes]) -> _Layout:
     rest = total - skip - length - math.prod(size) * int(width)
     if rest:
         raise BadImageError(path, "truncated" if rest < 0 else f"{rest} bytes too many")
-    return _Layout(size, kind + width, order == ">", columns == "True", skip + length)
+    return _Array(size, kind + width, order == ">", columns == "True", skip + length)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreamteacher.data.images import BadImageError, from_pil, read_image
+from dreamteacher.data.images import BadImageError, from_pil, read_image, to_float
 from dreamteacher.runtime.errors import UserError
 
 Picture: TypeAlias = str | os.PathLike[str] | Image.Image | Tensor
@@ -55,7 +55,7 @@ def _one(picture: Picture, size: tuple[int, int]) -> Tensor:
             )
     except BadImageError as error:
         raise UserError(f"'{error.path}' is no picture: {error.reason}.", "Give another one.") from None
-    return pixels.unsqueeze(0).float() / 255
+    return to_float(pixels.unsqueeze(0))
 
 
 def _tensor(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -65,7 +65,7 @@ def _tensor(images: Tensor, size: tuple[int, int]) -> Tensor:
             f"A tensor of shape {tuple(images.shape)} is no picture.",
             "Give C x H x W or N x C x H x W, with one or three channels.",
         )
-    x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+    x = to_float(x) if x.dtype == torch.uint8 else x.float()
     low, high = x.aminmax()
     if not (low >= 0 and high <= 1):
         raise UserError(

@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-from dreamteacher.runtime.distributed.share import ALONE, Draws, Share
+from dreamteacher.runtime.distributed.world import ALONE, Draws, World
 
 
 def step_generator(seed: int, step: int, stream: str = "") -> torch.Generator:
@@ -16,7 +16,7 @@ def step_generator(seed: int, step: int, stream: str = "") -> torch.Generator:
 
 
 def device_generator(
-    seed: int, step: int, stream: str, device: torch.device, share: Share = ALONE
+    seed: int, step: int, stream: str, device: torch.device, world: World = ALONE
 ) -> torch.Generator:
     """The random numbers of one step on `device`: the same for a run and its resumption, for one process and many."""
-    return Draws(device, step_generator(seed, step, stream).initial_seed(), share)
+    return Draws(device, step_generator(seed, step, stream).initial_seed(), world)

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dreamteacher.runtime.settings import BatchNorm, Compile, OptimizerName, Precision, Sharding
+from dreamteacher.runtime.settings import BatchNorm, Compile, LoggerName, OptimizerName, Precision, Sharding
 from dreamteacher.spec import AtReduction, Noise, WhitenAxes
 
-Mode = Literal["feature", "label", "mixed"]
+Distill = Literal["feature", "label", "mixed"]
 What = Literal["maps", "latents"]
 Keep = Literal["pca", "random", "whitened", "all"]
 Storage = Literal["int8", "float16", "float32"]
-DatasetKind = Literal["encoded", "synthesized", "mixture"]
+DatasetKind = Literal["encoded", "synthesized", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class PretrainConfig:
     """A name of `list teachers`, a folder made by `train-teacher` or `get-teacher`, or FILE.py:FUNCTION."""
     student: str = "resnet50"
     """timm name of the backbone: any family with a pyramid of maps, or a plain ViT (vit_*, deit_*, eva*)."""
-    mode: Mode = "feature"
+    distill: Distill = "feature"
     """feature: the teacher's maps alone, no labels; label: an interpreter's soft labels alone; mixed: both (eq. 6)."""
     interpreter: Path | None = None
     """For label and mixed: a folder that `train-interpreter` made."""
@@ -85,11 +85,11 @@ class PretrainConfig:
     init: str = "random"
     """random, imagenet (timm's weights) or a file or run folder to start from."""
     dataset: DatasetKind = "encoded"
-    """encoded: maps of real images; synthesized: the teacher's own images and maps; mixture: some of each."""
+    """encoded: maps of real images; synthesized: the teacher's own images and maps; both: some of each."""
     features: Path | None = None
     """A folder that `make-features` made of these images: read, instead of running the teacher at every step."""
-    share: float = 0.5
-    """Of a mixture: the share of each batch that the teacher makes."""
+    synthesized_fraction: float = 0.5
+    """Of a dataset that is both: the fraction of each batch that the teacher makes."""
     samples: int = 50_000
     """Images that make an epoch of a synthesized dataset."""
     size: tuple[int, int] | None = None
@@ -152,8 +152,10 @@ class PretrainConfig:
     probe_every: int = 500
     """Steps between RankMe and kNN; 0: only at the end."""
     save_every: int = 200
-    """Steps between checkpoints."""
-    keep: int = 2
+    """Steps between checkpoints; 0: by minutes alone."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints, beside --save-every; 0: by steps alone."""
+    keep_checkpoints: int = 2
     """Checkpoints kept."""
     workers: int = 2
     """Processes or threads that decode images."""
@@ -163,8 +165,8 @@ class PretrainConfig:
     """Stop before the first step when any image is damaged."""
     dry_run: bool = False
     """Only print parameters, steps, memory, time and disk."""
-    tensorboard: bool = False
-    """Also write TensorBoard files (extra: dreamteacher[tensorboard])."""
+    log_to: tuple[LoggerName, ...] = ()
+    """Services that the log also goes to; each is an extra of its name (pip install 'dreamteacher[wandb]')."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +210,11 @@ class TrainInterpreterConfig(InterpreterTraining):
     precision: Precision = "auto"
     """Autocast dtype; auto: bfloat16 where the hardware has it."""
     save_every: int = 200
-    """Steps between checkpoints."""
+    """Steps between checkpoints; 0: by minutes alone."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints, beside --save-every; 0: by steps alone."""
+    log_to: tuple[LoggerName, ...] = ()
+    """Services that the log also goes to; each is an extra of its name (pip install 'dreamteacher[wandb]')."""
     dry_run: bool = False
     """Only check and print what would be done."""
 
@@ -276,7 +282,7 @@ class MakeLabelsConfig:
     interpreter: Path | None = None
     """A folder of `train-interpreter`: it labels what its teacher sees or draws."""
     run: Path | None = None
-    """Or a run of `pretrain --mode label` or `mixed`: its student labels images, without the teacher."""
+    """Or a run of `pretrain --distill label` or `mixed`: its student labels images, without the teacher."""
     teacher: str | None = None
     """Or neither, and a teacher: its samples are drawn to be annotated."""
     images: Path | None = None

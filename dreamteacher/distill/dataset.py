@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from dreamteacher.data import batches as data_batches
 from dreamteacher.data import image_set
+from dreamteacher.data.images import to_float
 from dreamteacher.data.seeds import device_generator
 from dreamteacher.distill.store.items import Kept, unpack
 from dreamteacher.distill.store.reader import FeatureStore
 from dreamteacher.losses import FeatureLoss, feature_loss, projected_loss, whiten
+from dreamteacher.runtime import memory
 from dreamteacher.runtime.distributed.device import autocast
-from dreamteacher.runtime.distributed.share import ALONE, Share
+from dreamteacher.runtime.distributed.world import ALONE, World
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.prefetch import Copies, Sent, prefetch
 from dreamteacher.runtime.settings import Precision
@@ -43,7 +46,7 @@ class FeatureBatch(NamedTuple):
         return whiten(self.maps[level], axes) if self.kept is None else self.maps[level]
 
     def split(self, count: int) -> list[FeatureBatch]:
-        """`count` parts, images `i`, `i + count`, `i + 2 count` ...: so that each has a share of a mixture's kinds."""
+        """`count` parts, images `i`, `i + count`, `i + 2 count` ...: so that each has some of both kinds."""
         if count == 1:
             return [self]
         return [self._rows(slice(i, None, count)) for i in range(count)]
@@ -62,6 +65,89 @@ class FeatureBatch(NamedTuple):
 Stream = Generator[FeatureBatch, None, None]
 
 
+@dataclass
+class Part:
+    """What a step works on at once: a batch, or a part of one where memory or --accumulate asks for it.
+
+    Args:
+        batch: images and the teacher's maps.
+        divisor: what the mean over this part is divided by, so that the parts add up to the mean over the batch.
+        last: whether no further part of the step follows.
+        maps: the student's, once they are made.
+    """
+
+    batch: FeatureBatch | None
+    divisor: float
+    last: bool
+    maps: Sequence[Tensor] = ()
+
+    def forget(self) -> None:
+        """Gives back its memory."""
+        self.batch, self.maps = None, ()
+
+
+class PartStream:
+    """The batches of a run, step after step, in parts. A part is emptied before the teacher makes the next.
+
+    Args:
+        begin: number of a batch -> the stream of batches from there.
+        accumulate: batches of a step.
+        parts: into how many parts each of them is split.
+        waited: is told the seconds of waiting for data.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[int], Stream],
+        accumulate: int,
+        parts: memory.Parts,
+        waited: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self.begin, self.accumulate, self.parts, self.waited = begin, accumulate, parts, waited
+        self._stream: Stream | None = None
+        self._part: Part | None = None
+
+    def of(self, step: int) -> Iterator[Part]:
+        """The parts of step `step` (from 0)."""
+        self.forget()
+        if self._stream is None:
+            self._stream = self.begin(step * self.accumulate)
+        for k in range(self.accumulate):
+            self.forget()
+            whole = next(self._stream)
+            self.waited(whole.waited)
+            count = len(whole.images)
+            parts = whole.split(self.parts.count)
+            del whole
+            while parts:
+                self.forget()
+                batch = parts.pop(0)
+                divisor = self.accumulate * count / len(batch.images)
+                self._part = Part(batch, divisor, last=not parts and k + 1 == self.accumulate)
+                del batch
+                yield self._part
+
+    def forget(self) -> None:
+        """Empties the present part."""
+        if self._part is not None:
+            self._part.forget()
+
+    def shrink(self, step: int, error: RuntimeError) -> None:
+        """Makes parts smaller after memory ran out at step `step`, which is then to be repeated.
+
+        Raises:
+            RuntimeError: the error, where it is another.
+            UserError: when parts cannot be smaller, or there are several processes, which begin again together.
+        """
+        if not memory.ran_out(error):
+            raise error
+        self.forget()
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        self.parts.add(step + 1, memory.reason(error))
+
+
 def batch_loss(
     maps: list[Tensor], batch: FeatureBatch, *, axes: WhitenAxes, at_weight: float, at_reduction: AtReduction
 ) -> FeatureLoss:
@@ -75,24 +161,24 @@ def batch_loss(
     )  # fmt: skip
 
 
-def synthesized_part(batch_size: int, share: float) -> int:
-    """How many images of a mixture's batch the teacher makes.
+def synthesized_part(batch_size: int, fraction: float) -> int:
+    """How many images of a batch of both kinds the teacher makes.
 
     Raises:
         UserError: when a batch would hold none of one kind.
     """
-    made = round(share * batch_size)
+    made = round(fraction * batch_size)
     if not 0 < made < batch_size:
         raise UserError(
-            f"--share {share:g} of a batch of {batch_size} leaves no room for one of the two kinds.",
-            "Use a --share nearer 0.5, a larger --batch-size, or --dataset encoded or synthesized.",
+            f"--synthesized-fraction {fraction:g} of a batch of {batch_size} leaves no room for one of the two kinds.",
+            "Use a --synthesized-fraction nearer 0.5, a larger --batch-size, or --dataset encoded or synthesized.",
         )
     return made
 
 
 def encoded(
     teacher: Teacher | InParts, batches: Iterator[data_batches.Batch], *, seed: int, device: torch.device,
-    precision: Precision, share: Share = ALONE,
+    precision: Precision, world: World = ALONE,
 ) -> Stream:  # fmt: skip
     """Real images, already flipped, and the teacher's maps of what the student will see.
 
@@ -107,8 +193,8 @@ def encoded(
         return copies.send([batch.images]), batch.step
 
     for (sent, step), waited in prefetch(batches, send, threaded=device.type == "cuda"):
-        images = data_batches.to_float(copies.receive(sent)[0])
-        generator = device_generator(seed, step, "teacher", device, share)
+        images = to_float(copies.receive(sent)[0], torch.channels_last)
+        generator = device_generator(seed, step, "teacher", device, world)
         with autocast(device, precision):
             maps = teacher.encode(images, generator=generator)
         yield FeatureBatch(images, maps, waited, step)
@@ -117,32 +203,32 @@ def encoded(
 
 def synthesized(
     teacher: Teacher | InParts, *, batch_size: int, first_step: int, last_step: int, seed: int,
-    device: torch.device, precision: Precision, share: Share = ALONE,
+    device: torch.device, precision: Precision, world: World = ALONE,
 ) -> Stream:  # fmt: skip
     """New images from the teacher and their maps, made on the fly and never filtered.
 
     Source: the paper's synthesized feature dataset (sec. 3.1).
     """
     for step in range(first_step, last_step):
-        generator = device_generator(seed, step, "teacher", device, share)
+        generator = device_generator(seed, step, "teacher", device, world)
         with autocast(device, precision):
-            images, maps = teacher.sample(share.of(batch_size), generator=generator)
+            images, maps = teacher.sample(world.of(batch_size), generator=generator)
         yield FeatureBatch(images.float(), maps, 0.0, step)
         del images, maps
 
 
-def mixture(
+def both(
     teacher: Teacher | InParts, batches: Iterator[data_batches.Batch], *, made: int, seed: int, device: torch.device,
-    precision: Precision, share: Share = ALONE,
+    precision: Precision, world: World = ALONE,
 ) -> Stream:  # fmt: skip
     """Batches of real images and, behind them, `made` of the teacher's own, with the maps of all.
 
     Source: ours; the paper reports either kind alone. A teacher that can both encode and sample serves it.
     """
-    for real in encoded(teacher, batches, seed=seed, device=device, precision=precision, share=share):
-        generator = device_generator(seed, real.step, "samples", device, share)
+    for real in encoded(teacher, batches, seed=seed, device=device, precision=precision, world=world):
+        generator = device_generator(seed, real.step, "samples", device, world)
         with autocast(device, precision):
-            images, maps = teacher.sample(share.of(made), generator=generator)
+            images, maps = teacher.sample(world.of(made), generator=generator)
         both = [torch.cat([a, b.to(a.dtype)]) for a, b in zip(real.maps, maps, strict=True)]
         seen, waited, step = torch.cat([real.images, images.float()]), real.waited, real.step
         del real, images, maps
@@ -153,7 +239,7 @@ def mixture(
 def stored(
     store: FeatureStore, images: image_set.ImageSet, *, batch_size: int, first_step: int, last_step: int, seed: int,
     device: torch.device, workers: int = 0, teacher: Teacher | InParts | None = None, precision: Precision = "auto",
-    share: Share = ALONE,
+    world: World = ALONE,
 ) -> Stream:  # fmt: skip
     """Images and what a store holds of them; step k is the same batch wherever the iteration began.
 
@@ -168,7 +254,7 @@ def stored(
     """
     batches = data_batches.batches(
         images, batch_size=batch_size, seed=seed, first_step=first_step, last_step=last_step, flip=False,
-        workers=workers, share=share, raw=True,
+        workers=workers, world=world, raw=True,
     )  # fmt: skip
     places, copies = store.places(images), Copies(device)
 
@@ -180,10 +266,10 @@ def stored(
 
     for (sent, step), waited in prefetch(batches, read, threaded=True):
         pixels, rows = copies.receive(sent)
-        seen, kept = data_batches.to_float(pixels), unpack(store.plan, rows)
+        seen, kept = to_float(pixels, torch.channels_last), unpack(store.plan, rows)
         if store.plan.what == "latents":
             assert teacher is not None
-            generator = device_generator(seed, step, "teacher", device, share)
+            generator = device_generator(seed, step, "teacher", device, world)
             with autocast(device, precision):
                 maps = teacher.encode_latents(kept.maps[0], generator=generator)
             yield FeatureBatch(seen, maps, waited, step)

@@ -6,7 +6,7 @@ from dreamteacher.distill.config import DatasetKind
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.teachers.base import Teacher
 
-MODES = {"encoded": {"encode"}, "synthesized": {"sample"}, "mixture": {"encode", "sample"}}
+MODES = {"encoded": {"encode"}, "synthesized": {"sample"}, "both": {"encode", "sample"}}
 
 
 def check_mode(teacher: Teacher, kind: DatasetKind, size: tuple[int, int]) -> None:
@@ -26,4 +26,4 @@ def check_mode(teacher: Teacher, kind: DatasetKind, size: tuple[int, int]) -> No
     teacher.check_size(*size)
 
 
-_WORDS = {"encoded": "encoded", "synthesized": "synthesized", "mixture": "a mixture"}
+_WORDS = {"encoded": "encoded", "synthesized": "synthesized", "both": "encoded and synthesized"}

@@ -22,7 +22,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from dreamteacher import __version__
 from dreamteacher.data import image_set
-from dreamteacher.data.images import below
+from dreamteacher.data.images import below, to_float
 from dreamteacher.data.labelled import SAMPLES
 from dreamteacher.data.seeds import device_generator, step_generator
 from dreamteacher.distill.config import MakeLabelsConfig
@@ -35,7 +35,9 @@ from dreamteacher.runtime.config import changed_keys, describe, to_json
 from dreamteacher.runtime.distributed.device import autocast, pick_device
 from dreamteacher.runtime.errors import UserError, shorten
 from dreamteacher.runtime.page import data_uri, page
-from dreamteacher.runtime.run_folder import Progress, RunDir, Signals, read_rows
+from dreamteacher.runtime.progress import Progress
+from dreamteacher.runtime.run_folder import RunDir, read_rows
+from dreamteacher.runtime.signals import Signals
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.registry import fingerprint, load_teacher
 
@@ -243,7 +245,7 @@ class _Batches:
         teacher = self.labeller.teacher
         if self.images is not None:
             images = self.images.get(index).to(self.device)
-            images = images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+            images = to_float(images, torch.channels_last)
             return images, teacher.encode(images, generator=generator) if teacher else []
         assert teacher is not None
         if self.seeds is not None:

@@ -1,16 +1,24 @@
-"""The networks of a pretraining as one, and what a failed step has to put back."""
+"""The networks of a pretraining as one."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dreamteacher.data.seeds import step_generator
+from dreamteacher.distill.plan import PretrainPlan
 from dreamteacher.models.interpreter import Interpreter
 from dreamteacher.models.regressor import FeatureRegressor, LabelHead
 from dreamteacher.models.student import Student
+from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.distributed.batch_norm import make_global
+from dreamteacher.runtime.distributed.sharding import replicate, shard, whole_on_first
+from dreamteacher.runtime.optim import Ema
 
 
 def label_head(seed: int, width: int, regressor: FeatureRegressor, interpreter: Interpreter) -> LabelHead:
@@ -20,7 +28,7 @@ def label_head(seed: int, width: int, regressor: FeatureRegressor, interpreter: 
         return LabelHead(len(regressor.neck.specs), width, interpreter.classes, pooled=interpreter.pooled)
 
 
-class Trained(nn.Module):
+class DistillationNetwork(nn.Module):
     """Student, regressor and label head as one network, so that it can be spread over processes."""
 
     def __init__(
@@ -49,22 +57,53 @@ def look(network: nn.Module) -> Tensor:
     return sum((m.sum() for m in maps), torch.zeros(())) + (0 if logits is None else logits.sum())
 
 
-class Undo:
-    """What a forward pass changes in place, noted before a step and put back when the step fails."""
+def build_network(plan: PretrainPlan, interpreter: Interpreter | None) -> DistillationNetwork:
+    """The network of a plan, ready for its optimizer: in its memory layout, and cut over processes where asked."""
+    c = plan.config
+    head = None
+    if interpreter is not None:
+        head = label_head(c.seed, c.width, plan.regressor, interpreter)
+        head.to(next(plan.student.parameters()).device)
+    if c.distill == "label":
+        plan.regressor.projections.requires_grad_(False)  # nothing is asked of them
+    network = DistillationNetwork(plan.student, plan.regressor, head, project=c.distill != "label")
+    if plan.world.ranks > 1 and c.batch_norm == "global":
+        make_global(network, plan.device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if _cut(plan):
+        shard(network, plan.device, lambda: look(network), whole=True, also=("pooled",))
+    return network
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.pairs = [
-            (kept, [torch.empty_like(t) for t in kept])
-            for dtype in sorted({t.dtype for t in tensors}, key=str)
-            if (kept := [t for t in tensors if t.dtype == dtype])
-        ]
 
-    @torch.no_grad()
-    def note(self) -> None:
-        for tensors, kept in self.pairs:
-            torch._foreach_copy_(kept, tensors)
+def spread(network: DistillationNetwork, plan: PretrainPlan) -> nn.Module:
+    """The network as it is called: replicated over the processes, or itself. After its optimizer is made."""
+    if plan.world.ranks == 1 or _cut(plan):
+        return network
+    return replicate(network, plan.device, look)
 
-    @torch.no_grad()
-    def undo(self) -> None:
-        for tensors, kept in self.pairs:
-            torch._foreach_copy_(tensors, kept)
+
+def _cut(plan: PretrainPlan) -> bool:
+    return plan.world.ranks > 1 and plan.config.sharding in ("student", "both")
+
+
+def write_weights(
+    folder: Path, network: DistillationNetwork, average: Ema | None, plan: PretrainPlan
+) -> None:
+    """backbone.safetensors (native timm names), regressor.safetensors (its neck), and head.safetensors.
+
+    Args:
+        average: of the network, whose weights are then written.
+    """
+    state = whole_on_first(average.tensors if average else network.state_dict())
+    if not plan.world.first:
+        return
+    about = {"format": "dreamteacher-backbone", "student": network.student.name, "teacher": plan.teacher.name}
+    files = {"backbone": "student.model.", "regressor": "regressor."}
+    if network.head is not None:
+        files["head"] = "head."
+        about |= {"classes": json.dumps(list(plan.classes)), "pooled": "yes" if network.head.pooled else "no"}
+    for name, prefix in files.items():
+        tensors = {k: v.contiguous() for k, v in checkpoint.under(prefix, state).items()}
+        checkpoint.atomic_write(
+            folder / f"{name}.safetensors", lambda path, tensors=tensors: save_file(tensors, path, about)
+        )

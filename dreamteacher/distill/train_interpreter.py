@@ -7,7 +7,6 @@ way, batch by batch with fresh noise, and thrown away: memory does not grow with
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ from torch import Tensor
 
 from dreamteacher import __version__, metrics
 from dreamteacher.data import batches
-from dreamteacher.data.labelled import LabelledSet, draw, read_labelled
+from dreamteacher.data.images import to_float
+from dreamteacher.data.labelled import draw, read_labelled
+from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.data.seeds import device_generator, step_generator
 from dreamteacher.distill.config import TrainInterpreterConfig
 from dreamteacher.distill.estimate import millions
@@ -28,7 +29,9 @@ from dreamteacher.runtime import checkpoint, optim
 from dreamteacher.runtime.config import describe, to_json
 from dreamteacher.runtime.distributed.device import autocast, pick_device, resolve_precision, seeded
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.runtime.run_folder import Progress, RunDir, Signals
+from dreamteacher.runtime.loggers import check_loggers
+from dreamteacher.runtime.loop import Loop, check_saving
+from dreamteacher.runtime.run_folder import RunDir
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.registry import fingerprint, load_teacher
 
@@ -62,6 +65,7 @@ def prepare(
     """All the checks of `train_interpreter`: reads the labels, writes nothing."""
     device = pick_device(config.device)
     _check_numbers(config)
+    check_loggers(config.log_to)
     if teacher is None:
         teacher = load_teacher(
             config.teacher, timesteps=config.t, noise=config.noise, blocks=config.blocks, psi=config.psi
@@ -142,37 +146,43 @@ class InterpreterJob:
     def run(self) -> Path:
         """Trains from the last checkpoint to the end, and writes the interpreter."""
         config, a_look = self.config, self.config.look_every * max(1, len(self.labelled) // self.batch)
-        with contextlib.closing(RunDir(config.out)) as run, Signals() as signals:
-            resume = run.open(self.resolved)
-            first = self._restore(resume, run) if resume else 0
-            progress = Progress(self.steps, first, self.batch, "train-interpreter")
-            for step in range(first + 1, self.steps + 1):
-                loss = self.step(step - 1)
-                last = step == self.steps
-                progress.update(step, f"loss {loss:.4f}")
-                row: dict[str, Any] = {"step": step, "images_seen": step * self.batch, "loss": loss}
-                if last or (a_look and step % a_look == 0):
-                    row |= self.look()
-                run.append("metrics.jsonl", row)
-                if step % config.save_every == 0 or last or signals.number:
-                    self._save(step, run.path)
-                if signals.number and not last:
-                    progress.close()
-                    print(
-                        f"Stopped at step {step}: saved in '{run.path}'. The same command resumes.",
-                        flush=True,
-                    )
-                    raise SystemExit(128 + signals.number)
-            progress.close()
+        modules, scores = {"interpreter": self.interpreter}, {}
+        with contextlib.closing(RunDir(config.out)) as run:
+
+            def restore(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> None:
+                checkpoint.unpack(modules, self.optimizer, self.ema, tensors, meta, path)
+
+            loop = Loop(
+                run, title="train-interpreter", steps=self.steps, batch=self.batch, resume=run.open(self.resolved),
+                state=lambda: checkpoint.pack(modules, self.optimizer, self.ema), restore=restore,
+                save_every=config.save_every, save_minutes=config.save_minutes, log_to=config.log_to,
+                guard_each=self.device.type == "cpu",
+                advice=lambda name: f"Lower --lr (now {config.lr:g}), or use --precision float32.",
+            )  # fmt: skip
+            with loop:
+                for step in loop:
+                    loss = self.loss(step)
+                    self.optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    loop.meter.watch(step, {"interpreter's loss": loss})
+                    loop.meter.add(step, {"loss": loss})
+                    with loop.update():
+                        optim.set_lr(self.optimizer, self.rate_at(step))
+                        self.optimizer.step()
+                        if self.ema:
+                            self.ema.update(self.interpreter)
+                    scores = self.look() if loop.due(a_look) else {}
+                    loop.log(lambda means, scores=scores: means | scores)  # type: ignore[misc]
             weights = self.ema.tensors if self.ema else self.interpreter.state_dict()
             save_interpreter(run.path, self.spec, weights)
-        rows = (
-            [f"{k} {v:.3f}" for k, v in row.items() if k.startswith("val_") and "/" not in k]
-            if self.steps > first
-            else []
-        )
+        rows = [f"{k} {v:.3f}" for k, v in scores.items() if "/" not in k]
         print(f"Interpreter in '{config.out}'. {', '.join(rows)}".rstrip(), flush=True)
         return config.out
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of step `step`, from 0."""
+        warmup = round(self.steps * self.config.warmup_epochs / self.config.epochs)
+        return optim.lr_at(step, total=self.steps, warmup=warmup, peak=self.config.lr)
 
     def maps(
         self, images: LabelledSet, index: Tensor, flips: Tensor, generator: torch.Generator
@@ -186,12 +196,12 @@ class InterpreterJob:
                     found.append(sample_maps(self.teacher, images.seeds[some], self.device)[1])
                     continue
                 x = batches.flip_images(images.images[some], mirrored).to(self.device)
-                x = x.to(torch.float32, memory_format=torch.channels_last).div_(255)
+                x = to_float(x, torch.channels_last)
                 found.append(self.teacher.encode(x, generator=generator))
         return found[0] if len(found) == 1 else [torch.cat(level) for level in zip(*found, strict=True)]
 
-    def step(self, index: int) -> float:
-        """One optimizer step (number `index`, from 0) on a batch of labelled images; returns the loss (eq. 4)."""
+    def loss(self, index: int) -> Tensor:
+        """The loss (eq. 4) of step `index` (from 0) on a batch of labelled images."""
         c, seed = self.config, self.config.seed
         chosen = batches.batch_indices(len(self.labelled), batch_size=self.batch, seed=seed, step=index)
         flips = torch.rand(len(chosen), generator=step_generator(seed, index, "flip")) < 0.5
@@ -207,24 +217,10 @@ class InterpreterJob:
         with seeded(step_generator(seed, index, "dropout").initial_seed(), self.device):
             with autocast(self.device, c.precision):
                 logits = self.interpreter(maps).float()
-            loss = interpreter_loss(
+            return interpreter_loss(
                 _as_large(logits, target), target.to(self.device), dice_weight=c.dice_weight,
                 ignore_index=c.ignore_index, class_weights=self.weights,
             )  # fmt: skip
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise UserError(
-                f"The interpreter's loss is {value} at step {index + 1}.",
-                f"Lower --lr (now {c.lr:g}), or use --precision float32. {checkpoint.before(c.out)}",
-            )
-        warmup = round(self.steps * c.warmup_epochs / c.epochs)
-        optim.set_lr(self.optimizer, optim.lr_at(index, total=self.steps, warmup=warmup, peak=c.lr))
-        self.optimizer.step()
-        if self.ema:
-            self.ema.update(self.interpreter)
-        return value
 
     @torch.no_grad()
     def look(self) -> dict[str, float]:
@@ -272,30 +268,6 @@ class InterpreterJob:
         weights = torch.where(present, counts.sum() / (counts.clamp_min(1) * present.sum()), 0.0)
         return weights.float().to(self.device)
 
-    def _save(self, step: int, folder: Path) -> None:
-        tensors, scalars = checkpoint.pack_optimizer(self.optimizer)
-        tensors |= {f"interpreter/{k}": v for k, v in self.interpreter.state_dict().items()}
-        if self.ema:
-            tensors |= {f"ema/{k}": v for k, v in self.ema.tensors.items()}
-        meta = {"kind": "train-interpreter", "step": step, "optimizer": scalars}
-        meta["ema_updates"] = self.ema.updates if self.ema else 0
-        checkpoint.save(checkpoint.checkpoint_path(folder, step), tensors, meta)
-        checkpoint.prune(folder, keep=1)
-
-    def _restore(self, path: Path, run: RunDir) -> int:
-        tensors, meta = checkpoint.load(path)
-        if meta.get("kind") != "train-interpreter":
-            raise UserError(f"'{path}' is a checkpoint of '{meta.get('kind')}'.", "Choose another --out.")
-        checkpoint.load_exactly(self.interpreter, _under("interpreter/", tensors), path)
-        if self.ema:
-            for key, value in _under("ema/", tensors).items():
-                self.ema.tensors[key].copy_(value)
-            self.ema.updates = meta["ema_updates"]
-        checkpoint.unpack_optimizer(self.optimizer, tensors, meta["optimizer"])
-        run.rewind("metrics.jsonl", meta["step"])
-        print(f"Resuming from step {meta['step']} of {self.steps}.", flush=True)
-        return int(meta["step"])
-
 
 def sample_maps(teacher: Teacher, seeds: Tensor, device: torch.device) -> tuple[Tensor, list[Tensor]]:
     """The teacher's samples of these seeds (int64 N), each drawn by itself, and their maps.
@@ -312,12 +284,9 @@ def _as_large(logits: Tensor, target: Tensor) -> Tensor:
     return logits if logits.ndim == 2 else resize(logits, (target.shape[-2], target.shape[-1]))
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
 def _check_numbers(config: TrainInterpreterConfig) -> None:
-    for name in ("epochs", "batch_size", "lr", "width", "save_every"):
+    check_saving(config.save_every, config.save_minutes)
+    for name in ("epochs", "batch_size", "lr", "width"):
         if getattr(config, name) <= 0:
             raise UserError(
                 f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}.",

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import importlib
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TypeVar
 
 from dreamteacher.downstream.classification.config import FinetuneConfig, FinetuneFullConfig, LinearSgdConfig
 from dreamteacher.downstream.detection.config import DetectConfig
 from dreamteacher.downstream.panoptic.config import PanopticConfig
 from dreamteacher.downstream.segmentation.config import ReadoutConfig, SegmentConfig, SemanticConfig
-from dreamteacher.runtime.settings import Precision
+from dreamteacher.downstream.tasks import ADDED, TASKS
+from dreamteacher.runtime.errors import UserError, did_you_mean
+from dreamteacher.runtime.settings import LoggerName, Precision
 
-Task = Literal[
-    "knn", "linear", "finetune", "segment-frozen", "segment-finetune", "segment-linear", "distilled",
-    "distilled-classes", "semantic", "readout", "detect", "detect-cascade", "panoptic", "linear-sgd",
-    "finetune-full",
-]  # fmt: skip
-TASK_NAMES: tuple[str, ...] = get_args(Task)
+T = TypeVar("T")
 
 
+def added_settings(cls: type[T]) -> type[T]:
+    """The class with one more field for each added task that has settings of its own (see `tasks.ADDED`).
+
+    The task's module is imported here: `evaluate --help` is as quick as that.
+    """
+    extra = []
+    for name, place in ADDED.items():
+        module, _, attribute = place.partition(":")
+        config = getattr(importlib.import_module(module), attribute).config
+        if config is not None:
+            extra.append((name.replace("-", "_"), config, field(default_factory=config)))
+    if not extra:
+        return cls
+    return make_dataclass(
+        cls.__name__, extra, bases=(cls,), namespace={"__module__": cls.__module__, "__doc__": cls.__doc__},
+        frozen=True, kw_only=True,
+    )  # fmt: skip
+
+
+@added_settings
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Evaluate any backbone: kNN, linear probe, fine-tuning, segmentation, detection, with a few labels."""
@@ -30,8 +48,8 @@ class EvaluateConfig:
     """timm name of the backbone; none: the one that a run or export in `init` was made with."""
     init: str = "random"
     """random, imagenet (timm's weights), or the path of weights, an export folder or a run folder."""
-    tasks: tuple[Task, ...] = ()
-    """Which tasks; none: all that the folders allow, but linear-sgd, finetune-full, semantic, readout, panoptic (long)."""
+    tasks: tuple[str, ...] = ()
+    """Which tasks (`list tasks`); none: all that the folders allow, but linear-sgd, finetune-full, semantic, readout, panoptic (long)."""
     train: Path | None = None
     """Folder with one subfolder of images per class, or imagenet:ROOT: for knn, linear, finetune."""
     test: Path | None = None
@@ -46,6 +64,8 @@ class EvaluateConfig:
     """Their masks."""
     binary_masks: bool = False
     """Masks are black and white: class 0 and class 1."""
+    ignore_index: int = 255
+    """Id in the masks that is neither learned nor scored."""
     instances: Path | None = None
     """COCO JSON file, or folder of PNGs (0 = background, k = k-th object) under the images' names; none for a layout."""
     test_instances: Path | None = None
@@ -99,6 +119,31 @@ class EvaluateConfig:
     out: Path | None = None
     """Folder whose results.jsonl the rows are added to; rows that are there already are not computed again."""
     save_minutes: float = 10.0
-    """Minutes between checkpoints of a long training in `out`; the same command resumes it."""
+    """Minutes between checkpoints of a long training in `out`, 0: only at its end; the same command resumes it."""
+    log_to: tuple[LoggerName, ...] = ()
+    """Services that the log of a long training also goes to; each is an extra of its name."""
     dry_run: bool = False
     """Only check settings, data and weights, and print what would be done."""
+
+    def __post_init__(self) -> None:
+        for name in self.tasks:
+            if name not in TASKS:
+                raise UserError(
+                    f"There is no task '{name}'.{did_you_mean(name, TASKS)}", f"Tasks: {', '.join(TASKS)}."
+                )
+        for setting, least in (("labels", 1), ("mask_counts", 2), ("seeds", 0)):
+            values = getattr(self, setting)
+            if not values or min(values) < least or len(set(values)) < len(values):
+                raise UserError(
+                    f"{setting} = {values or 'nothing'}: expected different numbers, each at least {least}.",
+                    f"Give for example {EvaluateConfig.__dataclass_fields__[setting].default}.",
+                )
+        if any(side < 32 or side % 32 for side in self.size):
+            raise UserError(
+                f"size {self.size[0]}x{self.size[1]} does not fit strides up to 32.",
+                "Give height and width as multiples of 32.",
+            )
+        if min(self.batch_size, self.knn_k) < 1:
+            raise UserError("batch_size or knn_k is below 1.", "Give at least 1.")
+        if self.save_minutes < 0:
+            raise UserError(f"save_minutes is {self.save_minutes}.", "Give 0 (after every step) or more.")

@@ -3,7 +3,7 @@
 A task is a function (backbone, data, settings) that yields (metric, value) pairs. It leaves the backbone it
 was given exactly as it was (weights, buffers, mode): probes freeze it, fine-tuning works on a copy. It knows
 no teacher, so every backbone is measured by the same code. This file holds what the tasks share: data,
-frozen features, draws of labels, and rows of results.
+frozen features and scores of classes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from dreamteacher import metrics
 from dreamteacher.data.image_set import ImageSet
-from dreamteacher.data.images import below
+from dreamteacher.data.images import below, to_float
 from dreamteacher.data.layouts.table import Part, image_files
-from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.distributed.device import autocast
@@ -76,8 +75,7 @@ def take(images: Images, indices: Tensor) -> Tensor:
 
 def to_input(images: Tensor, device: torch.device) -> Tensor:
     """uint8 images as a student wants them: float32 in [0, 1], channels last, on `device`."""
-    images = images.to(device, non_blocking=True).float().div_(255)
-    return images.contiguous(memory_format=torch.channels_last)
+    return to_float(images.to(device, non_blocking=True), torch.channels_last)
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -129,31 +127,6 @@ def extract_features(
             else:
                 features.append(torch.cat([m.float().mean((2, 3)) for m in student(batch)], dim=1))
     return torch.cat(features)
-
-
-def draw_labels(labels: Tensor, per_class: int, *, classes: int, seed: int) -> Tensor:
-    """Sorted indices of a class-balanced draw: `per_class` members of each class, without replacement.
-
-    Args:
-        labels: N class ids (int64).
-        per_class: members of each class.
-        classes: number of classes.
-        seed: same seed, same draw; a larger draw of one seed contains the smaller one.
-
-    Raises:
-        UserError: a class has fewer members.
-    """
-    generator = step_generator(seed, 0, "labels")
-    drawn = []
-    for c in range(classes):
-        members = (labels == c).nonzero().flatten()
-        if len(members) < per_class:
-            raise UserError(
-                f"{per_class} labels per class asked for; class {c} has {len(members)} images.",
-                "Ask for fewer labels, or add images to that class.",
-            )
-        drawn.append(members[torch.randperm(len(members), generator=generator)[:per_class]])
-    return torch.cat(drawn).sort().values
 
 
 def class_counts(folder: Path, part: Part = "train") -> Counter[str]:

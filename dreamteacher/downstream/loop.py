@@ -1,21 +1,23 @@
-"""The one loop that trains what a downstream task needs, and the checkpoint that a long training resumes from."""
+"""The training of what a downstream task needs, in the one loop, and where a long one is kept."""
 
 from __future__ import annotations
 
-import contextlib
-import time
+import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime import checkpoint, memory
+from dreamteacher.runtime.loop import Loop
 from dreamteacher.runtime.optim import Ema
-from dreamteacher.runtime.run_folder import RunDir, Signals
+from dreamteacher.runtime.run_folder import RunDir
+from dreamteacher.runtime.settings import LoggerName
+
+LOG_EVERY = 50  # steps between lines of the log of a training that is kept
 
 
 class Saved:
@@ -27,69 +29,50 @@ class Saved:
     Args:
         folder: made and locked; it belongs to this training alone.
         facts: all that decides the training, as JSON values; kept in its config.json for the reader.
-        every: seconds between two checkpoints.
+        minutes: between two checkpoints; 0: only at the end.
+        log_to: services that the log also goes to.
 
     Raises:
         UserError: another process trains it, its checkpoint cannot be read, or it cannot be written.
     """
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any], every: float = 600.0) -> None:
-        self.every = every
+    def __init__(
+        self, folder: Path, facts: Mapping[str, Any], minutes: float = 10.0, log_to: Sequence[LoggerName] = ()
+    ) -> None:
+        self.minutes, self.log_to = minutes, log_to
+        self.log_at = folder.parent / "logs" / folder.name  # the folder itself goes once the rows are written
         self.run = RunDir(folder)
         try:
             self.path = self.run.open({"verb": "evaluate", "config": dict(facts)})
-            self.tensors, self.meta = checkpoint.load(self.path) if self.path else ({}, {"step": 0})
-        except UserError:
+        except BaseException:
             self.run.close()
             raise
-        self.step: int = self.meta["step"]
-        self.last = time.monotonic()
-
-    def restore(self, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer, ema: Ema | None) -> int:
-        """Puts everything back; returns the first step that is left."""
-        if self.path is None:
-            return 0
-        for i, module in enumerate(modules):
-            checkpoint.load_exactly(module, _under(f"module{i}/", self.tensors), self.path)
-        checkpoint.unpack_optimizer(optimizer, self.tensors, self.meta["optimizer"])
-        if ema is not None:
-            for key, value in _under("ema/", self.tensors).items():
-                ema.tensors[key].copy_(value)  # in place: the memory layout stays
-            ema.updates = self.meta["ema_updates"]
-        torch.set_rng_state(self.tensors["random/cpu"])
-        if "random/cuda" in self.tensors:
-            torch.cuda.set_rng_state(self.tensors["random/cuda"], _device(modules))
-        self.tensors = {}  # their memory is given back
-        return self.step
-
-    def due(self) -> bool:
-        """Whether the last checkpoint is old enough for another."""
-        return time.monotonic() - self.last >= self.every
-
-    def save(
-        self, step: int, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer, ema: Ema | None
-    ) -> None:
-        """Writes the state after `step` updates, whole or not at all, and then drops the one before it."""
-        tensors, meta = checkpoint.pack_optimizer(optimizer)
-        for i, module in enumerate(modules):
-            tensors |= {f"module{i}/{k}": v for k, v in module.state_dict().items()}
-        if ema is not None:
-            tensors |= {f"ema/{k}": v for k, v in ema.tensors.items()}
-        tensors["random/cpu"] = torch.get_rng_state()
-        if _device(modules).type == "cuda":
-            tensors["random/cuda"] = torch.cuda.get_rng_state(_device(modules))
-        facts = {"step": step, "optimizer": meta, "ema_updates": ema.updates if ema else 0}
-        checkpoint.save(checkpoint.checkpoint_path(self.run.path, step), tensors, facts)
-        checkpoint.prune(self.run.path, 1)
-        self.last = time.monotonic()
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        self.step = checkpoint.step_of(self.path) if self.path else 0
 
 
 def _device(modules: Sequence[nn.Module]) -> torch.device:
     return next(p for module in modules for p in module.parameters()).device
+
+
+def _state(
+    modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer, ema: Ema | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, meta = checkpoint.pack({f"module{i}": m for i, m in enumerate(modules)}, optimizer, ema)
+    tensors["random/cpu"] = torch.get_rng_state()
+    if _device(modules).type == "cuda":
+        tensors["random/cuda"] = torch.cuda.get_rng_state(_device(modules))
+    return tensors, meta
+
+
+def _restore(
+    modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer, ema: Ema | None, tensors: Mapping[str, Tensor],
+    meta: Mapping[str, Any], path: Path,
+) -> None:  # fmt: skip
+    named = {f"module{i}": module for i, module in enumerate(modules)}
+    checkpoint.unpack(named, optimizer, ema, tensors, meta, path)
+    torch.set_rng_state(tensors["random/cpu"])
+    if "random/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random/cuda"], _device(modules))
 
 
 def run_steps(
@@ -121,33 +104,42 @@ def run_steps(
         seen: receives step and loss.
 
     Raises:
-        SystemExit: 128 + n after SIGINT or SIGTERM, where the training is kept.
+        SystemExit: 128 + n after SIGINT or SIGTERM, where the training is kept and signals are handled.
+        UserError: the loss of one that is kept is not finite.
     """
-    first = saved.restore(modules, optimizer, ema) if saved else 0
-    bar = tqdm(range(first, steps), title, initial=first, total=steps, disable=None if title else True)
-    with Signals() if saved else contextlib.nullcontext() as signals:
-        for step in bar:
+    parts = (
+        functools.partial(_state, modules, optimizer, ema),
+        functools.partial(_restore, modules, optimizer, ema),
+    )
+    buffers = [b for module in modules for b in module.buffers()]
+    loop = Loop(
+        saved.run if saved else None, title=title, steps=steps, batch=0, state=parts[0], restore=parts[1],
+        resume=saved.path if saved else None, undo=memory.Undo(buffers, _device(modules)) if saved else None,
+        save_minutes=saved.minutes if saved else 0.0, log_to=saved.log_to if saved else (),
+        log_at=saved.log_at if saved else None,
+        advice=lambda name: "Use a lower learning rate for this task, or --precision float32.",
+        shown=bool(title) and sys.stderr.isatty(),
+    )  # fmt: skip
+    with loop:
+        for step in loop:
+            rate = rate_at(step)
             for group in optimizer.param_groups:
-                group["lr"] = rate_at(step) * group.get("factor", 1.0)
+                group["lr"] = rate * group.get("factor", 1.0)
             optimizer.zero_grad(set_to_none=True)
             total = 0.0
             for loss in losses_at(step):
                 loss.backward()
+                if saved is not None:
+                    loop.meter.watch(step, {"loss": loss})
+                    loop.meter.add(step, {"loss": loss})
                 total += float(loss.detach()) if seen is not None else 0.0
             if clip:
                 nn.utils.clip_grad_norm_([p for module in modules for p in module.parameters()], clip)
-            optimizer.step()
-            if ema is not None:
-                ema.update(modules[0])
+            with loop.update():
+                optimizer.step()
+                if ema is not None:
+                    ema.update(modules[0])
             if seen is not None:
                 seen(step, total)
-            if saved is None:
-                continue
-            stop, last = signals.number if signals else 0, step + 1 == steps
-            if last or stop or saved.due():
-                saved.save(step + 1, modules, optimizer, ema)
-            if stop and not last:
-                bar.close()
-                print(f"Stopped at step {step + 1} of {steps}: saved in '{saved.run.path}'.", flush=True)
-                print("The same command resumes.", flush=True)
-                raise SystemExit(128 + stop)
+            if saved is not None and loop.due(LOG_EVERY):
+                loop.log(lambda means, rate=rate: {**means, "lr": rate})  # type: ignore[misc]

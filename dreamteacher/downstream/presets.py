@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 from dreamteacher.downstream.classification.config import FinetuneFullConfig
 from dreamteacher.downstream.config import EvaluateConfig
-from dreamteacher.downstream.detection import config as detection_config
-from dreamteacher.downstream.panoptic import train
-from dreamteacher.downstream.segmentation import semantic
-from dreamteacher.downstream.segmentation.config import SegmentConfig
+from dreamteacher.downstream.detection import config as detection
+from dreamteacher.downstream.panoptic import config as panoptic
+from dreamteacher.downstream.segmentation import config as segmentation
 from dreamteacher.runtime.errors import UserError, did_you_mean
 
 
@@ -22,11 +21,11 @@ class EvaluatePreset(NamedTuple):
 
 
 def _semantic(name: str, what: str) -> EvaluatePreset:
-    return EvaluatePreset(what, {"tasks": ("semantic",), "semantic": semantic.PRESETS[name]})
+    return EvaluatePreset(what, {"tasks": ("semantic",), "semantic": segmentation.PRESETS[name]})
 
 
 def _detect(name: str, what: str, task: str = "detect") -> EvaluatePreset:
-    return EvaluatePreset(what, {"tasks": (task,), "detect": detection_config.PRESETS[name]})
+    return EvaluatePreset(what, {"tasks": (task,), "detect": detection.PRESETS[name]})
 
 
 def _finetune(name: Any, what: str) -> EvaluatePreset:
@@ -54,7 +53,7 @@ PRESETS: dict[str, EvaluatePreset] = {
     "bdd100k-instance": _detect("bdd100k-36", "Mask R-CNN on BDD100K, 36 epochs"),
     "bdd100k-panoptic": EvaluatePreset(
         "Panoptic FPN on BDD100K, 36 epochs",
-        {"tasks": ("panoptic",), "panoptic": train.PRESETS["bdd100k-36"]},
+        {"tasks": ("panoptic",), "panoptic": panoptic.PRESETS["bdd100k-36"]},
     ),
     "coco-1x": _detect("coco-1x", "Mask R-CNN on COCO, 12 epochs"),
     "coco-2x": _detect("coco-2x", "Mask R-CNN on COCO, 24 epochs"),
@@ -64,7 +63,7 @@ PRESETS: dict[str, EvaluatePreset] = {
         {
             "tasks": ("segment-finetune",),
             "size": (256, 256),
-            "segment": SegmentConfig(steps=20_000, width=256),
+            "segment": segmentation.SegmentConfig(steps=20_000, width=256),
         },
     ),
 }  # fmt: skip

@@ -14,29 +14,19 @@ from typing import Any
 
 from dreamteacher import __version__
 from dreamteacher.data.layouts.table import layout_of
-from dreamteacher.downstream.check import with_classes
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.features import device_of
 from dreamteacher.downstream.loop import Saved
-from dreamteacher.downstream.tasks import DETECTION, DISTILLED, PANOPTIC, PUBLISHED, STREAMED, Row
-from dreamteacher.models.distilled import HEAD, REGRESSOR
+from dreamteacher.downstream.task import Task
+from dreamteacher.downstream.tasks import Row
 from dreamteacher.models.student import Student
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import to_json
 from dreamteacher.runtime.distributed.device import resolve_precision
 from dreamteacher.runtime.run_folder import RunDir, read_rows
 
-# Tasks that train for long: they keep a checkpoint.
-LONG = (*PUBLISHED, *STREAMED, *DETECTION, *PANOPTIC)
-_MASKS = ("images", "masks", "test_images", "test_masks")
-# The settings that decide a task's numbers, beside those of every task.
-_SETTINGS: dict[str, tuple[str, ...]] = {
-    "knn": ("knn_k",), "finetune": ("finetune",), "segment-frozen": ("segment",), "segment-finetune": ("segment",),
-    "semantic": ("semantic",), "readout": ("readout",), "detect": ("detect",), "detect-cascade": ("detect",),
-    "panoptic": ("panoptic",), "linear-sgd": ("linear_sgd",), "finetune-full": ("finetune_full",),
-}  # fmt: skip
-# Of those settings: the budgets, each of which is a result of its own, and what changes speed only.
-_NO_MATTER = ("masks", "images", "workers")
+# Settings of tasks that decide no number: the budgets, each of which is a result of its own, and what changes speed only.
+_NO_MATTER = ("mask_counts", "image_counts", "workers")
 
 
 class Results:
@@ -59,23 +49,21 @@ class Results:
         """Where the rows are."""
         return self.out / "results.jsonl"
 
-    def facts(self, student: Student, task: str, budget: int | None, seed: int) -> dict[str, Any]:
+    def facts(self, student: Student, task: Task, budget: int | None, seed: int) -> dict[str, Any]:
         """All that decides the numbers of one task: code, weights, data, settings, seed, precision."""
         c, device = self.config, device_of(student)
-        everything = to_json(c)
-        settings = {name: everything[name] for name in _SETTINGS.get(task, ())}
+        everything, group = to_json(c), task.group
+        own = (*((task.field,) if task.config else ()), *task.settings)
         facts: dict[str, Any] = {
-            "version": __version__, "task": task, "labels": budget, "seed": seed, "student": student.name,
+            "version": __version__, "task": task.name, "labels": budget, "seed": seed, "student": student.name,
             "weights": self._weights_of(student), "device": device.type,
             "precision": str(resolve_precision(device, c.precision)), "size": list(c.size),
-            "settings": _decisive(settings), "data": {name: self._listed(name) for name in _places(task)},
+            "settings": _decisive({name: everything[name] for name in own}),
+            "data": {name: self._listed(name) for name in group.places},
+            "reading": {name: everything[name] for name in group.settings},
         }  # fmt: skip
-        if not with_classes((task,)):
-            facts["masks"] = {"binary": c.binary_masks, "ignore_index": c.segment.ignore_index}
-        if task in DISTILLED or (c.neck and task.startswith("segment-")):
-            run = Path(c.init).expanduser()
-            files = [run / name for name in (REGRESSOR, HEAD)]
-            facts["head"] = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()]
+        if files := task.files(c):
+            facts["files"] = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()]
         return facts
 
     def found(self, facts: dict[str, Any]) -> list[Row]:
@@ -88,12 +76,12 @@ class Results:
         return rows
 
     @contextlib.contextmanager
-    def training(self, facts: dict[str, Any]) -> Iterator[Saved | None]:
+    def training(self, task: Task, facts: dict[str, Any]) -> Iterator[Saved | None]:
         """Within: where the training of these facts is kept; None for a short one."""
-        if facts["task"] not in LONG:
+        if not task.long:
             yield None
             return
-        saved = Saved(self._folder(facts), facts, every=60 * self.config.save_minutes)
+        saved = Saved(self._folder(facts), facts, self.config.save_minutes, log_to=self.config.log_to)
         try:
             yield saved
         finally:
@@ -146,14 +134,6 @@ def key_of(facts: dict[str, Any]) -> str:
 
 def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
     return {k: _decisive(v) if isinstance(v, dict) else v for k, v in settings.items() if k not in _NO_MATTER}
-
-
-def _places(task: str) -> tuple[str, ...]:
-    if with_classes((task,)):
-        return ("train", "test")
-    if task in DETECTION:
-        return ("images", "instances", "test_images", "test_instances")
-    return (*_MASKS, "segments", "test_segments") if task in PANOPTIC else _MASKS
 
 
 def _listing(place: Path, out: Path) -> str:

@@ -1,38 +1,16 @@
-"""Where the data of an evaluation come from: folders, or LAYOUT:ROOT with a validation part of its own."""
+"""Where masks of an evaluation come from: folders, or LAYOUT:ROOT with a validation part of its own."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
-from dreamteacher.data.image_set import ImageSet, load_images
 from dreamteacher.data.images import IMAGE_SUFFIXES, Size, find_images
-from dreamteacher.data.layouts.table import Part, check, has_parts, layout_of
-from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled, load_layout
-from dreamteacher.downstream.features import ClassificationData, labelled_data
+from dreamteacher.data.labelled_set import LabelledSet
+from dreamteacher.data.layouts.table import Part, check, layout_of
+from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.downstream.segmentation.few_masks import SegmentationData, split_masks
 from dreamteacher.runtime.errors import UserError
-
-
-def test_source(train: Path | None, test: Path | None) -> Path | None:
-    """What classification is scored on: `test`, or else the layout in `train`, whose validation part it then is."""
-    return train if test is None and train is not None and has_parts(train) else test
-
-
-def load_classes(
-    train: Path | None, test: Path | None, size: Size, *, strict: bool, cache_gb: float, workers: int
-) -> ClassificationData:
-    """The labelled images to learn from, and those to score on (see `test_source`).
-
-    Raises:
-        UserError: see `data.load_images`; the classes differ.
-    """
-
-    def load(source: Path | None, part: Part) -> ImageSet:
-        assert source is not None
-        return load_images(source, size, strict=strict, cache_gb=cache_gb, workers=workers, part=part)
-
-    return labelled_data(load(train, "train"), load(test_source(train, test), "val"))
 
 
 def check_masks(
@@ -82,14 +60,14 @@ def load_masks(
         binary: masks are black and white.
 
     Raises:
-        UserError: see `labelled.load_labelled` and `masks.load_layout`.
+        UserError: see `data.masks.reader.read_masks`.
     """
 
-    def load(images: Path | None, masks: Path | None, part: Part) -> SegmentationSet:
+    def load(images: Path | None, masks: Path | None, part: Part) -> LabelledSet:
         assert images is not None
-        if masks is None:
-            return load_layout(images, size, part=part, ignore_index=ignore_index, binary=binary)
-        return load_labelled(images, masks, size, ignore_index=ignore_index, binary=binary, absent_ok=True)
+        return read_masks(
+            images, masks, size, ignore_index=ignore_index, binary=binary, absent_ok=True, part=part
+        ).load()
 
     pool = load(images, masks, "train")
     if test_images is not None:
@@ -99,8 +77,6 @@ def load_masks(
     else:
         data = split_masks(pool)
     # A small set may lack the last classes: both take the larger number.
-    larger = max(data.pool, data.test, key=lambda part: part.classes)
-    pool, test = (
-        replace(part, classes=larger.classes, names=larger.names) for part in (data.pool, data.test)
-    )
+    classes = max(data.pool.classes, data.test.classes, key=len)
+    pool, test = (replace(part, classes=classes) for part in (data.pool, data.test))
     return SegmentationData(pool=pool, test=test)

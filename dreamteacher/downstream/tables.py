@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dreamteacher.downstream.tasks import (
-    DETECTION,
-    DISTILLED,
-    HEADLINE,
-    PANOPTIC,
-    SEGMENTATION,
-    STREAMED,
-    Row,
-)
+from dreamteacher.downstream.task import find_task
+from dreamteacher.downstream.tasks import TASKS, Row
+from dreamteacher.metrics import mean_and_deviation, spread
 
 
 def row_title(row: Mapping[str, Any]) -> str:
     """Task, labels and metric in words: what the rows of one line of a table share."""
-    unit = "masks" if row["task"] in (*SEGMENTATION, *STREAMED) else "labels per class"
-    unit = "images" if row["task"] in (*DETECTION, *PANOPTIC) else unit
-    amount = "all labels" if row["labels"] is None else f"{row['labels']} {unit}"
-    if row["task"] in DISTILLED:
-        amount = "as pretrained"
-    return f"{row['task']}, {amount}, {row['metric']}"
+    return f"{row['task']}, {amount_of(row['task'], row['labels'])}, {row['metric']}"
+
+
+def amount_of(task: str, budget: int | None) -> str:
+    """How many labels, masks or images a row of a task was trained with, in words; the task may be another version's."""
+    if task in TASKS:
+        return find_task(task).amount(budget)
+    return "all labels" if budget is None else f"{budget} labels"
+
+
+def headline(task: str) -> str | None:
+    """The metric that stands for a task in tables; none for one that is not known here."""
+    return find_task(task).headline if task in TASKS else None
 
 
 def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
@@ -47,25 +47,23 @@ def summary_table(rows: Sequence[Row], *, every_metric: bool = False) -> str:
         rows: of one or several methods.
         every_metric: all metrics instead of the one that stands for each task.
     """
-    rows = [row for row in rows if every_metric or row["metric"] == HEADLINE.get(row["task"])]
+    rows = [row for row in rows if every_metric or row["metric"] == headline(row["task"])]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     groups = _grouped(rows)
     lines = [["task", *methods]]
     for title in dict.fromkeys(row_title(row) for row in rows):
-        lines.append([title, *(_cell(groups.get((title, method), [])) for method in methods)])
+        lines.append(
+            [
+                title,
+                *(spread(groups[title, method]) if (title, method) in groups else "-" for method in methods),
+            ]
+        )
     widths = [max(len(line[i]) for line in lines) for i in range(len(methods) + 1)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
         for line in lines
     )
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
 
 
 class Separation(NamedTuple):
@@ -97,12 +95,12 @@ def separated(rows: Sequence[Row], a: str, b: str) -> list[Separation]:
         ours, theirs = groups.get((title, a)), groups.get((title, b))
         if not ours or not theirs:
             continue
-        difference = statistics.mean(ours) - statistics.mean(theirs)
-        spreads = [statistics.stdev(values) for values in (ours, theirs) if len(values) > 1]
+        (mean, deviation), (other, others) = mean_and_deviation(ours), mean_and_deviation(theirs)
+        difference, larger = mean - other, max(deviation, others)
         deviations = None
-        if spreads and max(spreads) > 0:
-            deviations = difference / max(spreads)
-        elif spreads:
+        if larger > 0:
+            deviations = difference / larger
+        elif max(len(ours), len(theirs)) > 1:
             deviations = math.copysign(math.inf, difference) if difference else 0.0
         found.append(Separation(title, difference, deviations))
     return found

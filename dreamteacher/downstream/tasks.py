@@ -1,4 +1,8 @@
-"""The tasks, and what each one measures."""
+"""The table of tasks: one line each, in the order in which they are listed, run and reported.
+
+A line is `"name": "module:OBJECT"`; the object is a `dreamteacher.downstream.task.Task`. A module is imported when
+its task is looked at, so that this table costs nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +14,28 @@ Metric: TypeAlias = tuple[str, float]
 Row: TypeAlias = dict[str, Any]
 
 
-CLASSIFICATION = ("knn", "linear", "finetune")
-
-
-# The published protocols at full size: with all labels, for hours; they run only when they are named.
-PUBLISHED = ("linear-sgd", "finetune-full")
-
-
-SEGMENTATION = ("segment-frozen", "segment-finetune", "segment-linear")
-
-
-STREAMED = ("semantic", "readout")
-
-
-DETECTION = ("detect", "detect-cascade")
-
-
-PANOPTIC = ("panoptic",)
-
-
-# The model that label distillation leaves, scored as it is; only a run with a label head has one.
-DISTILLED = {"distilled": "miou", "distilled-classes": "accuracy"}
-
-
-# The metric that stands for a task in tables.
-HEADLINE = {
-    **dict.fromkeys((*CLASSIFICATION, *PUBLISHED), "accuracy"),
-    **dict.fromkeys((*SEGMENTATION, *STREAMED), "miou"),
-    **dict.fromkeys(DETECTION, "mask_ap"),
-    **dict.fromkeys(PANOPTIC, "pq"),
-    **DISTILLED,
+# Tasks whose settings stand in `EvaluateConfig`.
+BUILT_IN: dict[str, str] = {
+    "segment-frozen": "dreamteacher.downstream.segmentation.segment:FROZEN",
+    "segment-linear": "dreamteacher.downstream.segmentation.linear:TASK",
+    "segment-finetune": "dreamteacher.downstream.segmentation.segment:TASK",
+    "linear": "dreamteacher.downstream.classification.linear:TASK",
+    "finetune": "dreamteacher.downstream.classification.finetune:TASK",
+    "knn": "dreamteacher.downstream.classification.knn:TASK",
+    "detect": "dreamteacher.downstream.detection.train:TASK",
+    "detect-cascade": "dreamteacher.downstream.detection.train:CASCADE",
+    "distilled": "dreamteacher.downstream.segmentation.distilled:TASK",
+    "distilled-classes": "dreamteacher.downstream.classification.distilled:TASK",
+    "linear-sgd": "dreamteacher.downstream.classification.linear_sgd:TASK",
+    "finetune-full": "dreamteacher.downstream.classification.finetune_full:TASK",
+    "semantic": "dreamteacher.downstream.segmentation.semantic:TASK",
+    "readout": "dreamteacher.downstream.segmentation.readout:TASK",
+    "panoptic": "dreamteacher.downstream.panoptic.train:TASK",
 }
+
+
+# Tasks that were added. What `Task.config` holds becomes settings of `evaluate`: --NAME.setting.
+ADDED: dict[str, str] = {}
+
+
+TASKS: dict[str, str] = BUILT_IN | ADDED

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dreamteacher.exports.format import Exported, Format
+from dreamteacher.metrics import spread
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.errors import shorten
 
@@ -133,8 +133,7 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
         return f"Evaluations: {UNKNOWN}."
     rows = []
     for key, values in groups.items():
-        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        rows.append((*key, f"{statistics.fmean(values):.4f}{spread}", str(len(values))))
+        rows.append((*key, spread(values, digits=4), str(len(values))))
     head = ("method", "student", "task", "metric", "labels", "value", "seeds")
     return "Evaluations (mean ± standard deviation over seeds):\n\n" + _table(head, rows)
 

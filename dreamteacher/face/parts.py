@@ -68,7 +68,7 @@ def list_teachers() -> list[str]:
         >>> list_teachers()[:2]
         ['chest-xray-64', 'chest-xray-gan-64']
     """
-    from dreamteacher.teachers.known import KNOWN, fetched
+    from dreamteacher.teachers.published.known import KNOWN, fetched
 
     return list({**registry.EMBEDDED, **fetched(), **KNOWN})
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dreamteacher.models.regressor import LabelHead, Neck, resize
 from dreamteacher.models.student import Student, create_student, recorded_student
-from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime import checkpoint, tensor_file
 from dreamteacher.runtime.errors import UserError, first_line
 
 HEAD, REGRESSOR = "head.safetensors", "regressor.safetensors"
@@ -76,7 +75,7 @@ def load_distilled(run: Path) -> Distilled:
     """
     if not has_head(run):
         raise UserError(
-            f"'{run}' has no {HEAD}: it is no finished run of `pretrain --mode label` or `mixed`.",
+            f"'{run}' has no {HEAD}: it is no finished run of `pretrain --distill label` or `mixed`.",
             "Give the --out folder of such a run.",
         )
     student = create_student(recorded_student(str(run)), init=str(run))
@@ -92,9 +91,8 @@ def load_distilled(run: Path) -> Distilled:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
-        with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+        return tensor_file.read(path)
+    except tensor_file.UNREADABLE as error:
         raise UserError(
             f"'{path}' cannot be read: {first_line(error)}.",
             "Give a finished run folder of `dreamteacher pretrain`.",
@@ -104,8 +102,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 def _classes(path: Path) -> tuple[tuple[str, ...], bool]:
     """Names and whether they are of whole images, from the file's metadata."""
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
+        facts = tensor_file.read_metadata(path)
         return tuple(str(name) for name in json.loads(facts["classes"])), facts.get("pooled") == "yes"
-    except (KeyError, ValueError, TypeError, OSError, SafetensorError):
+    except (KeyError, ValueError, TypeError, *tensor_file.UNREADABLE):
         raise UserError(f"'{path}' does not say its classes.", "Give a run of this version.") from None

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dreamteacher.models.regressor import resize
-from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime import checkpoint, tensor_file
 from dreamteacher.runtime.config import from_json, parse_json, to_json
 from dreamteacher.runtime.errors import UserError, first_line, shorten
 from dreamteacher.spec import FeatureSpec
@@ -199,8 +198,8 @@ def load_interpreter(folder: Path) -> tuple[Interpreter, InterpreterSpec]:
     try:
         with torch.device("meta"):  # what does not fit takes no memory
             shapes = spec.build()
-        weights = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        weights = tensor_file.read(folder / WEIGHTS)
+    except (*tensor_file.UNREADABLE, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UserError(
             f"The interpreter in '{folder}' cannot be read: {first_line(error, 200)}.",
             "Copy the whole folder again.",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dreamteacher.models.plain_vit import (
@@ -19,7 +18,7 @@ from dreamteacher.models.plain_vit import (
     size_settings,
 )
 from dreamteacher.models.pyramid import STRIDES
-from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime import checkpoint, tensor_file
 from dreamteacher.runtime.errors import UserError, did_you_mean, first_line, shorten
 from dreamteacher.spec import FeatureSpec
 
@@ -270,9 +269,8 @@ def _metadata(path: Path) -> dict[str, str]:
     if path.suffix != ".safetensors":
         return {}
     try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError):
+        return tensor_file.read_metadata(path)
+    except tensor_file.UNREADABLE:
         return {}  # `read_weights` says what is wrong with it
 
 
@@ -332,12 +330,18 @@ def load_weights(model: nn.Module, weights: Weights, *, name: str, source: str) 
 
 def _read_safetensors(path: Path) -> Weights:
     try:
-        with safe_open(path, framework="pt") as file:
-            return Weights({k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        return Weights(tensor_file.read(path), tensor_file.read_metadata(path))
+    except tensor_file.UNREADABLE as error:
         raise UserError(
             f"'{path}' is not a readable safetensors file ({str(error)[:80]}).", "Copy or download it again."
         ) from error
+
+
+def check_student(name: str, init: str = "random") -> None:
+    """Raises UserError for a name that timm does not have, or an `init` that is no place of weights; reads none."""
+    _check_name(name)
+    if init not in ("random", "imagenet"):
+        weight_file(init)
 
 
 def _check_name(name: str) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import html
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dreamteacher.metrics import mean_and_deviation
 
 # Drawn for cards about 340 px wide, so that text on a page is as large as written here.
 WIDTH, HEIGHT = 340.0, 210.0
@@ -192,7 +193,7 @@ def dot_plot(title: str, dots: Sequence[Dots], caption: str = "") -> str:
     left, row = 112.0, 26.0
     height = TOP + row * len(dots) + BOTTOM
     every = [v for d in dots for v in d.values]
-    spans = [(statistics.mean(d.values), _deviation(d.values)) for d in dots]
+    spans = [mean_and_deviation(d.values) for d in dots]
     every += [m + sign * s for m, s in spans for sign in (-1, 1)]
     ticks = nice_ticks(min(every), max(every), 5)
     sx = Scale(ticks[0], ticks[-1], left, WIDTH - 16)
@@ -289,10 +290,6 @@ def _thin(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float,
     if len(points) <= most:
         return list(points)
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
-
-
-def _deviation(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _count(values: Sequence[float]) -> str:

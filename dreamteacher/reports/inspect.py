@@ -18,9 +18,10 @@ from torch import Tensor
 
 from dreamteacher import metrics
 from dreamteacher.data import image_set, seeds
-from dreamteacher.data.masks.loaded import load_labelled
+from dreamteacher.data.draws import draw_labels
+from dreamteacher.data.images import to_float
+from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.downstream.classification.linear import linear
-from dreamteacher.downstream.features import draw_labels
 from dreamteacher.reports.charts import pca_basis, pca_colours
 from dreamteacher.reports.config import InspectConfig
 from dreamteacher.reports.inspect_scores import halves, pixel_probe, pixels_at, recognition, standardised
@@ -28,7 +29,7 @@ from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.distributed.device import autocast, pick_device
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.page import data_uri, page
-from dreamteacher.runtime.run_folder import Progress
+from dreamteacher.runtime.progress import Progress
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.registry import is_python, load_teacher, read_card, teacher_folder
 
@@ -126,14 +127,16 @@ def _images(config: InspectConfig, teacher: Teacher, size: tuple[int, int]) -> I
         )
     generator = seeds.step_generator(config.seed, 0, "inspect")
     if config.masks is not None:
-        found = load_labelled(config.images, config.masks, size, binary=config.binary_masks, absent_ok=True)
+        found = read_masks(
+            config.images, config.masks, size, binary=config.binary_masks, absent_ok=True
+        ).load()
         pick = torch.randperm(len(found.images), generator=generator)[: config.count]
         if len(pick) <= config.labels:
             raise UserError(
                 f"{len(pick)} images with masks leave none to score beside --labels {config.labels}.",
                 "Give a smaller --labels.",
             )
-        return Images(found.images[pick], masks=found.masks[pick], names=found.names)
+        return Images(found.images[pick], masks=found.targets[pick], names=found.classes)
     folder = image_set.load_images(config.images, size)
     pick = torch.randperm(len(folder), generator=generator)[: config.count]
     classes = folder.labels[pick] if folder.labels is not None else None
@@ -187,7 +190,7 @@ class _Scores:
             n = min(config.batch_size, count - begin)
             with autocast(device, config.precision):
                 if len(self.images.pixels):
-                    x = self.images.pixels[begin : begin + n].to(device).float() / 255
+                    x = to_float(self.images.pixels[begin : begin + n].to(device))
                     maps = self.teacher.encode(x.flip(-1) if mirror else x, generator=generator)
                 else:
                     x, maps = self.teacher.sample(n, generator=generator)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dreamteacher import metrics
-from dreamteacher.data.images import BadImageError, read_image
+from dreamteacher.data.images import BadImageError, read_image, to_float
 from dreamteacher.data.layouts.table import image_files, layout_of
 from dreamteacher.losses import whiten
 from dreamteacher.models.regressor import FeatureRegressor
@@ -58,7 +58,7 @@ def feature_maps(run: Path, facts: Mapping[str, Any], count: int, own_code: bool
     generator = torch.Generator(device).manual_seed(0)
     if "encode" in teacher.modes and config.get("images"):
         images = _pick_images(facts, count)
-        x = (images.float() / 255).to(device)
+        x = to_float(images).to(device)
         targets = [m.float() for m in teacher.encode(x, generator=generator)]
     else:  # on images of the teacher's own
         x, maps = teacher.sample(count, generator=generator)

@@ -8,19 +8,12 @@ from collections.abc import Mapping, Sequence
 from html import escape as esc
 from typing import Any, NamedTuple
 
-from dreamteacher.downstream.tables import Separation, row_title, separated
-from dreamteacher.downstream.tasks import DETECTION, HEADLINE, PANOPTIC, SEGMENTATION, STREAMED
+from dreamteacher.downstream.tables import Separation, amount_of, headline, row_title, separated
+from dreamteacher.downstream.task import find_task
+from dreamteacher.downstream.tasks import TASKS
+from dreamteacher.metrics import spread
 from dreamteacher.reports.charts import Dots, dot_plot
 
-TASKS = {
-    "segment-frozen": "segmentation, frozen backbone", "segment-linear": "segmentation, linear per pixel",
-    "segment-finetune": "segmentation, fine-tuned", "linear": "linear probe", "finetune": "fine-tuning",
-    "knn": "nearest neighbours", "detect": "Mask R-CNN", "detect-cascade": "Cascade Mask R-CNN",
-    "distilled": "segmentation, as distilled", "distilled-classes": "classification, as distilled",
-    "linear-sgd": "linear probe, LARS", "finetune-full": "fine-tuning, published recipe",
-    "semantic": "segmentation, full size", "readout": "read-out, frozen backbone",
-    "panoptic": "panoptic segmentation",
-}  # fmt: skip
 METRICS = {
     "miou": "mIoU", "auroc": "AUROC", "balanced_accuracy": "balanced accuracy", "mask_ap": "mask AP",
     "top5_accuracy": "top-5 accuracy",
@@ -61,15 +54,15 @@ def verdict(results: Rows, name: str) -> str:
     Returns: plain text; "" where there is nothing to compare.
     """
     c = _compare(results, name)
-    both = [k for k in c.groups if k[2] == HEADLINE.get(k[0]) and _apart(c, k)]
+    both = [k for k in c.groups if k[2] == headline(k[0]) and _apart(c, k)]
     if not both or c.ours is None or c.baseline is None:
         return ""
     task, amount, metric = _words(both[0])
     group, found = c.groups[both[0]], _apart(c, both[0])
     apart = _deviations(found) if found else ""
     text = (
-        f"With {amount}, {task}: {c.ours} reaches {_spread(group[c.ours])} {metric} against "
-        f"{_spread(group[c.baseline])} for {c.baseline}" + (f" ({apart})" if apart else "")
+        f"With {amount}, {task}: {c.ours} reaches {spread(group[c.ours])} {metric} against "
+        f"{spread(group[c.baseline])} for {c.baseline}" + (f" ({apart})" if apart else "")
     )
     means = [{m: statistics.mean(v) for m, v in c.groups[k].items()} for k in both]
     first = sum(m[c.ours] == max(m.values()) for m in means)
@@ -84,13 +77,13 @@ def results_section(results: Rows, name: str) -> str:
         name: the method of this name is taken for ours, as is one that begins with DreamTeacher.
     """
     c = _compare(results, name)
-    headline = [k for k in c.groups if k[2] == HEADLINE.get(k[0], k[2])]
-    others = [k for k in c.groups if k not in headline]
+    main = [k for k in c.groups if k[2] == (headline(k[0]) or k[2])]
+    others = [k for k in c.groups if k not in main]
     plots = ""
-    for key in headline[:12]:
+    for key in main[:12]:
         dots = [Dots(m, c.groups[key][m], m == c.ours) for m in c.methods if m in c.groups[key]]
         plots += dot_plot(", ".join(_words(key)), dots)
-    text = _result_table(c, headline)
+    text = _result_table(c, main)
     text += f'<p class="caption">{_CAPTION}</p><div class="grid2">{plots}</div>'
     if others:
         text += (
@@ -128,15 +121,8 @@ def _rank(key: Key) -> tuple[int, bool, int]:
 def _words(key: Key) -> tuple[str, str, str]:
     """Task, amount of labels and metric, in words."""
     task, labels, metric = key
-    unit = "masks" if task in (*SEGMENTATION, *STREAMED) else "labels per class"
-    unit = "images" if task in (*DETECTION, *PANOPTIC) else unit
-    amount = "all labels" if labels is None else f"{labels} {unit}"
-    return TASKS.get(task, str(task)), amount, METRICS.get(metric, str(metric)).replace("iou/", "IoU of ")
-
-
-def _spread(values: Sequence[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{deviation}"
+    what = find_task(task).what if task in TASKS else str(task)
+    return what, amount_of(task, labels), METRICS.get(metric, str(metric)).replace("iou/", "IoU of ")
 
 
 def _apart(c: Comparison, key: Key) -> Separation | None:
@@ -157,7 +143,7 @@ def _result_table(c: Comparison, keys: Sequence[Key]) -> str:
         means = {m: f"{statistics.mean(v):.3f}" for m, v in c.groups[key].items()}
         lines += f"<tr><td>{esc(task)}<br><small>{esc(amount)}, {esc(metric)}</small></td>"
         for method in c.methods:
-            text = _spread(c.groups[key][method]) if method in means else "–"
+            text = spread(c.groups[key][method]) if method in means else "–"
             bold = method in means and float(means[method]) == max(map(float, means.values()))
             lines += f"<td>{f'<b>{text}</b>' if bold else text}</td>"
         counts = sorted({len(v) for v in c.groups[key].values()})

@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from dreamteacher.runtime import tensor_file
 from dreamteacher.runtime.config import parse_json
-from dreamteacher.runtime.distributed.sharding import part_of
+from dreamteacher.runtime.distributed.sharding import part_of, parts_of, whole_on_first
 from dreamteacher.runtime.errors import UserError, first_line, shorten
+from dreamteacher.runtime.optim import Ema
 
 PATTERN = "checkpoint-*.safetensors"
 _MOST_VALUES = 100_000  # in a tuple of a pickle
@@ -132,19 +134,18 @@ def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         ) from None
 
 
-_DAMAGE = (OSError, SafetensorError, ValueError)
+_DAMAGE = (*tensor_file.UNREADABLE, ValueError)
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """As `load`, with one of _DAMAGE for what is damaged, and a UserError for what is whole and not ours."""
-    with safe_open(path, framework="pt") as file:
-        facts = file.metadata() or {}
-        if "dreamteacher" not in facts:
-            raise UserError(
-                f"'{path}' is a safetensors file, but not one that dreamteacher wrote.",
-                "Remove it from the run folder; where weights are wanted, give a file from `dreamteacher export`.",
-            )
-        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    facts = tensor_file.read_metadata(path)
+    if "dreamteacher" not in facts:
+        raise UserError(
+            f"'{path}' is a safetensors file, but not one that dreamteacher wrote.",
+            "Remove it from the run folder; where weights are wanted, give a file from `dreamteacher export`.",
+        )
+    tensors = tensor_file.read(path)
     if "sha256" in facts and facts["sha256"] != digest(tensors, facts["dreamteacher"]):
         raise ValueError("its content has changed since it was written")
     return tensors, parse_json(facts["dreamteacher"])
@@ -173,8 +174,7 @@ def latest(folder: Path, *, whole: bool = False) -> Path | None:
             if whole:
                 _read(path)
             else:
-                with safe_open(path, framework="pt") as file:
-                    file.keys()
+                tensor_file.read_metadata(path)
         except _DAMAGE as error:
             damaged.append((path, first_line(error, 200)))
             continue
@@ -198,6 +198,16 @@ def latest(folder: Path, *, whole: bool = False) -> Path | None:
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint of `step` lies; names sort by step."""
     return folder / f"checkpoint-{step:08d}.safetensors"
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, from its name.
+
+    Example:
+        >>> step_of(checkpoint_path(Path("run"), 12))
+        12
+    """
+    return int(path.stem.partition("-")[2])
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -248,6 +258,54 @@ def unpack_optimizer(
             value = torch.empty_like(like, dtype=value.dtype).copy_(value) if same else value.clone()
         state.setdefault(int(place), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with `prefix`, without it.
+
+    Example:
+        >>> sorted(under("a/", {"a/x": torch.ones(1), "a/y": torch.ones(1), "b/x": torch.ones(1)}))
+        ['x', 'y']
+    """
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def pack(
+    modules: Mapping[str, torch.nn.Module], optimizer: torch.optim.Optimizer, average: Ema | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """All that a training goes on from: weights as NAME/..., the optimizer, and an average of the weights as ema/...
+
+    With several processes all call it, and the first one gets the tensors.
+    """
+    tensors, scalars = pack_optimizer(optimizer)
+    for name, module in modules.items():
+        tensors |= {f"{name}/{k}": v for k, v in module.state_dict().items()}
+    if average is not None:
+        tensors |= {f"ema/{k}": v for k, v in average.tensors.items()}
+    return whole_on_first(tensors), {"optimizer": scalars, "ema_updates": average.updates if average else 0}
+
+
+def unpack(
+    modules: Mapping[str, torch.nn.Module],
+    optimizer: torch.optim.Optimizer,
+    average: Ema | None,
+    tensors: Mapping[str, torch.Tensor],
+    meta: Mapping[str, Any],
+    path: Path,
+) -> None:
+    """Restores what `pack` gave, bitwise.
+
+    Raises:
+        UserError: when the weights are of another network; `path` is their file.
+    """
+    for name, module in modules.items():
+        load_exactly(module, parts_of(under(f"{name}/", tensors), module.state_dict()), path)
+    if average is not None:
+        for key, value in under("ema/", tensors).items():
+            mine = average.tensors[key]
+            mine.copy_(part_of(value, mine))  # in place: the memory layout stays
+        average.updates = meta["ema_updates"]
+    unpack_optimizer(optimizer, tensors, meta["optimizer"])
 
 
 def load_exactly(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path | str) -> None:
@@ -343,7 +401,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     content: Any
     try:
         if path.suffix == ".safetensors":
-            content = load_file(path)
+            content = tensor_file.read(path)
         else:
             with warnings.catch_warnings():  # torch warns of pickles that it then refuses: our error says it
                 warnings.simplefilter("ignore")

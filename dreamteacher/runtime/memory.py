@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ import torch
 
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import parse_json
-from dreamteacher.runtime.distributed.share import Share
+from dreamteacher.runtime.distributed.world import World
 from dreamteacher.runtime.errors import UserError, first_line
 
 PARTS = "parts.json"  # in a run folder
@@ -49,6 +49,43 @@ def needed(problem: str, way_out: str) -> Iterator[None]:
         raise UserError(f"{problem}: {reason(error)}", way_out) from None
 
 
+class Undo:
+    """What a step changes in place before its update, noted before it and put back when it fails.
+
+    Args:
+        tensors: buffers, as the running moments of BatchNorm.
+        random: a device whose global random numbers layers draw from, beside the CPU's; None: they draw from none.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], random: torch.device | None = None) -> None:
+        self.pairs = [
+            (kept, [torch.empty_like(t) for t in kept])
+            for dtype in sorted({t.dtype for t in tensors}, key=str)
+            if (kept := [t for t in tensors if t.dtype == dtype])
+        ]
+        self.random = random
+        self.states: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    @torch.no_grad()
+    def note(self) -> None:
+        """Remembers them."""
+        for tensors, kept in self.pairs:
+            torch._foreach_copy_(kept, tensors)
+        if self.random is not None:
+            gpu = torch.cuda.get_rng_state(self.random) if self.random.type == "cuda" else None
+            self.states = torch.get_rng_state(), gpu
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Puts them back."""
+        for tensors, kept in self.pairs:
+            torch._foreach_copy_(tensors, kept)
+        if self.states is not None:
+            torch.set_rng_state(self.states[0])
+            if self.states[1] is not None:
+                torch.cuda.set_rng_state(self.states[1], self.random or "cuda")
+
+
 class Parts:
     """Into how many parts (`count`) a process splits its images of a batch: more once memory has run out.
 
@@ -58,11 +95,11 @@ class Parts:
     """
 
     def __init__(
-        self, images: int, accumulate: int, share: Share, batch_norm: Literal["global", "local"], folder: Path
+        self, images: int, accumulate: int, world: World, batch_norm: Literal["global", "local"], folder: Path
     ) -> None:
-        self.images, self.accumulate, self.share, self.folder = images, accumulate, share, folder
+        self.images, self.accumulate, self.world, self.folder = images, accumulate, world, folder
         self.count = 1
-        alone = share.ranks == 1 or batch_norm == "local"
+        alone = world.ranks == 1 or batch_norm == "local"
         self.most = max(1, images // 2 if alone else images)  # BatchNorm needs two images in each
 
     def add(self, step: int, why: str) -> None:
@@ -76,7 +113,7 @@ class Parts:
         if self.count >= self.most:
             raise UserError(problem, "Use --precision bfloat16, or a smaller --size, --student or --width.")
         self.count = min(2 * self.count, self.most)
-        if self.share.ranks > 1:
+        if self.world.ranks > 1:
             text = json.dumps({"images": self.images // self.count})
             checkpoint.write_text(self.folder / PARTS, text + "\n")
             way = "The same command goes on from the last checkpoint, in smaller parts"

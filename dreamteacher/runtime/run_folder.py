@@ -1,4 +1,4 @@
-"""A run folder: resolved config, logs, a lock; the progress line; signals that save instead of losing."""
+"""A run folder: resolved config, logs, a lock."""
 
 from __future__ import annotations
 
@@ -7,25 +7,20 @@ import fcntl
 import json
 import os
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
-
-from tqdm import tqdm
 
 from dreamteacher.runtime import checkpoint, memory
 from dreamteacher.runtime.config import changed_keys, parse_json
 from dreamteacher.runtime.distributed.group import broadcast
-from dreamteacher.runtime.distributed.share import ALONE, Share, launched
+from dreamteacher.runtime.distributed.world import ALONE, World
 from dreamteacher.runtime.errors import UserError, shorten
 
 # Settings that may differ between a run and its resumption: they do not change any number.
 FREE_TO_CHANGE = (
-    "out", "workers", "dry_run", "strict", "device", "save_every", "keep", "cache_gb", "sharding",
+    "out", "workers", "dry_run", "strict", "device", "save_every", "save_minutes", "keep_checkpoints", "log_to", "cache_gb", "sharding",
     "teacher_batch",
 )  # fmt: skip
 # What a process that was killed leaves behind, workers that decode images, ends by itself within 5 s.
@@ -55,11 +50,11 @@ class RunDir:
     """One folder that holds everything of a run. Open it only after every check has passed.
 
     Args:
-        share: of a run of several processes; the first one locks and writes, the others only read.
+        world: of a run of several processes; the first one locks and writes, the others only read.
     """
 
-    def __init__(self, path: Path, share: Share = ALONE) -> None:
-        self.path, self.share = path, share
+    def __init__(self, path: Path, world: World = ALONE) -> None:
+        self.path, self.world = path, world
         self._lock: Any = None
         self._owner = os.getpid()
 
@@ -118,7 +113,7 @@ class RunDir:
 
     def open(self, resolved: Mapping[str, Any]) -> Path | None:
         """Makes and locks the folder, writes a new run's config.json; returns the checkpoint to resume."""
-        if self.share.ranks > 1:
+        if self.world.ranks > 1:
             found = broadcast(lambda: str(self._open(resolved) or ""))
             return Path(found) if found else None
         return self._open(resolved)
@@ -146,7 +141,7 @@ class RunDir:
             if self.config() != json.loads(json.dumps(resolved)):
                 (self.path / memory.PARTS).unlink(missing_ok=True)
             checkpoint.write_text(self.path / "config.json", json.dumps(resolved, indent=2) + "\n")
-            for name in ("metrics.jsonl", "timing.jsonl"):
+            for name in ("metrics.jsonl", "timing.jsonl", "loggers.json"):
                 (self.path / name).unlink(missing_ok=True)
         return resume
 
@@ -175,7 +170,7 @@ class RunDir:
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Adds one line to a .jsonl file of the run; a last line that a kill cut off is ended first."""
-        if not self.share.first:
+        if not self.world.first:
             return
         with open(self.path / name, "ab+") as file:
             if file.tell():
@@ -186,7 +181,7 @@ class RunDir:
 
     def rewind(self, name: str, step: int) -> None:
         """Drops what a killed run had logged after the checkpoint of `step`."""
-        if not self.share.first:
+        if not self.world.first:
             return
         path = self.path / name
         rows = read_rows(path)
@@ -203,67 +198,3 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return [row for row in rows if isinstance(row, dict)]
-
-
-class Signals:
-    """Within this context SIGINT and SIGTERM only set `.number`: the loop saves and exits with 128 + n."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._old[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.number = number
-        if launched().ranks == 1:  # torchrun passes on what the process got as well
-            signal.signal(number, self._old[number])  # a second one acts at once
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-
-class Progress:
-    """A bar with images/s, the share of time spent waiting for data, and the time left.
-
-    In a terminal it is a tqdm bar; elsewhere one line about every `every` seconds.
-    """
-
-    def __init__(self, total: int, first: int, batch: int, title: str, every: float = 30.0) -> None:
-        self.batch, self.every = batch, every
-        self.first, self.step, self.total, self.title = first, first, total, title
-        self.start = self.last = time.perf_counter()
-        self.waited = 0.0
-        shown = sys.stderr.isatty() and launched().first
-        self.bar = tqdm(total=total, initial=first, desc=title, unit="step", disable=not shown)
-
-    def wait(self, seconds: float) -> None:
-        self.waited += seconds
-
-    def rates(self) -> dict[str, float]:
-        """Images per second, share of data waits and seconds, since the start of this process's part."""
-        seconds = max(1e-9, time.perf_counter() - self.start)
-        return {
-            "images_per_s": round((self.step - self.first) * self.batch / seconds, 2),
-            "data_wait": round(self.waited / seconds, 4),
-            "seconds": round(seconds, 2),
-        }
-
-    def update(self, step: int, loss: str) -> None:
-        self.bar.update(step - self.step)
-        self.step = step
-        now = time.perf_counter()
-        rates = self.rates()
-        text = f"{rates['images_per_s']:.0f} images/s, data wait {rates['data_wait']:.0%}, {loss}"
-        self.bar.set_postfix_str(text, refresh=False)
-        if self.bar.disable and (now - self.last > self.every or step == self.total):
-            left = (self.total - step) * rates["seconds"] / max(1, step - self.first)
-            print(f"{self.title}: step {step}/{self.total}, {text}, {left:.0f} s left", flush=True)
-            self.last = now
-
-    def close(self) -> None:
-        self.bar.close()

@@ -17,3 +17,6 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 
 Compile = Literal["auto", "on", "off"]
+
+
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dreamteacher.runtime.distributed.share import share_of
+from dreamteacher.runtime.distributed.world import world_of
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.memory import ran_out, reason
 from dreamteacher.teachers.base import Teacher
@@ -143,7 +143,7 @@ class InParts:
         for first in range(0, n, size):
             at = slice(first, min(first + size, n))
             generator.set_state(begin)
-            ranks = share_of(generator).ranks  # with several processes a draw is for the images of all
+            ranks = world_of(generator).ranks  # with several processes a draw is for the images of all
             with RowsOfDraws(generator, (at.stop - at.start) * ranks, first * ranks, n * ranks):
                 found.append(act(at))
         return [torch.cat(level) for level in zip(*found, strict=True)]

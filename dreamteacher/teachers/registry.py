@@ -7,29 +7,65 @@ import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
-from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import from_json, parse_json, to_json
 from dreamteacher.runtime.errors import UserError, did_you_mean
 from dreamteacher.spec import Noise
-from dreamteacher.teachers.base import Teacher
+
+if TYPE_CHECKING:
+    import torch
+
+    from dreamteacher.teachers.base import Teacher
+    from dreamteacher.teachers.family import Family
 
 WEIGHTS = "teacher.safetensors"
 SPEC = "teacher.json"
-# The families: the module and the dataclass that rebuilds a network together with its weights.
-SPECS = {
-    "diffusion": ("diffusion.teacher", "DiffusionSpec"),
-    "stable-diffusion": ("stable_diffusion.teacher", "StableDiffusionSpec"),
-    "stylegan2": ("stylegan2.teacher", "StyleGan2Spec"),
-    "biggan": ("biggan.teacher", "BigGanSpec"),
-    "vae": ("vae", "VaeSpec"),
+
+
+class Entry(NamedTuple):
+    """Where a family is: it is imported when it is first asked for, and torch with it.
+
+    Args:
+        module: ends in `FAMILY = Family(...)`.
+        kinds: of published checkpoints, those that the family's `convert` reads.
+    """
+
+    module: str
+    kinds: tuple[str, ...] = ()
+
+
+FAMILIES: dict[str, Entry] = {
+    "diffusion": Entry("dreamteacher.teachers.diffusion.family", ("adm", "ddpm")),
+    "stable-diffusion": Entry("dreamteacher.teachers.stable_diffusion.family", ("stable-diffusion",)),
+    "stylegan2": Entry("dreamteacher.teachers.stylegan2.family", ("stylegan2", "icgan-stylegan2")),
+    "biggan": Entry("dreamteacher.teachers.biggan.family", ("biggan",)),
+    "vae": Entry("dreamteacher.teachers.vae", ("vae",)),
 }
 EMBEDDED = {p.name: p for p in sorted((Path(__file__).parent.parent / "weights").glob("*")) if p.is_dir()}
+
+
+def family_of(name: str) -> Family:
+    """The family of this name; its module is imported.
+
+    Raises:
+        KeyError: for a family that this version does not know.
+        ValueError: for a module whose family does not agree with its line of the table.
+    """
+    entry = FAMILIES[name]
+    family: Family = importlib.import_module(entry.module).FAMILY
+    found = family.name, getattr(family.spec, "family", None), sorted(family.convert)
+    if found != (name, name, sorted(entry.kinds)):
+        raise ValueError(
+            f"{entry.module} holds the family {found[0]!r} (its spec: {found[1]!r}) of the kinds {found[2]}; "
+            f"its line of the table says {name!r} and {sorted(entry.kinds)}"
+        )
+    return family
+
+
+def families_by_kind() -> dict[str, str]:
+    """The kinds of published checkpoints that can be converted -> their families; nothing is imported."""
+    return {kind: name for name, entry in FAMILIES.items() for kind in entry.kinds}
 
 
 def teacher_folder(name: str) -> Path:
@@ -38,7 +74,7 @@ def teacher_folder(name: str) -> Path:
     Raises:
         UserError: for an unknown name, a published one that is not here yet, or a folder that holds no teacher.
     """
-    from dreamteacher.teachers.known import KNOWN, fetched, fetched_folder, missing_message
+    from dreamteacher.teachers.published.known import KNOWN, fetched, fetched_folder, missing_message
 
     if name in EMBEDDED:
         return EMBEDDED[name]
@@ -107,50 +143,32 @@ def load_teacher(
         return teacher_from_file(name).to(device)
     folder = teacher_folder(name)
     card = read_card(folder)
-    if blocks and card["family"] != "diffusion":
+    family = _family(folder, card)
+    if blocks and "blocks" not in family.settings:
         raise UserError(
             f"--blocks names decoder blocks of a diffusion U-Net; '{name}' is of the family '{card['family']}'.",
             "Leave out --blocks.",
         )
     spec = read_spec(folder, card)
     weights = _weights(folder, card)
-    named: Any = {"name": card.get("name", folder.name), "licence": card.get("licence", "not recorded")}
-    where = folder / WEIGHTS
-    teacher: Teacher
-    match card["family"]:
-        case "diffusion":
-            from dreamteacher.teachers.diffusion import teacher as diffusion
-
-            teacher = diffusion.load(
-                weights, spec, where, timesteps=timesteps, noise=noise, blocks=blocks, **named
-            )
-        case "stable-diffusion":
-            from dreamteacher.teachers.stable_diffusion import teacher as stable_diffusion
-
-            teacher = stable_diffusion.load(weights, spec, where, timesteps=timesteps, noise=noise, **named)
-        case "stylegan2":
-            from dreamteacher.teachers.stylegan2 import teacher as stylegan2
-
-            teacher = stylegan2.load(weights, spec, where, psi=psi, **named)
-        case "biggan":
-            from dreamteacher.teachers.biggan import teacher as biggan
-
-            teacher = biggan.load(weights, spec, where, psi=psi, **named)
-        case "vae":
-            from dreamteacher.teachers import vae
-
-            teacher = vae.load(weights, spec, where, **named)
-    return teacher.to(device)
+    named = {"name": card.get("name", folder.name), "licence": card.get("licence", "not recorded")}
+    asked = {"timesteps": timesteps, "noise": noise, "blocks": blocks, "psi": psi}
+    settings = {key: value for key, value in asked.items() if key in family.settings}
+    return family.load(weights, spec, folder / WEIGHTS, **named, **settings).to(device)
 
 
-def spec_class(family: str) -> type:
-    """The dataclass that a family keeps in teacher.json under "network".
+def _family(folder: Path, card: Mapping[str, Any]) -> Family:
+    """The family of a card.
 
     Raises:
-        KeyError: for a family that this version does not know.
+        UserError: for one that this version does not know.
     """
-    module, name = SPECS[family]
-    return getattr(importlib.import_module(f"dreamteacher.teachers.{module}"), name)
+    if card["family"] not in FAMILIES:
+        raise UserError(
+            f"'{folder}' holds a teacher of the family '{card['family']}', which this version does not know.",
+            f"Known: {', '.join(FAMILIES)}. Update dreamteacher, or name another teacher.",
+        )
+    return family_of(card["family"])
 
 
 def read_spec(folder: Path, card: Mapping[str, Any]) -> Any:
@@ -159,15 +177,12 @@ def read_spec(folder: Path, card: Mapping[str, Any]) -> Any:
     Raises:
         UserError: for a family that this version does not know, or settings that do not fit it.
     """
-    if card["family"] not in SPECS:
-        raise UserError(
-            f"'{folder}' holds a teacher of the family '{card['family']}', which this version does not know.",
-            f"Known: {', '.join(SPECS)}. Update dreamteacher, or name another teacher.",
-        )
-    return from_json(spec_class(card["family"]), card["network"])
+    return from_json(_family(folder, card).spec, card["network"])
 
 
 def _weights(folder: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    from dreamteacher.runtime import tensor_file
+
     path = folder / WEIGHTS
     if card.get("sha256") and sha256(path) != card["sha256"]:
         raise UserError(
@@ -175,8 +190,8 @@ def _weights(folder: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor]:
             "It is damaged or was replaced: copy the whole folder again.",
         )
     try:
-        return {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
+        return {k: v.float() if v.is_floating_point() else v for k, v in tensor_file.read(path).items()}
+    except tensor_file.UNREADABLE as error:
         raise UserError(f"'{path}' cannot be read: {error}.", "Copy the whole folder again.") from None
 
 
@@ -197,19 +212,21 @@ def save_teacher(
     """Writes teacher.safetensors and teacher.json.
 
     Args:
-        spec: of one of the families of SPECS.
+        spec: of one of the families of the table, which its class names (`family`).
         card: "name", "licence" and whatever tells how it was trained, or where it is from.
         half: store floating-point weights as float16 (rounding is far below the noise of training);
             otherwise as they come, so that converted weights stay exactly what was published.
     """
-    module = type(spec).__module__.removeprefix("dreamteacher.teachers.")
-    family = next(f for f, (m, n) in SPECS.items() if (m, n) == (module, type(spec).__name__))
+    from safetensors.torch import save_file
+
+    from dreamteacher.runtime import checkpoint
+
     kept = {
         k: (v.half() if half and v.is_floating_point() else v).detach().cpu().contiguous().clone()
         for k, v in weights.items()
     }
     checkpoint.atomic_write(folder / WEIGHTS, lambda temporary: save_file(kept, temporary))
-    full = {"family": family, **card, "sha256": sha256(folder / WEIGHTS), "network": to_json(spec)}
+    full = {"family": spec.family, **card, "sha256": sha256(folder / WEIGHTS), "network": to_json(spec)}
     checkpoint.write_text(folder / SPEC, json.dumps(full, indent=2) + "\n")
 
 

@@ -5,12 +5,11 @@ The network is one of diffusers' `AutoencoderKL`, `AutoencoderTiny` (TAESD), `VQ
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
@@ -20,16 +19,17 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.autoencoders.vae import Decoder, DecoderTiny
 from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.unets.unet_2d_blocks import AttnUpDecoderBlock2D, UpDecoderBlock2D
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.config import from_json, parse_json
-from dreamteacher.runtime.distributed.share import randint, randn
-from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime import checkpoint, tensor_file
+from dreamteacher.runtime.config import from_json
+from dreamteacher.runtime.distributed.world import randint, randn
+from dreamteacher.runtime.errors import UserError, first_line, shorten
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import STRIDES, Teacher
+from dreamteacher.teachers.cost import channels_by_stride, gmacs
+from dreamteacher.teachers.diffusers_folder import arguments_of, modern_attention, read_config
+from dreamteacher.teachers.family import Cost, Family
 
 Kind = Literal["kl", "tiny", "vq", "dc"]
 Vae = AutoencoderKL | AutoencoderTiny | VQModel | AutoencoderDC
@@ -54,6 +54,7 @@ class VaeSpec:
         size: (height, width) in pixels of its samples, and of its images unless the user names another.
     """
 
+    family: ClassVar[str] = "vae"
     kind: Kind
     config: dict[str, Any]
     size: tuple[int, int] = (256, 256)
@@ -194,7 +195,7 @@ class VaeTeacher(Teacher):
             that are not grey or RGB, or a size that is not a multiple of its reduction.
     """
 
-    family = "vae"
+    family = VaeSpec.family
 
     def __init__(self, vae: Vae, spec: VaeSpec, *, name: str, licence: str) -> None:
         super().__init__()
@@ -310,7 +311,7 @@ def build_vae(weights: Mapping[str, Tensor], spec: VaeSpec, where: Path) -> Vae:
             vae = CLASSES[spec.kind](**spec.config)
     except (ValueError, TypeError, IndexError, KeyError) as error:
         raise UserError(
-            f"The autoencoder of '{where}' cannot be built: {type(error).__name__} {str(error).splitlines()[0]}",
+            f"The autoencoder of '{where}' cannot be built: {type(error).__name__} {first_line(error)}",
             "Mend its kind or config, or convert the published files again.",
         ) from None
     vae.to_empty(device="cpu")
@@ -360,48 +361,30 @@ def convert(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor],
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        return tensor_file.read(path)
+    except tensor_file.UNREADABLE as error:
         raise UserError(
-            f"'{path}' is not a whole safetensors file: {str(error).splitlines()[0]}.",
+            f"'{path}' is not a whole safetensors file: {first_line(error)}.",
             "Download it again; check its size or sha256.",
         ) from None
 
 
 def _read_config(folder: Path) -> tuple[Kind, dict[str, Any]]:
     """Kind and arguments from diffusers' config.json; entries that the class does not take are left out."""
-    path = folder / "config.json"
-    if not path.is_file():
+    if not (folder / "config.json").is_file():
         raise UserError(
             f"'{folder}' holds no autoencoder: neither config.json nor {' and '.join(ORIGINAL)}.",
             "Give the folder that diffusers' `save_pretrained` writes, or the one of TAESD's two files.",
         )
-    try:
-        values = parse_json(path.read_text())
-        name = values["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__} {error}"
-        raise UserError(f"'{path}' cannot be read: {reason}.", "Download it again.") from None
-    for kind, cls in CLASSES.items():
-        if cls.__name__ == name:
-            taken = inspect.signature(cls.__init__).parameters
-            return kind, {k: v for k, v in values.items() if k in taken}
-    raise UserError(
-        f"'{path}' describes a {name}, which is not an autoencoder that can be read.",
-        f"Use one of: {', '.join(cls.__name__ for cls in CLASSES.values())}.",
+    kinds: dict[str, Kind] = {cls.__name__: kind for kind, cls in CLASSES.items()}
+    name, values = read_config(
+        folder,
+        kinds,
+        repair="Download it again.",
+        refusal="which is not an autoencoder that can be read",
+        others=f"Use one of: {', '.join(kinds)}.",
     )
-
-
-def modern_attention(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the attention weights of folders that diffusers wrote before 2023 (Stable Diffusion 1.x's VAE).
-
-    Example:
-        >>> list(modern_attention({"decoder.mid_block.attentions.0.proj_attn.bias": torch.zeros(2)}))
-        ['decoder.mid_block.attentions.0.to_out.0.bias']
-    """
-    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    pattern = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)(?=\.(?:weight|bias)$)")
-    return {pattern.sub(lambda m: m[1] + names[m[2]], k): v for k, v in weights.items()}
+    return kinds[name], arguments_of(CLASSES[kinds[name]], values)
 
 
 def tiny_from_original(
@@ -445,3 +428,37 @@ def _tiny_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "encoder_block_out_channels": width,
         "decoder_block_out_channels": width,
     }
+
+
+# --- the family ------------------------------------------------------------------------------------------
+
+
+def cost(spec: VaeSpec) -> Cost:
+    """Of encoding and decoding, and of its part up to the finest level."""
+    with torch.device("meta"):
+        vae = CLASSES[spec.kind](**spec.config)
+        image = torch.empty(1, vae.config["in_channels"], *spec.size)
+    teacher = VaeTeacher(vae, spec, name="", licence="")
+    z = latents(vae, image)
+    finest = teacher.specs[0].stride
+    count = sum(stride >= finest for stride, _ in levels_of(vae))
+    encoder = gmacs(lambda: latents(vae, image))
+    full, needed = (gmacs(lambda: decode(vae, z, count, whole=w)) for w in (True, False))  # noqa: B023
+    return Cost(channels_by_stride(teacher.specs), ("encode", "sample"), encoder + full, encoder + needed)
+
+
+def tiny() -> tuple[dict[str, Tensor], VaeSpec]:
+    """A KL autoencoder of 64 px with levels at strides 4 and 8."""
+    config = {
+        "block_out_channels": [4, 8, 12, 16],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "norm_num_groups": 4,
+    }
+    spec = VaeSpec(kind="kl", config=config, size=(64, 64))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return CLASSES[spec.kind](**spec.config).state_dict(), spec
+
+
+FAMILY = Family(name="vae", spec=VaeSpec, load=load, convert={"vae": convert}, tiny=tiny, cost=cost)

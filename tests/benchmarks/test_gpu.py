@@ -125,7 +125,7 @@ def test_a_slow_teacher_gets_fewer_steps_and_says_so(tmp_path, monkeypatch, caps
 
     script = runpy.run_path(str(GPU / "train.py"))
     steps = script["teacher_steps"]
-    monkeypatch.setitem(steps.__globals__, "DiffusionTrainee", Slow)
+    monkeypatch.setitem(steps.__globals__, "DiffusionObjective", Slow)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     args = argparse.Namespace(
         out=tmp_path, preset="cpu-64", device="cpu", size=64, batch_size=2, teacher_steps=1500, teacher_minutes=2.0

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dreamteacher.data.masks.loaded import SegmentationSet
+from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.downstream.classification.finetune import shuffled_batches
 from dreamteacher.models.student import create_student
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher, alphas_cumprod, build_unet, noised
@@ -328,7 +328,7 @@ def test_the_published_layout(tmp_path, name):
     assert len(bench.scored) == int(name.split("_")[1])
     for i in (0, 7):
         raw = np.load(root / name / "real" / "train" / f"{i:03d}.npy")
-        assert torch.equal(bench.pool.masks[i], torch.from_numpy(raw.astype(np.int64)))
+        assert torch.equal(bench.pool.targets[i], torch.from_numpy(raw.astype(np.int64)))
         assert not torch.equal(bench.pool.images[i], bench.test.images[i])
 
 
@@ -339,7 +339,7 @@ def test_splits_mix_train_and_test(tmp_path):
     )
     whole = protocol.published_benchmark("cat_15", root, size=(8, 8))
 
-    def pictures(*sets: SegmentationSet) -> list[bytes]:
+    def pictures(*sets: LabelledSet) -> list[bytes]:
         return [bytes(image.flatten().tolist()) for s in sets for image in s.images]
 
     assert pictures(first.pool, first.test) == pictures(again.pool, again.test)
@@ -419,7 +419,7 @@ def test_both_readings_of_the_score(ignore):
     target = torch.randint(0, 4, (3, 6, 6), generator=draw)
     target[:, 0] = ignore
     predicted = torch.where(torch.rand(3, 6, 6, generator=draw) < 0.6, target, 2).clamp(max=3)
-    nothing = SegmentationSet(images=torch.empty(0), masks=torch.empty(0), classes=5, names=())
+    nothing = LabelledSet(images=torch.empty(0), targets=torch.empty(0), classes=("",) * 5)
     bench = protocol.Benchmark(
         name="x", classes=5, ignore=ignore, size=(6, 6), unlabelled=None, pool=nothing, test=nothing
     )

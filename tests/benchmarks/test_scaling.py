@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 
 from dreamteacher.cli import main as cli
-from dreamteacher.distill.store.items import Level, Plan, layout
-from dreamteacher.teachers.known import KNOWN
+from dreamteacher.distill.store.items import Level, StorePlan, layout
+from dreamteacher.teachers.published.known import KNOWN
 from tests.places import ROOT
 
 PLAN = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "plan.py")))
 
 
-def stored_plan(size: tuple[int, int], kept: int) -> Plan:
+def stored_plan(size: tuple[int, int], kept: int) -> StorePlan:
     levels = tuple(
         Level(name=f"s{s}", channels=512, stride=s, height=size[0] // s, width=size[1] // s, kept=kept, storage="int8")
         for s in (4, 8, 16, 32)
     )  # fmt: skip
-    return Plan(
+    return StorePlan(
         what="maps", teacher="t", family="f", licence="-", sha256="", t=(), blocks=(), noise="stochastic", device="cpu",
         precision="float32", deterministic=False, size=size, images=8, images_sha256="", seed=0, flip=True, draws=2,
         group=8, shard_images=8, keep="pca", whiten="chw", levels=levels,

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamteacher.runtime.config import from_json, to_json
+from dreamteacher.teachers.biggan.family import random_weights
 from dreamteacher.teachers.biggan.teacher import (
     BigGanSpec,
     BigGanTeacher,
-    build_network,
 )
 from dreamteacher.teachers.registry import load_teacher, save_teacher
 
@@ -25,18 +25,6 @@ CARD = {"name": "tiny", "licence": "CC0-1.0"}
 ALL_LEVELS = BigGanSpec(
     channels=(8, 8, 8, 8, 8, 4, 4), bottom=1, attention=(3,), latent=4, features=16, feature_width=6
 )
-
-
-def random_weights(spec: BigGanSpec, seed: int = 0) -> dict[str, Tensor]:
-    """Seeded values of unit gain for every weight; BatchNorm means and gains are not trivial."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, like in build_network(spec).state_dict().items():
-        value = torch.randn(like.shape, generator=generator)
-        if like.dim() > 1:
-            value = value * like[0].numel() ** -0.5
-        weights[name] = value.abs() + 0.5 if name.endswith("scale.bias") else value
-    return weights
 
 
 def instances(count: int, width: int, seed: int = 1) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamteacher.teachers.registry import save_teacher
 from dreamteacher.teachers.stable_diffusion.teacher import (
     StableDiffusionSpec,
     StableDiffusionTeacher,
@@ -84,9 +83,3 @@ def make(
 ) -> StableDiffusionTeacher:
     spec = spec_of(kind, **(options or {}))
     return load(weights_of(spec), spec, Path("memory"), name=kind, licence="-", **asked)
-
-
-def tiny(folder: Path) -> None:
-    """A Stable Diffusion with four levels of 8 and 16 channels and random weights."""
-    spec = spec_of("sd2")
-    save_teacher(folder, weights_of(spec), spec, {"name": "tiny-sd", "licence": "CC0-1.0"})

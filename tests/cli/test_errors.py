@@ -422,7 +422,11 @@ SECTIONS: dict[str, list[Case]] = {
             pretrain(teacher="gan", dataset="synthesized", size="32 32"),
             "images of 64 x 64",
         ),
-        case("A mixture with no room for a kind", pretrain(dataset="mixture", share="0.01"), "--share"),
+        case(
+            "Both kinds with no room for a kind",
+            pretrain(dataset="both", synthesized_fraction="0.01"),
+            "--synthesized-fraction",
+        ),
         case("A file of one's own that is not there", pretrain(teacher="gone.py:teacher"), "gone.py"),
         case(
             "A function that it does not have", pretrain(teacher="own.py:techer"), "Did you mean 'teacher'?"
@@ -517,7 +521,7 @@ SECTIONS: dict[str, list[Case]] = {
         case(
             "Other classes to test on", classify(test="animals"), "Classes of 'photos' and 'animals' differ"
         ),
-        case("More masks than there are", segment(mask_counts="100"), "100 masks asked for"),
+        case("More masks than there are", segment(mask_counts="100"), "100 labelled images", "2 to 4"),
         case("No masks given", segment(masks=""), "Give both --images and --masks"),
         case("A mask without an image", segment(masks="masks-alone"), "lonely.png"),
         case("A mask of another shape", segment(masks="masks-oblong"), "64 x 64 and its mask 32 x 64"),
@@ -537,33 +541,31 @@ SECTIONS: dict[str, list[Case]] = {
         case("A JSON file that is none", interpret(masks="labels/broken.json"), "broken.json"),
         case("A JSON file whose images are missing", interpret(masks="labels/missing.json"), "gone.png"),
         case("A JSON file of unknown categories", interpret(masks="labels/category.json"), "categor"),
-        case(
-            "More labels than there are", interpret("--labels", "100"), "--labels 100", "8 images have masks"
-        ),
+        case("More labels than there are", interpret("--labels", "100"), "100 labelled images", "1 to 8"),
         case("No labels at all", interpret(masks=""), "not sorted into at least two subfolders"),
         case("A GAN's maps of images that it did not draw", interpret(teacher="gan"), "samples.json"),
         case("A block that the network does not have", interpret("--blocks", "3", "99"), "has 0 to 9"),
         case("Blocks of another family", interpret("--blocks", "1", teacher="gan"), "Leave out --blocks"),
-        case("A mode without labels", pretrain(mode="mixed"), "--interpreter FOLDER"),
-        case("Labels without a mode", pretrain(interpreter="interpreter"), "--mode mixed"),
+        case("A mode without labels", pretrain(distill="mixed"), "--interpreter FOLDER"),
+        case("Labels without a mode", pretrain(interpreter="interpreter"), "--distill mixed"),
         case(
             "An interpreter of another teacher",
-            pretrain(mode="mixed", interpreter="interpreter", teacher="teacher-two"),
+            pretrain(distill="mixed", interpreter="interpreter", teacher="teacher-two"),
             "another teacher",
         ),
         case(
             "An interpreter of other timesteps",
-            pretrain(mode="mixed", interpreter="interpreter", t="50 150"),
+            pretrain(distill="mixed", interpreter="interpreter", t="50 150"),
             "--t 100",
         ),
         case(
             "An unfinished interpreter",
-            pretrain(mode="mixed", interpreter="empty"),
+            pretrain(distill="mixed", interpreter="empty"),
             "holds no finished interpreter",
         ),
         case(
             "Bad masks in the one command",
-            pretrain(mode="mixed", labelled="masked", masks="masks-rgb"),
+            pretrain(distill="mixed", labelled="masked", masks="masks-rgb"),
             "no class ids",
         ),
         case(
@@ -595,14 +597,14 @@ SECTIONS: dict[str, list[Case]] = {
             "instances differ",
         ),
         case("Test images without instances", detect(test_images="masked"), "Give --test-instances too"),
-        case("More images than show an object", detect("--detect.images", "100"), "100", "are there"),
+        case("More images than show an object", detect("--detect.image-counts", "100"), "100", "2 to 4"),
         case("Sides in falling order", detect("--detect.short-side", "96", "64"), "96 to 64"),
         case("No masks for `semantic`", streamed("semantic", masks=""), "Give both --images and --masks"),
         case("Masks in colours for it", streamed("semantic", masks="masks-rgb"), "no class ids"),
         case(
             "More masks than there are",
-            streamed("semantic", "--semantic.masks", "100"),
-            "100 masks asked for",
+            streamed("semantic", "--semantic.mask-counts", "100"),
+            "100 labelled images asked for",
         ),
         case("A share above 1", streamed("semantic", "--semantic.overlap", "1.5"), "overlap is 1.5"),
         case("Crops that no network fits", streamed("semantic", "--semantic.crops.size", "50", "64"), "50"),
@@ -1046,7 +1048,7 @@ def test_a_full_disk(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 10**9))  # it filled up afterwards
     monkeypatch.setattr(report, "write_report", lambda run, **_: run)
     run = small_disk / "run"
-    command = pretrain(out=str(run), epochs="4", save_every="1", keep="9")
+    command = pretrain(out=str(run), epochs="4", save_every="1", keep_checkpoints="9")
     assert main(command) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")

@@ -18,12 +18,17 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dreamteacher.data.images import BadImageError, read_image, read_mask, scale_mask
-from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled
+from dreamteacher.data.images import BadImageError, Size, read_image, read_mask, scale_mask
+from dreamteacher.data.labelled_set import LabelledSet
+from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.data.npy import read_npy, read_npy_header
 from tests.builders.pictures import noise, refused
 
 SIZE = (24, 24)
+
+
+def load_labelled(images: Path, masks: Path, size: Size, **options: Any) -> LabelledSet:
+    return read_masks(images, masks, size, **options).load()
 
 
 def ids_of(seed: int, height: int = 24, width: int = 24, classes: int = 3) -> Tensor:
@@ -61,9 +66,9 @@ def save_grey(i: int, folder: Path) -> None:
     grey(ids_of(i)).save(folder / f"{i}.png")
 
 
-def expect(found: SegmentationSet, ids: list[Tensor], **fields: Any) -> None:
-    assert torch.equal(found.masks, torch.stack(ids))
-    assert found.masks.dtype == torch.int64
+def expect(found: LabelledSet, ids: list[Tensor], **fields: Any) -> None:
+    assert torch.equal(found.targets, torch.stack(ids))
+    assert found.targets.dtype == torch.int64
     assert torch.equal(found.images, torch.stack([read_image_of(i) for i in range(len(ids))]))
     for key, value in fields.items():
         assert getattr(found, key) == value
@@ -88,10 +93,10 @@ def save_palette(i: int, folder: Path) -> None:
 def test_folders(form: Callable[[int, Path], None], tmp_path: Path) -> None:
     images, masks = pictures(tmp_path / "images"), save_all(tmp_path / "masks", form)
     names = ("class 0", "class 1", "class 2")
-    expect(load_labelled(images, masks, SIZE), [ids_of(i) for i in range(4)], classes=3, names=names)
-    expect(load_labelled(images, masks, SIZE, classes=3), [ids_of(i) for i in range(4)], names=names)
+    expect(load_labelled(images, masks, SIZE), [ids_of(i) for i in range(4)], classes=names)
+    expect(load_labelled(images, masks, SIZE, classes=3), [ids_of(i) for i in range(4)], classes=names)
     named = load_labelled(images, masks, SIZE, names=("wall", "bed", "lamp"))
-    assert (named.classes, named.names, named.unpaired) == (3, ("wall", "bed", "lamp"), ())
+    assert (named.classes, named.unpaired) == (("wall", "bed", "lamp"), ())
 
 
 def test_npy_beside_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,9 +160,7 @@ def test_coco(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def check(ids: list[int], ground: int, expected: tuple[str, ...], **options: Any) -> None:
         found = load_labelled(images, path, SIZE, **options)
         masks = [painted(i, ids, ground) for i in range(4)]
-        expect(
-            found, masks, names=expected, classes=len(expected), unpaired=(images / "4.png", images / "5.png")
-        )
+        expect(found, masks, classes=expected, unpaired=(images / "4.png", images / "5.png"))
 
     check([3, 1, 2], 0, ("background", "bed", "wall", "lamp"))
     assert "2 of 6 images have no mask" in capsys.readouterr().err
@@ -185,7 +188,7 @@ def test_a_category_called_background_is_the_background(tmp_path: Path) -> None:
         ),
     ):
         found = load_labelled(images, path, SIZE, **options)
-        expect(found, [painted(i, ids, ground) for i in range(4)], names=names, classes=len(names))
+        expect(found, [painted(i, ids, ground) for i in range(4)], classes=names)
 
 
 def test_coco_objects_of_one_size_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -196,7 +199,7 @@ def test_coco_objects_of_one_size_in_the_order_of_the_file(tmp_path: Path) -> No
     ]
     listed = [{"id": 0, "file_name": "0.png", "width": 24, "height": 24}]
     path = save_coco(tmp_path, {0: "a", 1: "b", 2: "c"}, annotations=annotations, images=listed)
-    mask = load_labelled(images, path, SIZE, absent_ok=True).masks[0]
+    mask = load_labelled(images, path, SIZE, absent_ok=True).targets[0]
     assert (mask[7:12, 7:12] == 2).all()
     assert mask[2, 2] == 1
 
@@ -216,7 +219,7 @@ def test_coco_is_scaled_as_its_pictures_are(tmp_path: Path) -> None:
         categories=[{"id": 1, "name": "it"}],
     )
     found = load_labelled(tmp_path / "images", path, (20, 20))
-    assert torch.equal(found.masks[0] == 1, found.images[0, 0] > 100)
+    assert torch.equal(found.targets[0] == 1, found.images[0, 0] > 100)
 
 
 @pytest.mark.parametrize("size", [(24, 24), (7, 33), (20, 31), (64, 40)])
@@ -228,9 +231,9 @@ def test_scaled_and_cropped_as_masks_always_were(size: tuple[int, int], tmp_path
         grey(ids_of(i, 40, 60)).save(tmp_path / "masks" / f"{i}.png")
     folders = tmp_path / "images", tmp_path / "masks"
     two = load_labelled(*folders, size)
-    assert torch.equal(two.masks, torch.stack([read_mask(folders[1] / f"{i}.png", size) for i in range(3)]))
+    assert torch.equal(two.targets, torch.stack([read_mask(folders[1] / f"{i}.png", size) for i in range(3)]))
     assert torch.equal(two.images[0], read_image(tmp_path / "images" / "0.png", size))
-    assert torch.equal(scale_mask(ids_of(0, 40, 60), size), two.masks[0])
+    assert torch.equal(scale_mask(ids_of(0, 40, 60), size), two.targets[0])
 
 
 @pytest.mark.parametrize("values", [(0, 1), (0, 255), (0, 7)])
@@ -243,11 +246,11 @@ def test_binary(values: tuple[int, int], tmp_path: Path) -> None:
         np.save(tmp_path / "npy" / f"{i}.npy", (two[i] * values[1]).numpy())
         grey(two[i] * values[1]).save(tmp_path / "png" / f"{i}.png")
     expect(
-        load_labelled(images, tmp_path / "npy", SIZE, binary=True), two, names=("background", "foreground")
+        load_labelled(images, tmp_path / "npy", SIZE, binary=True), two, classes=("background", "foreground")
     )
     named = {"binary": True, "names": ("ground", "lung")}
     if values != (0, 7):  # neither black and white nor 0 and 1: all dark
-        expect(load_labelled(images, tmp_path / "png", SIZE, **named), two, names=("ground", "lung"))
+        expect(load_labelled(images, tmp_path / "png", SIZE, **named), two, classes=("ground", "lung"))
     else:
         refused(lambda: load_labelled(images, tmp_path / "png", SIZE, **named), "1 of 2 classes", "1 (lung)")
     refused(lambda: load_labelled(images, tmp_path / "png", SIZE, binary=True, classes=3), "2 classes, not 3")
@@ -259,17 +262,17 @@ def test_binary(values: tuple[int, int], tmp_path: Path) -> None:
 def test_unknown_and_absent_ids(tmp_path: Path) -> None:
     images, masks = pictures(tmp_path / "images"), save_all(tmp_path / "masks", save_grey)
 
-    def load(**options: Any) -> SegmentationSet:
+    def load(**options: Any) -> LabelledSet:
         return load_labelled(images, masks, SIZE, **options)
 
     refused(lambda: load(classes=2), "4 of 4 masks", "(0 to 1 are)", "0.png (2), 1.png (2)", "+1 more")
     refused(lambda: load(names=("a", "b")), "4 of 4 masks", "2.png (2)")
-    assert load(classes=2, ignore_index=2).classes == 2
+    assert len(load(classes=2, ignore_index=2).classes) == 2
     refused(
         lambda: load(classes=5), "2 of 5 classes occur in none of the 4 masks", "3 (class 3), 4 (class 4)"
     )
     refused(lambda: load(names=tuple("abcd")), "1 of 4 classes", "3 (d)")
-    assert load(names=tuple("abcd"), absent_ok=True).classes == 4
+    assert len(load(names=tuple("abcd"), absent_ok=True).classes) == 4
     refused(lambda: load(names=tuple("aba")), "twice: a")
     refused(lambda: load(names=tuple("abc"), classes=4), "4 classes, but 3 names")
 
@@ -279,7 +282,7 @@ def test_unknown_and_absent_ids(tmp_path: Path) -> None:
     refused(lambda: load(classes=3), "1 of 4 masks", "1.png (9, 77)", "255 is ignored")
     refused(load, "73 of 78 classes", "3 (class 3)", "without gaps")
     small = load_labelled(images, masks, (6, 6), absent_ok=True)  # a pixel that scaling loses is no class
-    assert small.classes == 3
+    assert len(small.classes) == 3
     refused(lambda: load_labelled(images, masks, (6, 6), classes=3), "1.png (9, 77)")
 
 
@@ -290,20 +293,20 @@ def test_palettes_that_differ(tmp_path: Path) -> None:
     for i in range(4):
         palette(ids_of(i), common).save(masks / f"{i}.png")
     palette(ids_of(2), [*common, 0, 0, 255]).save(masks / "2.png")  # longer, but begins alike
-    assert load_labelled(images, masks, SIZE).classes == 3
+    assert len(load_labelled(images, masks, SIZE).classes) == 3
     palette(ids_of(3), [0, 0, 0, 0, 255, 0, 255, 0, 0]).save(masks / "3.png")  # red and green exchanged
     refused(lambda: load_labelled(images, masks, SIZE), "1 of 4 palette masks", "another palette", ": 3.png.")
     palette(ids_of(1), [0, 0, 0, 0, 255, 0, 255, 0, 0]).save(masks / "1.png")
     palette(ids_of(0), [0, 0, 0, 0, 255, 0, 255, 0, 0]).save(masks / "0.png")
     refused(lambda: load_labelled(images, masks, SIZE), "1 of 4 palette masks", ": 2.png.")
     grey(ids_of(2)).save(masks / "2.png")
-    assert load_labelled(images, masks, SIZE).classes == 3
+    assert len(load_labelled(images, masks, SIZE).classes) == 3
 
 
 def test_masks_that_do_not_fit(tmp_path: Path) -> None:
     images, masks = pictures(tmp_path / "images"), save_all(tmp_path / "masks", save_grey)
 
-    def load(folder: Path = masks) -> SegmentationSet:
+    def load(folder: Path = masks) -> LabelledSet:
         return load_labelled(images, folder, SIZE)
 
     refused(lambda: load(images), "holds no .npy files")
@@ -339,7 +342,7 @@ def test_coco_that_does_not_fit(tmp_path: Path) -> None:
     images = pictures(tmp_path / "images", 5)
     path = save_coco(tmp_path, {1: "a", 2: "b", 3: "c"})
 
-    def load(**options: Any) -> SegmentationSet:
+    def load(**options: Any) -> LabelledSet:
         return load_labelled(images, path, SIZE, **options)
 
     refused(lambda: load(classes=3), "4 classes (background, a, b (+1 more)), not 3")
@@ -441,3 +444,56 @@ def test_damaged_npy_files(tmp_path_factory: pytest.TempPathFactory, data: st.Da
         reason = "none"
         assert ids.numpy().tolist() == np.load(path, allow_pickle=False).astype(np.int64).tolist()
     assert reason.isprintable()
+
+
+# --- image by image -----------------------------------------------------------------------------------------
+
+
+def test_every_form_is_read_one_by_one_as_in_memory(tmp_path: Path) -> None:
+    images = pictures(tmp_path / "images")
+    forms: dict[str, tuple[Path, dict[str, Any]]] = {
+        "grey": (save_all(tmp_path / "grey", save_grey), {}),
+        "palette": (save_all(tmp_path / "palette", save_palette), {}),
+        "npy": (save_all(tmp_path / "npy", save_npy), {}),
+        "two": (save_all(tmp_path / "two", save_grey), {"binary": True, "absent_ok": True}),
+        "npy two": (tmp_path / "npy", {"binary": True}),
+    }
+    listed = [{"id": i, "file_name": f"{i}.png", "width": 24, "height": 24} for i in range(4)]
+    path = save_coco(tmp_path, {1: "a", 2: "b", 3: "c"}, images=listed)
+    forms |= {"coco": (path, {}), "coco two": (path, {"binary": True})}
+    for masks, options in forms.values():
+        files, whole = read_masks(images, masks, **options), load_labelled(images, masks, SIZE, **options)
+        assert (files.classes, len(files)) == (whole.classes, len(whole))
+        again = pickle.loads(pickle.dumps(files))  # as the processes that read get it
+        for i in range(4):
+            image, ids = again.read(i)
+            assert torch.equal(image, whole.images[i])
+            assert torch.equal(ids, whole.targets[i])
+        part = read_masks(images, masks, SIZE, **options).take(torch.tensor([2, 0]))
+        assert torch.equal(part.load().targets, whole.targets[[2, 0]])
+        assert torch.equal(part.read(0)[1], whole.targets[2])
+        assert part.load().paths == (whole.paths[2], whole.paths[0])
+        with pytest.raises(ValueError, match="no size"):
+            files.load()
+
+
+def test_streams_have_the_same_guards(tmp_path: Path) -> None:
+    """What is refused in memory is refused image by image; the ids of one odd mask cost no memory."""
+    images, masks = pictures(tmp_path / "images"), tmp_path / "masks"
+    save_all(masks, save_palette)
+    palette(ids_of(3), [0, 0, 0, 0, 255, 0, 255, 0, 0]).save(masks / "3.png")
+    refused(lambda: read_masks(images, masks), "1 of 4 palette masks", ": 3.png.")
+    other = save_all(tmp_path / "npy", save_npy)
+    for value, words in (
+        (9, "6 of 10 classes occur in none of the 4 masks"),
+        (-7, "negative"),
+        (2**31 - 1, "ids up to"),
+    ):
+        ids = ids_of(2)
+        ids[0, 0] = value
+        np.save(other / "2.npy", ids.numpy())
+        refused(lambda: read_masks(images, other), words)
+        refused(lambda: read_masks(images, other, SIZE), words)
+    assert len(read_masks(images, other, absent_ok=True, ignore_index=2**31 - 1).classes) == 3
+    refused(lambda: read_masks(images, other, classes=3), "1 of 4 masks", f"2.npy ({2**31 - 1})")
+    refused(lambda: read_masks(images, other, classes=2**31), "too many")

@@ -17,8 +17,10 @@ from torch import Tensor
 from dreamteacher.data.coco.annotations import CocoAnnotation
 from dreamteacher.data.coco.run_lengths import Rle
 from dreamteacher.data.image_set import load_images
+from dreamteacher.data.images import Size
+from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.data.layouts import table as layouts_table
-from dreamteacher.data.layouts.layout import run_lengths
+from dreamteacher.data.layouts.label_maps import run_lengths
 from dreamteacher.data.layouts.table import (
     check,
     image_files,
@@ -27,7 +29,7 @@ from dreamteacher.data.layouts.table import (
     mask_files,
     panoptic_files,
 )
-from dreamteacher.data.masks.loaded import load_layout
+from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.data.sources import MaskFiles, label_fraction
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.evaluate import evaluate
@@ -61,6 +63,10 @@ from tests.builders.pictures import cut, fill, noise, refused
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
+def load_layout(source: Path, size: Size, **options: Any) -> LabelledSet:
+    return read_masks(source, None, size, **options).load()
+
+
 def by_loop(values: np.ndarray, meaning: dict[int, int]) -> Tensor:
     """What each pixel means, one by one."""
     return torch.tensor([[meaning[int(v)] for v in row] for row in values])
@@ -81,9 +87,9 @@ def test_masks_are_read_pixel_by_pixel(name: str, part: layouts_table.Part, tmp_
     make, meaning, classes = SEMANTIC[name]
     made = make(tmp_path)
     found = load_layout(at(name, tmp_path), (H, W), part=part)
-    assert (found.classes, len(found.names), len(set(found.names))) == (classes, classes, classes)
-    assert len(found.masks) == len(made[part])
-    for mask, values in zip(found.masks, made[part], strict=True):
+    assert (len(found.classes), len(set(found.classes))) == (classes, classes)
+    assert len(found.targets) == len(made[part])
+    for mask, values in zip(found.targets, made[part], strict=True):
         assert torch.equal(mask, by_loop(values, meaning))
     seeds = [0, 1] * (len(made[part]) // 2)
     for image, (path, _), seed in zip(
@@ -99,7 +105,7 @@ def test_another_ignored_id(name: str, tmp_path: Path) -> None:
     values = make(tmp_path)["train"][0]
     found = load_layout(at(name, tmp_path), (H, W), ignore_index=classes + 3)
     other = {k: classes + 3 if v == 255 else v for k, v in meaning.items()}
-    assert torch.equal(found.masks[0], by_loop(values, other))
+    assert torch.equal(found.targets[0], by_loop(values, other))
     refused(lambda: load_layout(at(name, tmp_path), (H, W), ignore_index=1), "1 is to be ignored")
     refused(lambda: load_layout(at(name, tmp_path), (H, W), binary=True), "--binary-masks")
 

@@ -1,4 +1,4 @@
-"""Feature datasets: encoded, synthesized and mixtures come through one interface, repeat, and resume."""
+"""Feature datasets: encoded, synthesized and both kinds come through one interface, repeat, and resume."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ def stream(kind: str, folder, first: int = 0):
     common = {"seed": 3, "device": CPU, "precision": "float32"}
     if kind == "synthesized":
         return dataset.synthesized(Echo(), batch_size=6, first_step=first, last_step=4, **common)
-    made = dataset.synthesized_part(6, 1 / 3) if kind == "mixture" else 0
+    made = dataset.synthesized_part(6, 1 / 3) if kind == "both" else 0
     batches = data_batches.batches(
         images, batch_size=6 - made, seed=3, first_step=first, last_step=4, flip=True
     )
     if kind == "encoded":
         return dataset.encoded(Echo(), batches, **common)
-    return dataset.mixture(Echo(), batches, made=made, **common)
+    return dataset.both(Echo(), batches, made=made, **common)
 
 
-@pytest.mark.parametrize("kind", ["encoded", "synthesized", "mixture"])
+@pytest.mark.parametrize("kind", ["encoded", "synthesized", "both"])
 def test_maps_belong_to_the_images_and_a_resumed_stream_repeats(kind, image_folder):
     whole, rest = list(stream(kind, image_folder)), list(stream(kind, image_folder, first=2))
     assert [b.step for b in whole] == [0, 1, 2, 3]
@@ -68,11 +68,11 @@ def test_maps_belong_to_the_images_and_a_resumed_stream_repeats(kind, image_fold
     assert not torch.equal(whole[0].images, whole[1].images)
 
 
-def test_a_mixture_holds_its_share_of_samples(image_folder):
-    for batch in stream("mixture", image_folder):
+def test_a_batch_of_both_holds_its_fraction_of_samples(image_folder):
+    for batch in stream("both", image_folder):
         grey = (batch.images[:, 0] == batch.images[:, 1]).flatten(1).all(1)  # the folder's images are grey
         assert grey.tolist() == [True] * 4 + [False] * 2
-    real = [b.images[:4] for b in stream("mixture", image_folder)]
+    real = [b.images[:4] for b in stream("both", image_folder)]
     alone = data_batches.batches(
         image_set.load_images(image_folder, (64, 64)),
         batch_size=4,
@@ -89,9 +89,9 @@ def test_a_mixture_holds_its_share_of_samples(image_folder):
     [
         (("encode",), "synthesized", (64, 64), "Use --dataset encoded."),
         (("sample",), "encoded", (64, 64), "Use --dataset synthesized."),
-        (("sample",), "mixture", (64, 64), "a mixture.*\nUse --dataset synthesized"),
+        (("sample",), "both", (64, 64), "encoded and synthesized.*\nUse --dataset synthesized"),
         (("sample",), "synthesized", (64, 96), "images of 64 x 64, not 64 x 96"),
-        (("encode", "sample"), "mixture", (32, 32), "or use --dataset encoded"),
+        (("encode", "sample"), "both", (32, 32), "or use --dataset encoded"),
         (("encode",), "encoded", (62, 64), "multiples of 4"),
     ],
 )
@@ -103,23 +103,23 @@ def test_what_a_teacher_cannot_serve_is_refused(modes, kind, size, words):
 
 def test_a_share_that_leaves_nothing_is_refused():
     assert dataset.synthesized_part(8, 0.25) == 2
-    for share in (0.0, 0.01, 0.99, 1.0):
-        with pytest.raises(UserError, match="--share"):
-            dataset.synthesized_part(8, share)
+    for fraction in (0.0, 0.01, 0.99, 1.0):
+        with pytest.raises(UserError, match="--synthesized-fraction"):
+            dataset.synthesized_part(8, fraction)
 
 
 @pytest.mark.slow
-def test_a_student_learns_from_a_mixture(image_folder, tiny_teacher, tmp_path, monkeypatch):
+def test_a_student_learns_from_both(image_folder, tiny_teacher, tmp_path, monkeypatch):
     monkeypatch.setitem(type(load_teacher(str(tiny_teacher))).__init__.__kwdefaults__, "sampling_steps", 2)
     config = PretrainConfig(
         images=image_folder, out=tmp_path / "run", teacher=str(tiny_teacher), student="test_resnet", width=8,
         batch_size=8, epochs=4, warmup_epochs=1, lr=2e-3, device="cpu", precision="float32", log_every=1,
-        dataset="mixture", share=0.25, probe_every=0,
+        dataset="both", synthesized_fraction=0.25, probe_every=0,
     )  # fmt: skip
     pretrain(config)
     rows = read_rows(config.out / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert rows[-1]["loss"] < rows[0]["loss"]
-    with pytest.raises(UserError, match="--share 0 of a batch of 8"):
-        pretrain(dataclasses.replace(config, share=0.0, out=tmp_path / "none"))
+    with pytest.raises(UserError, match="--synthesized-fraction 0 of a batch of 8"):
+        pretrain(dataclasses.replace(config, synthesized_fraction=0.0, out=tmp_path / "none"))
     assert not (tmp_path / "none").exists()

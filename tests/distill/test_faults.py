@@ -26,7 +26,7 @@ from dreamteacher.distill import step as distill_step
 from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.reports import report
-from dreamteacher.runtime import checkpoint, run_folder
+from dreamteacher.runtime import checkpoint, run_folder, tensor_file
 from dreamteacher.runtime.config import parse_json
 from dreamteacher.runtime.run_folder import RunDir, read_rows
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher
@@ -162,7 +162,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     pretrain(config)
     spoil(config.out / "checkpoint-00000012.safetensors", how)
     capsys.readouterr()
-    pretrain(dataclasses.replace(config, keep=1))
+    pretrain(dataclasses.replace(config, keep_checkpoints=1))
     said = capsys.readouterr().out
     assert "checkpoint-00000012.safetensors' is damaged (" in said
     assert ("changed since it was written" in said) == (how == "altered")
@@ -180,14 +180,14 @@ def test_a_checkpoint_on_a_bad_block_gives_way_too(
     paths = [checkpoint.checkpoint_path(tmp_path, step) for step in (4, 8)]
     for path in paths:
         checkpoint.save(path, {"x": torch.zeros(9)}, {})
-    opened, bad = checkpoint.safe_open, [paths[1]]
+    opened, bad = tensor_file.safe_open, [paths[1]]
 
     def failing(path: Path, framework: str) -> Any:
         if path in bad:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return opened(path, framework=framework)
 
-    monkeypatch.setattr(checkpoint, "safe_open", failing)
+    monkeypatch.setattr(tensor_file, "safe_open", failing)
     assert checkpoint.latest(tmp_path) == paths[0]
     assert checkpoint.latest(tmp_path, whole=True) == paths[0]
     assert "Input/output error" in capsys.readouterr().out

@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dreamteacher.data import batches, seeds
-from dreamteacher.data.labelled import LabelledSet, draw, from_masks
-from dreamteacher.data.masks.loaded import SegmentationSet, load_labelled
+from dreamteacher.data.draws import draw_images, draw_labels
+from dreamteacher.data.labelled import draw
+from dreamteacher.data.labelled_set import LabelledSet
+from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.distill.config import MakeLabelsConfig, PretrainConfig, TrainInterpreterConfig
 from dreamteacher.distill.dataset import FeatureBatch
 from dreamteacher.distill.make_labels import make_labels
@@ -29,11 +31,9 @@ from dreamteacher.distill.train_interpreter import prepare, train_interpreter
 from dreamteacher.downstream.check import check_config
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.evaluate import evaluate
-from dreamteacher.downstream.features import draw_labels
-from dreamteacher.downstream.segmentation import distilled
 from dreamteacher.downstream.segmentation.config import SegmentConfig
-from dreamteacher.downstream.segmentation.few_masks import draw_masks
 from dreamteacher.losses import feature_loss, interpreter_loss, label_distillation
+from dreamteacher.models import distilled
 from dreamteacher.models.distilled import load_distilled
 from dreamteacher.models.interpreter import load_interpreter, read_interpreter_spec
 from dreamteacher.models.regressor import FeatureRegressor, resize
@@ -90,7 +90,7 @@ def trained(squares: Path, tiny_teacher: Path, tmp_path_factory: pytest.TempPath
 def mixed(squares: Path, tiny: Path, out: Path, **settings: object) -> PretrainConfig:
     base = PretrainConfig(
         images=squares / "images", out=out, teacher=str(tiny), student="test_resnet", width=8, batch_size=8,
-        epochs=2, warmup_epochs=0, lr=2e-3, device="cpu", precision="float32", log_every=1, mode="mixed",
+        epochs=2, warmup_epochs=0, lr=2e-3, device="cpu", precision="float32", log_every=1, distill="mixed",
     )  # fmt: skip
     return dataclasses.replace(base, **settings)  # type: ignore[arg-type]
 
@@ -201,7 +201,7 @@ def test_draws_are_those_of_the_downstream_tasks() -> None:
     masks = LabelledSet(images=images, targets=torch.zeros(30, 4, 4, dtype=torch.int64), classes=("a", "b"))
     for seed in range(3):
         chosen, rest = draw(masks, 12, seed)
-        assert torch.equal(chosen.images[:, 0, 0, 0].long(), draw_masks(30, 12, seed))
+        assert torch.equal(chosen.images[:, 0, 0, 0].long(), draw_images(30, 12, seed))
         assert sorted([*chosen.images[:, 0, 0, 0].tolist(), *rest.images[:, 0, 0, 0].tolist()]) == list(
             range(30)
         )
@@ -245,7 +245,7 @@ def by_step_and_block(maps: list[Tensor], steps: int) -> Tensor:
 def test_the_loss_of_a_step_is_equation_3_5_or_6(
     mode: str, squares: Path, trained: Path, tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    config = mixed(squares, tiny_teacher, tmp_path / "run", mode=mode, label_weight=0.7, tau=2.0)
+    config = mixed(squares, tiny_teacher, tmp_path / "run", distill=mode, label_weight=0.7, tau=2.0)
     teacher, student = load_teacher(str(tiny_teacher)), create_student("test_resnet")
     regressor = FeatureRegressor(student.specs, teacher.specs, width=8)
     interpreter = load_interpreter(trained)[0] if mode != "feature" else None
@@ -306,9 +306,9 @@ def test_one_command_from_images_and_masks_to_a_segmentation_model(
     folder = make_labels(
         MakeLabelsConfig(run=out, images=squares / "images", out=tmp_path / "labels", batch_size=5)
     )
-    truth = load_labelled(squares / "images", squares / "masks", (64, 64), binary=True)
-    found = load_labelled(folder / "images", folder / "masks", (64, 64))
-    assert (found.masks == truth.masks).float().mean() > 0.9
+    truth = read_masks(squares / "images", squares / "masks", (64, 64), binary=True).load()
+    found = read_masks(folder / "images", folder / "masks", (64, 64)).load()
+    assert (found.targets == truth.targets).float().mean() > 0.9
 
 
 @pytest.mark.slow
@@ -344,7 +344,7 @@ def test_a_mixed_run_resumes_bitwise(
 @pytest.mark.slow
 def test_classes_are_distilled_too(image_folder: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     config = mixed(
-        image_folder.parent, tiny_teacher, tmp_path / "run", images=image_folder, labelled=image_folder, mode="label",
+        image_folder.parent, tiny_teacher, tmp_path / "run", images=image_folder, labelled=image_folder, distill="label",
         epochs=30, lr=4e-3, log_every=10,
     )  # fmt: skip
     config = dataclasses.replace(
@@ -447,20 +447,19 @@ def test_labels_and_modes_that_do_not_go_together(
         refused(lambda: pretrain(mixed(squares, tiny_teacher, run, **settings)), *parts)
         assert not run.exists()
 
-    wrong("--mode mixed learns from", "--interpreter FOLDER")
-    wrong("--interpreter is given", "--mode mixed", mode="feature", interpreter=trained)
+    wrong("--distill mixed learns from", "--interpreter FOLDER")
+    wrong("--interpreter is given", "--distill mixed", distill="feature", interpreter=trained)
     wrong("holds no finished interpreter", interpreter=tmp_path)
     wrong("channels at stride", "--t 100", interpreter=trained, t=(50, 150))
     wrong("another teacher", interpreter=trained, teacher="chest-xray-64")
     wrong("--tau must be above 0", interpreter=trained, tau=0.0)
     wrong("not sorted into at least two subfolders", labelled=squares / "masks")
-    refused(lambda: load_distilled(squares), "head.safetensors", "--mode label")
+    refused(lambda: load_distilled(squares), "head.safetensors", "--distill label")
 
 
 def test_memory_of_labels_is_checked_first(squares: Path, config: TrainInterpreterConfig) -> None:
-    found = load_labelled(squares / "images", squares / "masks", (64, 64), binary=True)
-    assert isinstance(found, SegmentationSet)
-    job = prepare(dataclasses.replace(config, dry_run=True), labelled=from_masks(found))
+    found = read_masks(squares / "images", squares / "masks", (64, 64), binary=True).load()
+    job = prepare(dataclasses.replace(config, dry_run=True), labelled=found)
     assert len(job.labelled) == 8
     assert not config.out.exists()
     refused(lambda: prepare(dataclasses.replace(config, width=0)), "--width must be above 0")

@@ -16,17 +16,26 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dreamteacher import metrics
+from dreamteacher.data.draws import draw_images, draw_labels
 from dreamteacher.data.image_set import ImageSet
-from dreamteacher.data.masks.loaded import SegmentationSet
-from dreamteacher.downstream import evaluate, features, tasks
+from dreamteacher.data.labelled_set import LabelledSet
+from dreamteacher.downstream import evaluate, features
+from dreamteacher.downstream import task as task_module
 from dreamteacher.downstream.classification import finetune, linear
 from dreamteacher.downstream.classification.config import FinetuneConfig, FinetuneFullConfig
+from dreamteacher.downstream.classification.data import CLASSIFICATION
 from dreamteacher.downstream.classification.knn import knn
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.features import ClassificationData
 from dreamteacher.downstream.segmentation import few_masks
 from dreamteacher.downstream.segmentation.config import SegmentConfig
+from dreamteacher.downstream.segmentation.data import IN_MEMORY
+from dreamteacher.downstream.segmentation.distilled import run_files
 from dreamteacher.downstream.segmentation.few_masks import SegmentationData
+from dreamteacher.downstream.segmentation.linear import segment_linear
+from dreamteacher.downstream.segmentation.segment import segment
+from dreamteacher.downstream.task import Bench, Task, find_task
+from dreamteacher.downstream.tasks import TASKS
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.config import from_json, to_json
 from dreamteacher.runtime.distributed.device import seeded
@@ -51,7 +60,7 @@ def coloured(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return images.to(torch.uint8), labels
 
 
-def squares(count: int, seed: int) -> SegmentationSet:
+def squares(count: int, seed: int) -> LabelledSet:
     """A bright square (class 1) somewhere on a dark ground (class 0), both noisy."""
     g = generator(seed)
     images = torch.randint(0, 90, (count, 3, SIDE, SIDE), generator=g)
@@ -60,11 +69,16 @@ def squares(count: int, seed: int) -> SegmentationSet:
         y, x = torch.randint(0, SIDE - 16, (2,), generator=g).tolist()
         masks[i, y : y + 16, x : x + 16] = 1
         images[i, :, y : y + 16, x : x + 16] += 130
-    return SegmentationSet(images=images.to(torch.uint8), masks=masks, classes=2, names=("ground", "square"))
+    return LabelledSet(images=images.to(torch.uint8), targets=masks, classes=("ground", "square"))
 
 
 # What needs instances, segments, masks on the disk, or a run with a label head: tested in files of their own.
-OTHERS = {*tasks.DETECTION, *tasks.DISTILLED, *tasks.STREAMED, *tasks.PANOPTIC}
+# The others have test files of their own.
+HERE = [
+    task
+    for task in map(find_task, TASKS)
+    if task.group in (CLASSIFICATION, IN_MEMORY) and task.files is not run_files
+]
 
 
 @pytest.fixture(scope="module")
@@ -127,15 +141,15 @@ def test_features_of_an_image_set(student: Student, data: ClassificationData, tm
 
 def test_label_draws_are_balanced_nested_and_seeded() -> None:
     labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 30)
-    draw = features.draw_labels(labels, 10, classes=3, seed=0)
+    draw = draw_labels(labels, 10, classes=3, seed=0)
     assert torch.bincount(labels[draw]).tolist() == [10, 10, 10]
     assert len(draw.unique()) == 30
-    assert torch.equal(draw, features.draw_labels(labels, 10, classes=3, seed=0))
-    assert not torch.equal(draw, features.draw_labels(labels, 10, classes=3, seed=1))
-    smaller = features.draw_labels(labels, 4, classes=3, seed=0)
+    assert torch.equal(draw, draw_labels(labels, 10, classes=3, seed=0))
+    assert not torch.equal(draw, draw_labels(labels, 10, classes=3, seed=1))
+    smaller = draw_labels(labels, 4, classes=3, seed=0)
     assert set(smaller.tolist()) < set(draw.tolist())
     with pytest.raises(UserError, match="class 1 has 20 images"):
-        features.draw_labels(labels, 21, classes=3, seed=0)
+        draw_labels(labels, 21, classes=3, seed=0)
 
 
 def test_frozen_restores_mixed_modes() -> None:
@@ -232,7 +246,7 @@ def test_linear_probe_looks_at_nothing_but_its_labels() -> None:
     x, y = blobs(80, 12, 2, 0)
     test_x, test_y = blobs(40, 12, 2, 0)
     found = dict(linear.linear(x, y, test_x, test_y, classes=2, labels=8, seed=3))
-    drawn = features.draw_labels(y, 8, classes=2, seed=3)
+    drawn = draw_labels(y, 8, classes=2, seed=3)
     # The same members must be drawn when the other labels are wrong: swap them within the order of draws.
     other = torch.full_like(y, 2)
     other[drawn] = y[drawn]
@@ -360,15 +374,13 @@ def test_the_head_gives_logits_of_the_image_size(student: Student) -> None:
 @pytest.mark.parametrize("freeze", [True, False])
 def test_segmentation_solves_the_toy(student: Student, masked: SegmentationData, freeze: bool) -> None:
     config = SegmentConfig(steps=40, batch_size=6, width=16)
-    found = dict(
-        few_masks.segment(student, masked, config, masks=8, freeze=freeze, seed=0, precision="float32")
-    )
+    found = dict(segment(student, masked, config, masks=8, freeze=freeze, seed=0, precision="float32"))
     assert found["miou"] > 0.78  # 0.83 to 0.86 over seeds; images and masks mirrored apart give less
     assert found["miou"] == pytest.approx((found["iou/ground"] + found["iou/square"]) / 2)
 
 
 def test_linear_segmentation_solves_the_toy(student: Student, masked: SegmentationData) -> None:
-    found = dict(few_masks.segment_linear(student, masked, masks=6, seed=0, grid=(0.1, 0.01)))
+    found = dict(segment_linear(student, masked, masks=6, seed=0, grid=(0.1, 0.01)))
     assert found["miou"] > 0.7
 
 
@@ -377,7 +389,7 @@ def test_only_finetuning_moves_the_backbone(student: Student, masked: Segmentati
         model = few_masks.train_segmenter(
             student,
             masked.pool.images,
-            masked.pool.masks,
+            masked.pool.targets,
             SegmentConfig(steps=2, width=8),
             classes=2,
             freeze=freeze,
@@ -401,7 +413,7 @@ def trained_head(student: Student, masks: Tensor, seed: int = 0) -> Tensor:
 
 
 def test_segmentation_is_reproducible(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
-    masks = squares(6, 1).masks
+    masks = squares(6, 1).targets
     first = trained_head(student, masks)
     assert torch.equal(first, trained_head(student, masks))
     assert not torch.equal(first, trained_head(student, masks, seed=1))
@@ -413,8 +425,8 @@ def test_segmentation_is_reproducible(student: Student, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("freeze", [True, False])
 def test_a_batch_without_any_label_teaches_nothing(student: Student, freeze: bool) -> None:
     data = squares(6, 1)
-    masks = torch.full_like(data.masks, 255)
-    masks[:2] = data.masks[:2]  # most batches of 3 of these 6 hold some; of one pair of images alone, none
+    masks = torch.full_like(data.targets, 255)
+    masks[:2] = data.targets[:2]  # most batches of 3 of these 6 hold some; of one pair of images alone, none
     for labelled in (masks, torch.full_like(masks, 255)):
         model = few_masks.train_segmenter(
             student, data.images, labelled, SegmentConfig(steps=4, batch_size=2, width=8), classes=2,
@@ -424,7 +436,7 @@ def test_a_batch_without_any_label_teaches_nothing(student: Student, freeze: boo
 
 
 def test_ignored_pixels_teach_nothing_and_are_not_scored(student: Student) -> None:
-    masks = squares(6, 1).masks
+    masks = squares(6, 1).targets
     masks[:, :8] = 255
     hidden = trained_head(student, masks)
     masks[:, 8:16] = 255
@@ -444,13 +456,13 @@ def test_mask_splits_and_draws() -> None:
     assert (len(parts.pool.images), len(parts.test.images)) == (4, 5)
     rows = {tuple(image.flatten().tolist()) for part in (parts.pool, parts.test) for image in part.images}
     assert len(rows) == 9
-    draw = few_masks.draw_masks(20, 6, seed=0)
+    draw = draw_images(20, 6, seed=0)
     assert len(draw.unique()) == 6
-    assert set(few_masks.draw_masks(20, 3, seed=0).tolist()) < set(draw.tolist())
-    assert not torch.equal(draw, few_masks.draw_masks(20, 6, seed=1))
+    assert set(draw_images(20, 3, seed=0).tolist()) < set(draw.tolist())
+    assert not torch.equal(draw, draw_images(20, 6, seed=1))
     for count in (1, 21):
-        with pytest.raises(UserError, match=f"{count} masks"):
-            few_masks.draw_masks(20, count, seed=0)
+        with pytest.raises(UserError, match=f"{count} labelled images"):
+            draw_images(20, count, seed=0)
 
 
 # ---- evaluation
@@ -479,12 +491,12 @@ def counted(rows: list[dict[str, object]], task: str, metric: str) -> list[tuple
 def test_every_task_gives_rows(student: Student, data: ClassificationData, masked: SegmentationData) -> None:
     rows = list(
         evaluate.evaluate_student(
-            lambda seed: student, QUICK, method="fixed", classification=data, segmentation=masked
+            lambda seed: student, QUICK, method="fixed", data={"classification": data, "segmentation": masked}
         )
     )
     assert all(set(row) == KEYS and row["method"] == "fixed" and row["student"] == NAME for row in rows)
     assert json.loads(json.dumps(rows)) == rows
-    assert {row["task"] for row in rows} == set(evaluate.TASKS) - OTHERS - {*tasks.PUBLISHED}
+    assert {row["task"] for row in rows} == {task.name for task in HERE if not task.long}
     assert counted(rows, "knn", "accuracy") == [(None, 0)]  # the same backbone again: nothing was drawn
     for task in ("linear", "finetune"):
         assert counted(rows, task, "auroc") == [(4, 0), (4, 1)]
@@ -493,12 +505,13 @@ def test_every_task_gives_rows(student: Student, data: ClassificationData, maske
         assert counted(rows, task, "iou/square") == [(4, 0), (4, 1)]
 
 
-@pytest.mark.parametrize("task", sorted(set(evaluate.TASKS) - OTHERS))
+@pytest.mark.parametrize("task", HERE, ids=lambda task: task.name)
 def test_tasks_keep_their_contract(
-    student: Student, data: ClassificationData, masked: SegmentationData, task: str
+    student: Student, data: ClassificationData, masked: SegmentationData, task: Task
 ) -> None:
     def run(backbone: Student) -> Iterator[tuple[str, float]]:
-        return evaluate.TASKS[task](evaluate.Bench(backbone, QUICK, data, masked), 4, 0)
+        bench = Bench(backbone, QUICK, {"classification": data, "segmentation": masked}, task=task)
+        return task.run(bench, 4, 0)
 
     check_task(run, student)
 
@@ -508,14 +521,14 @@ def test_features_are_extracted_once_per_backbone(
 ) -> None:
     calls = []
     monkeypatch.setattr(
-        evaluate, "extract_features", lambda s, images, **_: calls.append(1) or images.float().mean((2, 3))
+        task_module, "extract_features", lambda s, images, **_: calls.append(1) or images.float().mean((2, 3))
     )
     config = dataclasses.replace(QUICK, tasks=("knn", "linear"), labels=(2, 4))
-    list(evaluate.evaluate_student(lambda seed: student, config, method="m", classification=data))
+    list(evaluate.evaluate_student(lambda seed: student, config, method="m", data={"classification": data}))
     assert len(calls) == 2  # training and test images
     rows = list(
         evaluate.evaluate_student(
-            lambda seed: create_student(NAME, seed=seed), config, method="m", classification=data
+            lambda seed: create_student(NAME, seed=seed), config, method="m", data={"classification": data}
         )
     )
     assert len(calls) == 6
@@ -525,7 +538,9 @@ def test_features_are_extracted_once_per_backbone(
 def test_tasks_without_their_data_are_refused(student: Student, data: ClassificationData) -> None:
     config = dataclasses.replace(QUICK, tasks=("segment-frozen",))
     with pytest.raises(UserError, match="need masks"):
-        list(evaluate.evaluate_student(lambda seed: student, config, method="m", classification=data))
+        list(
+            evaluate.evaluate_student(lambda seed: student, config, method="m", data={"classification": data})
+        )
 
 
 @pytest.fixture(scope="module")
@@ -542,7 +557,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).mkdir()
     for i in range(12):
         to_pil_image(pairs.images[i]).save(root / "images" / f"{i}.png")
-        to_pil_image((pairs.masks[i] * 255).to(torch.uint8)).save(root / "masks" / f"{i}.png")
+        to_pil_image((pairs.targets[i] * 255).to(torch.uint8)).save(root / "masks" / f"{i}.png")
     return root
 
 
@@ -614,7 +629,7 @@ def test_configs_round_trip(folders: Path) -> None:
         ({"labels": (4, 9)}, "9 labels per class asked for; class"),
         ({"labels": ()}, "labels = nothing"),
         ({"mask_counts": (1,)}, "at least 2"),
-        ({"mask_counts": (7,)}, "7 masks asked for"),
+        ({"mask_counts": (7,)}, "7 labelled images asked for"),
         ({"seeds": (0, 0)}, "different numbers"),
         ({"size": (30, 32)}, "multiples of 32"),
         ({"knn_k": 0}, "at least 1"),
@@ -625,9 +640,8 @@ def test_configs_round_trip(folders: Path) -> None:
 def test_wrong_settings_fail_before_anything_is_made(
     folders: Path, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
-    config = on_disk(folders, out=tmp_path / "out", **changes)
     with pytest.raises(UserError, match=message) as caught:
-        evaluate.evaluate(config, log=lambda line: None)
+        evaluate.evaluate(on_disk(folders, out=tmp_path / "out", **changes), log=lambda line: None)
     assert len(str(caught.value).splitlines()) <= 3
     assert not (tmp_path / "out").exists()
 

@@ -26,6 +26,7 @@ from dreamteacher.downstream.panoptic.config import PanopticConfig
 from dreamteacher.downstream.panoptic.merge import merge
 from dreamteacher.downstream.panoptic.train import (
     PRESETS,
+    TASK,
     PanopticData,
     PanopticFPN,
     SemanticBranch,
@@ -34,6 +35,7 @@ from dreamteacher.downstream.panoptic.train import (
     panoptic_example,
     train_panoptic,
 )
+from dreamteacher.downstream.task import Bench
 from dreamteacher.metrics import panoptic_counts, panoptic_quality
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.distributed.device import seeded
@@ -358,17 +360,17 @@ def test_the_task_keeps_its_contract(student: Student, data: PanopticData, root:
     config = on_disk(root)
     # Stuff comes out of any network, so that there is a number after two steps.
     check_task(
-        lambda s: evaluate.TASKS["panoptic"](evaluate.Bench(s, config, None, None, segments=data), 4, 0),
+        lambda s: TASK.run(Bench(s, config, {"panoptic": data}, task=TASK), 4, 0),
         student,
     )
     refused(
-        lambda: list(evaluate.TASKS["panoptic"](evaluate.Bench(student, config, None, None), 4, 0)),
+        lambda: list(TASK.run(Bench(student, config, {}, task=TASK), 4, 0)),
         "needs segments",
     )
 
 
 def test_evaluate_runs_it_from_files(root: Path, tmp_path: Path) -> None:
-    few = dataclasses.replace(TINY, detect=dataclasses.replace(TINY.detect, images=(4, 6)))
+    few = dataclasses.replace(TINY, detect=dataclasses.replace(TINY.detect, image_counts=(4, 6)))
     rows = evaluate.evaluate(on_disk(root, panoptic=few, out=tmp_path), log=lambda line: None)
     assert {(r["labels"], r["seed"]) for r in rows if r["metric"] == "pq"} == {(4, 0), (6, 0)}
     assert "panoptic, 4 images, pq" in evaluate.summary_table(rows)
@@ -387,8 +389,12 @@ def test_without_a_test_file_half_is_set_aside(root: Path) -> None:
         ({"segments": None}, "Give --images, --masks and --segments"),
         ({"segments": Path("absent.json")}, "absent.json"),
         (
-            {"panoptic": dataclasses.replace(TINY, detect=dataclasses.replace(TINY.detect, images=(9,)))},
-            "9 masks asked for",
+            {
+                "panoptic": dataclasses.replace(
+                    TINY, detect=dataclasses.replace(TINY.detect, image_counts=(9,))
+                )
+            },
+            "9 labelled images asked for",
         ),
         ({"test_masks": Path("absent")}, "missing file"),
     ],

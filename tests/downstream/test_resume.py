@@ -20,6 +20,7 @@ from dreamteacher.downstream import evaluate, loop, results
 from dreamteacher.downstream.classification.config import FinetuneFullConfig, LinearSgdConfig
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.segmentation.config import ReadoutConfig, SemanticConfig
+from dreamteacher.downstream.task import Bench, Task, find_task
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.run_folder import read_rows
 from tests.builders.pictures import refused
@@ -209,13 +210,15 @@ def test_a_process_that_is_killed(root: Path, tmp_path: Path) -> None:
 
 def test_rows_are_not_computed_twice(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[tuple[str, int, int]] = []
+    counting: dict[str, Task] = {}
     for name in ("knn", "linear"):
 
-        def counted(_: evaluate.Bench, budget: int, seed: int, name: str = name) -> list[tuple[str, float]]:
+        def counted(_: Bench, budget: int, seed: int, name: str = name) -> list[tuple[str, float]]:
             computed.append((name, budget, seed))
             return [("accuracy", 0.5 + len(computed) / 100), ("auroc", 0.5)]
 
-        monkeypatch.setitem(evaluate.TASKS, name, counted)
+        counting[name] = dataclasses.replace(find_task(name), run=counted)
+    monkeypatch.setattr(evaluate, "find_task", counting.__getitem__)
 
     def new(config: EvaluateConfig) -> int:
         before = len(computed)

@@ -276,7 +276,7 @@ def config(image_folder: Path, tiny_teacher: Path, tmp_path: Path) -> PretrainCo
     return PretrainConfig(
         images=image_folder, out=tmp_path / "run", teacher=str(tiny_teacher), student="test_vit", width=8,
         batch_size=8, epochs=2, warmup_epochs=0, lr=1e-3, device="cpu", precision="float32", log_every=1,
-        save_every=1, keep=9, probe_every=0,
+        save_every=1, keep_checkpoints=9, probe_every=0,
     )  # fmt: skip
 
 
@@ -355,7 +355,7 @@ def test_a_mixed_run_keeps_its_pyramid(config: PretrainConfig, tmp_path: Path, i
     write_masks(masks, image_folder)
     label = dataclasses.replace(config.label, epochs=1, warmup_epochs=0, width=8)
     config = dataclasses.replace(
-        config, mode="mixed", labelled=image_folder, masks=masks, label=label, epochs=1
+        config, distill="mixed", labelled=image_folder, masks=masks, label=label, epochs=1
     )
     run = pretrain(config)
     assert run is not None

@@ -31,8 +31,8 @@ from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.spec import FeatureSpec
-from dreamteacher.teachers.known import KNOWN
-from dreamteacher.teachers.published.cost import measure
+from dreamteacher.teachers.cost import measure
+from dreamteacher.teachers.published.known import KNOWN
 from dreamteacher.teachers.training import diffusion as train_diffusion
 from dreamteacher.teachers.training import stylegan2 as train_stylegan2
 from dreamteacher.teachers.training.config import TrainTeacherConfig

@@ -159,10 +159,10 @@ def test_bad_requests_leave_nothing(change, words, tiny_teacher, image_folder, t
 
 
 @pytest.mark.parametrize(
-    ("kind", "steps"), [("stable-diffusion", 2), ("vae-kl", 1), ("module", 1), ("clean", 1)]
+    ("kind", "steps"), [("stable-diffusion", 2), ("vae", 1), ("module", 1), ("clean", 1)]
 )
 def test_teachers_with_and_without_timesteps(kind, steps, image_folder, tmp_path):
-    from tests.teachers.test_families import build
+    from tests.builders.teachers import build
 
     name = build("stable-diffusion" if kind == "clean" else kind, tmp_path / "teacher")
     if kind == "clean":  # it was trained at one timestep alone: that one is kept

@@ -440,7 +440,7 @@ def decoded(uri: str | None) -> Image.Image:
 
 def test_a_run_from_elsewhere_cannot_have_code_run(image_folder, tmp_path, monkeypatch):
     from dreamteacher.cli.main import main
-    from tests.teachers.test_families import build
+    from tests.builders.teachers import build
 
     monkeypatch.chdir(tmp_path)
     name = build("module", tmp_path / "own")

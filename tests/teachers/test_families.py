@@ -1,13 +1,14 @@
 """Every family of teachers behind the one contract: the checks pass, a student learns from it, damage is named.
 
-Tiny random networks of each family, made by the builders in the families' own tests.
+Tiny random networks: every family's own, and further kinds (tests/builders/teachers.py).
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,67 +19,42 @@ from dreamteacher.cli import main as cli
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import read_rows
 from dreamteacher.spec import FeatureSpec
-from dreamteacher.teachers.registry import SPECS, load_teacher, read_card
-from dreamteacher.testing import check_teacher
-
-# The builder of each kind: (module of the tests, function).
-TINY = {
-    "diffusion": ("tests.teachers.diffusion.test_adm", "tiny"),
-    "stable-diffusion": ("tests.builders.stable_diffusion", "tiny"),
-    "stylegan2": ("tests.teachers.stylegan2.test_teacher", "tiny"),
-    "biggan": ("tests.builders.biggan", "tiny_biggan"),
-    "bigbigan": ("tests.builders.biggan", "tiny_bigbigan"),
-    "icgan": ("tests.builders.biggan", "tiny"),
-    "vae-kl": ("tests.teachers.test_vae", "tiny"),
-    "vae-tiny": ("tests.teachers.test_vae", "tiny_taesd"),
-    "vae-vq": ("tests.teachers.test_vae", "tiny_vq"),
-}
-OWN = """
-import torch
-from torch import nn
-
-from dreamteacher.teachers.module import ModuleTeacher
+from dreamteacher.teachers.cost import measure
+from dreamteacher.teachers.registry import FAMILIES, Entry, family_of, load_teacher, read_card
+from dreamteacher.testing import check_teacher, tiny_teacher
+from tests.builders.teachers import TINY, build
 
 
-class Decoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.coarse = nn.ConvTranspose2d(8, 6, 4, stride=1)
-        self.fine = nn.Sequential(nn.Upsample(scale_factor=4), nn.Conv2d(6, 5, 3, padding=1), nn.ReLU())
-        self.image = nn.Sequential(nn.Upsample(scale_factor=4), nn.Conv2d(5, 3, 3, padding=1), nn.Sigmoid())
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_table_and_the_families_agree(name, tmp_path):
+    family = family_of(name)  # which compares names and kinds
+    assert read_card(Path(build(name, tmp_path / "teacher")))["family"] == name
+    teacher = tiny_teacher(name)
+    assert teacher.family == name
+    again, _ = family.tiny()
+    assert again.keys() == family.tiny()[0].keys()
+    assert all(torch.equal(value, family.tiny()[0][key]) for key, value in again.items())
+    cost = measure(name, family.tiny()[1])
+    assert cost.levels == {s.stride: s.channels for s in teacher.specs}
+    assert set(cost.modes) == teacher.modes
 
-    def forward(self, z):
-        return self.image(self.fine(self.coarse(z)))
+
+def test_a_wrong_line_of_the_table_is_named(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "other", Entry("dreamteacher.teachers.vae", ("vae",)))
+    with pytest.raises(ValueError, match="its line of the table says 'other'"):
+        family_of("other")
+    monkeypatch.setitem(FAMILIES, "vae", Entry("dreamteacher.teachers.vae"))
+    with pytest.raises(ValueError, match="kinds"):
+        family_of("vae")
 
 
-def teacher():
-    with torch.random.fork_rng(devices=[]):
-        decoder = Decoder()
-    return ModuleTeacher(
-        decoder,
-        name="own",
-        size=(64, 64),
-        levels={4: "fine", 16: "coarse"},
-        sample=lambda n, generator: torch.randn(n, 8, 1, 1, generator=generator),
+def test_the_table_loads_no_network_library():
+    code = (
+        "import sys; from dreamteacher.teachers import registry; from dreamteacher.teachers.published import config, known;"
+        "registry.families_by_kind(); print([m for m in ('torch', 'diffusers') if m in sys.modules])"
     )
-"""
-
-
-def build(kind: str, folder: Path) -> str:
-    """A tiny teacher of this kind in `folder`; what --teacher then takes."""
-    folder.mkdir()
-    if kind == "module":
-        (folder / "own.py").write_text(OWN)
-        return f"{folder / 'own.py'}:teacher"
-    module, function = TINY[kind]
-    getattr(importlib.import_module(module), function)(folder)
-    return str(folder)
-
-
-def test_every_family_has_a_tiny_one(tmp_path):
-    families = {read_card(Path(build(kind, tmp_path / kind)))["family"] for kind in TINY}
-    assert families == set(SPECS)
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("kind", [*TINY, "module"])

@@ -16,9 +16,9 @@ from dreamteacher.testing import check_teacher
 from tests.builders.pictures import refused
 from tests.places import ROOT
 
-WEIGHTS = ROOT.parent / "shared" / "data" / "weights"
+WEIGHTS = ROOT.parent / "shared" / "data" / "weights" / "dcgan_celeba32_generator.pt"
 needs_weights = pytest.mark.skipif(
-    not WEIGHTS.is_dir(), reason="the published weights are not in ../shared/data/weights"
+    not WEIGHTS.is_file(), reason=f"the published weights are not in ../shared/data/weights/{WEIGHTS.name}"
 )
 
 
@@ -310,14 +310,13 @@ def test_files_that_give_no_teacher(own, name, words):
 
 @needs_weights
 def test_dcgan(monkeypatch):
-    file = WEIGHTS / "dcgan_celeba32_generator.pt"
-    monkeypatch.setenv("DREAMTEACHER_DCGAN", str(file))
+    monkeypatch.setenv("DREAMTEACHER_DCGAN", str(WEIGHTS))
     teacher = teacher_from_file(f"{ROOT / 'examples' / 'dcgan.py'}:teacher")
     assert isinstance(teacher, ModuleTeacher)
     check_teacher(teacher)
     assert [(s.stride, s.channels) for s in teacher.specs] == [(4, 64), (8, 128)]
     images, maps = teacher.sample(2, generator=seeded(5))
-    w = torch.load(file, map_location="cpu", weights_only=True)
+    w = torch.load(WEIGHTS, map_location="cpu", weights_only=True)
 
     def norm(x: Tensor, layer: int) -> Tensor:
         part = {

@@ -120,21 +120,6 @@ def write(folder: Path, name: str) -> None:
     save_teacher(folder, weights_of(spec), spec, {"name": f"tiny-{name}", "licence": "CC0-1.0"})
 
 
-def tiny(folder: Path) -> None:
-    """A KL autoencoder at stride 8 with random weights."""
-    write(folder, "kl")
-
-
-def tiny_vq(folder: Path) -> None:
-    """A VQ autoencoder at stride 8 with random weights."""
-    write(folder, "vq")
-
-
-def tiny_taesd(folder: Path) -> None:
-    """A TAESD with narrow layers and random weights."""
-    write(folder, "tiny")
-
-
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dreamteacher.data.layouts.layout import Layout, images_below, pairs_by_name
+from dreamteacher.data.layouts.layout import Layout
 from dreamteacher.data.sources import IGNORED, ImageFiles, MaskFiles, Part
 from dreamteacher.runtime.errors import UserError
 
-ADE20K = Layout(
-    what="ADE20K (ADEChallengeData2016)",
-    tree="images/{training,validation}/*.jpg and annotations/{training,validation}/*.png",
-    get="ADEChallengeData2016.zip from the MIT Scene Parsing Benchmark (150 classes; not the full ADE20K)",
-    counts={"images": (20_210, 2_000), "masks": (20_210, 2_000)},
-)
+_PARTS = {"train": "training", "val": "validation"}
 
 
-def ade20k_images(root: Path, part: Part) -> ImageFiles:
+def _images(root: Path, part: Part) -> ImageFiles:
     """The images of ADEChallengeData2016.
 
     Raises:
         UserError: there are none.
     """
-    folder = f"images/{_ADE_PARTS[part]}"
-    paths = images_below(ADE20K, root, folder)
-    ADE20K.say_count("images", part, len(paths))
+    folder = f"images/{_PARTS[part]}"
+    paths = LAYOUT.images_below(root, folder)
+    LAYOUT.say_count("images", part, len(paths))
     return ImageFiles(folder=root / folder, paths=paths)
 
 
-def ade20k(root: Path, part: Part) -> MaskFiles:
+def _masks(root: Path, part: Part) -> MaskFiles:
     """150 classes; 0 in the files is "other objects", which do not count, and k is class k - 1.
 
     Names come from objectInfo150.txt, which lies in the same archive; without it they are numbers.
@@ -38,17 +33,14 @@ def ade20k(root: Path, part: Part) -> MaskFiles:
     Raises:
         UserError: folders, images or masks are missing.
     """
-    images, labels = f"images/{_ADE_PARTS[part]}", f"annotations/{_ADE_PARTS[part]}"
-    pairs = _same_names(ADE20K, root, images, labels)
-    ADE20K.say_count("masks", part, len(pairs))
+    images, labels = f"images/{_PARTS[part]}", f"annotations/{_PARTS[part]}"
+    pairs = LAYOUT.same_names(root, images, labels)
+    LAYOUT.say_count("masks", part, len(pairs))
     ids = {0: IGNORED} | {k: k - 1 for k in range(1, 151)}
-    return MaskFiles(pairs=pairs, names=_ade_names(root / "objectInfo150.txt"), ids=ids)
+    return MaskFiles(pairs=pairs, names=_names(root / "objectInfo150.txt"), ids=ids)
 
 
-_ADE_PARTS = {"train": "training", "val": "validation"}
-
-
-def _ade_names(path: Path) -> tuple[str, ...]:
+def _names(path: Path) -> tuple[str, ...]:
     """The first word for each class, in the fifth column of the table (Idx, Ratio, Train, Val, Name)."""
     if not path.is_file():
         return tuple(f"class {i}" for i in range(150))
@@ -59,8 +51,12 @@ def _ade_names(path: Path) -> tuple[str, ...]:
     return names
 
 
-def _same_names(layout: Layout, root: Path, images: str, labels: str) -> tuple[tuple[Path, Path], ...]:
-    """Pairs of two flat folders whose files differ in their suffix alone."""
-    layout.need(root, images, labels)
-    one, two = ({p.stem: p for p in images_below(layout, root, folder)} for folder in (images, labels))
-    return pairs_by_name(layout, root, one, two, labels)
+LAYOUT = Layout(
+    name="ade20k",
+    what="ADE20K (ADEChallengeData2016)",
+    tree="images/{training,validation}/*.jpg and annotations/{training,validation}/*.png",
+    get="ADEChallengeData2016.zip from the MIT Scene Parsing Benchmark (150 classes; not the full ADE20K)",
+    counts={"images": (20_210, 2_000), "masks": (20_210, 2_000)},
+    images=_images,
+    masks=_masks,
+)

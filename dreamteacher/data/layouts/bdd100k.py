@@ -1,4 +1,4 @@
-"""Layouts of instances and panoptic segments: COCO, Cityscapes and BDD100K, as they are downloaded."""
+"""BDD100K as it is downloaded."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dreamteacher.data.images import read_channels
-from dreamteacher.data.layouts.ade20k import _same_names
-from dreamteacher.data.layouts.cityscapes import _FIRST_THING, STREET
-from dreamteacher.data.layouts.layout import Layout, _objects, _read, images_below
+from dreamteacher.data.layouts.cityscapes import FIRST_THING, STREET
+from dreamteacher.data.layouts.label_maps import objects_of, read_label
+from dreamteacher.data.layouts.layout import Layout
 from dreamteacher.data.sources import (
     IGNORED,
     ImageFiles,
@@ -23,9 +23,9 @@ from dreamteacher.data.sources import (
 )
 from dreamteacher.runtime.errors import UserError
 
-_CAR_LIKE = ("pedestrian", *STREET[_FIRST_THING + 1 :])
+_CAR_LIKE = ("pedestrian", *STREET[FIRST_THING + 1 :])
 # fmt: off
-_BDD_PANOPTIC = (
+_PANOPTIC = (
     "dynamic", "ego vehicle", "ground", "static", "parking", "rail track", "road", "sidewalk", "bridge",
     "building", "fence", "garage", "guard rail", "tunnel", "wall", "banner", "billboard", "lane divider",
     "parking sign", "pole", "polegroup", "street light", "traffic cone", "traffic device", "traffic light",
@@ -33,18 +33,46 @@ _BDD_PANOPTIC = (
     "car", "caravan", "motorcycle", "trailer", "train", "truck",
 )
 # fmt: on
-_BDD_STUFF = 30
+_STUFF = 30
 
 
-# --- COCO ---------------------------------------------------------------------------------------------------
+def _images(root: Path, part: Part) -> ImageFiles:
+    """The 100K images, on which this method pretrains; not the 10K that have masks.
+
+    Raises:
+        UserError: there are none.
+    """
+    paths = LAYOUT.images_below(root, f"images/100k/{part}")
+    LAYOUT.say_count("images", part, len(paths))
+    return ImageFiles(folder=root / "images" / "100k" / part, paths=paths)
 
 
-# --- label maps ---------------------------------------------------------------------------------------------
+def _masks(root: Path, part: Part) -> MaskFiles:
+    """Cityscapes' 19 classes by train id, 255 for unknown; the 10K images.
+
+    Source: doc.bdd100k.com, "Data Download" and "Label Format" (current layout). Older archives (seg/labels,
+    *_train_id.png) are not read, and older 10K images lack some of the labelled ones (bdd100k/bdd100k #127).
+
+    Raises:
+        UserError: folders, images or masks are missing.
+    """
+    pairs = LAYOUT.same_names(root, f"images/10k/{part}", f"labels/sem_seg/masks/{part}")
+    LAYOUT.say_count("masks", part, len(pairs))
+    return MaskFiles(pairs=pairs, names=STREET, ids={i: i for i in range(19)} | {255: IGNORED})
 
 
-def _bdd_map(path: Path, *, classes: int, stuff: int) -> tuple[Tensor, tuple[Segment, ...]]:
+def _pairs(root: Path, part: Part, kind: str) -> tuple[tuple[Path, Path], ...]:
+    """(image, RGBA bitmask) of a part; kinds: ins_seg, pan_seg.
+
+    Raises:
+        UserError: folders, images or bitmasks are missing.
+    """
+    return LAYOUT.same_names(root, f"images/10k/{part}", f"labels/{kind}/bitmasks/{part}")
+
+
+def _label_map(path: Path, *, classes: int, stuff: int) -> tuple[Tensor, tuple[Segment, ...]]:
     """R: class from 1, 0: nothing; G: bits ignore 1, crowd 2, occluded 4, truncated 8; B * 256 + A: object."""
-    channels = _read(path, read_channels).long()
+    channels = read_label(path, read_channels).long()
     if len(channels) != 4:
         raise UserError(f"'{path}' is no bitmask: RGBA is expected.", "Give bitmasks, not colormaps.")
     red, green, blue, alpha = channels
@@ -62,7 +90,7 @@ def _bdd_map(path: Path, *, classes: int, stuff: int) -> tuple[Tensor, tuple[Seg
     return ids, tuple(segments)
 
 
-def bdd100k_instances(root: Path, part: Part) -> InstanceFiles:
+def _instances(root: Path, part: Part) -> InstanceFiles:
     """8 classes from labels/ins_seg/bitmasks; what is marked as crowd or to be ignored is a crowd.
 
     The JSON polygons beside them are Bezier curves that overlap; BDD100K's evaluation uses the bitmasks, and
@@ -71,16 +99,16 @@ def bdd100k_instances(root: Path, part: Part) -> InstanceFiles:
     Raises:
         UserError: folders, images or bitmasks are missing.
     """
-    pairs = bdd100k_pairs(root, part, "ins_seg")
-    BDD100K.say_count("instances", part, len(pairs))
+    pairs = _pairs(root, part, "ins_seg")
+    LAYOUT.say_count("instances", part, len(pairs))
     return InstanceFiles(
         images=tuple(image for image, _ in pairs),
         names=_CAR_LIKE,
-        read=lambda i: _objects(*_bdd_map(pairs[i][1], classes=len(_CAR_LIKE), stuff=0)),
+        read=lambda i: objects_of(*_label_map(pairs[i][1], classes=len(_CAR_LIKE), stuff=0)),
     )
 
 
-def bdd100k_panoptic(root: Path, part: Part) -> PanopticFiles:
+def _panoptic(root: Path, part: Part) -> PanopticFiles:
     """40 classes from labels/pan_seg/bitmasks, the last 10 of them things; 0 is unlabelled.
 
     Source: doc.bdd100k.com, "Label Format", Panoptic Segmentation.
@@ -88,57 +116,28 @@ def bdd100k_panoptic(root: Path, part: Part) -> PanopticFiles:
     Raises:
         UserError: folders, images or bitmasks are missing.
     """
-    pairs = bdd100k_pairs(root, part, "pan_seg")
-    BDD100K.say_count("panoptic", part, len(pairs))
+    pairs = _pairs(root, part, "pan_seg")
+    LAYOUT.say_count("panoptic", part, len(pairs))
     return PanopticFiles(
         images=tuple(image for image, _ in pairs),
-        names=_BDD_PANOPTIC,
-        things=tuple(i >= _BDD_STUFF for i in range(len(_BDD_PANOPTIC))),
-        read=functools.partial(_bdd_panoptic, pairs),
+        names=_PANOPTIC,
+        things=tuple(i >= _STUFF for i in range(len(_PANOPTIC))),
+        read=functools.partial(_panoptic_map, pairs),
     )
 
 
-def _bdd_panoptic(pairs: tuple[tuple[Path, Path], ...], i: int) -> tuple[Tensor, tuple[Segment, ...]]:
-    return _bdd_map(pairs[i][1], classes=len(_BDD_PANOPTIC), stuff=_BDD_STUFF)
+def _panoptic_map(pairs: tuple[tuple[Path, Path], ...], i: int) -> tuple[Tensor, tuple[Segment, ...]]:
+    return _label_map(pairs[i][1], classes=len(_PANOPTIC), stuff=_STUFF)
 
 
-BDD100K = Layout(
+LAYOUT = Layout(
+    name="bdd100k",
     what="BDD100K",
     tree="images/{100k,10k}/{train,val}/*.jpg, labels/sem_seg/masks, labels/{ins_seg,pan_seg}/bitmasks/{train,val}/*.png",
     get="100K Images, 10K Images, and Semantic, Instance or Panoptic Segmentation from the BDD100K portal",
     counts={"images": (70_000, 10_000)} | dict.fromkeys(("masks", "instances", "panoptic"), (7_000, 1_000)),
+    images=_images,
+    masks=_masks,
+    instances=_instances,
+    panoptic=_panoptic,
 )
-
-
-def bdd100k_images(root: Path, part: Part) -> ImageFiles:
-    """The 100K images, on which this method pretrains; not the 10K that have masks.
-
-    Raises:
-        UserError: there are none.
-    """
-    paths = images_below(BDD100K, root, f"images/100k/{part}")
-    BDD100K.say_count("images", part, len(paths))
-    return ImageFiles(folder=root / "images" / "100k" / part, paths=paths)
-
-
-def bdd100k(root: Path, part: Part) -> MaskFiles:
-    """Cityscapes' 19 classes by train id, 255 for unknown; the 10K images.
-
-    Source: doc.bdd100k.com, "Data Download" and "Label Format" (current layout). Older archives (seg/labels,
-    *_train_id.png) are not read, and older 10K images lack some of the labelled ones (bdd100k/bdd100k #127).
-
-    Raises:
-        UserError: folders, images or masks are missing.
-    """
-    pairs = _same_names(BDD100K, root, f"images/10k/{part}", f"labels/sem_seg/masks/{part}")
-    BDD100K.say_count("masks", part, len(pairs))
-    return MaskFiles(pairs=pairs, names=STREET, ids={i: i for i in range(19)} | {255: IGNORED})
-
-
-def bdd100k_pairs(root: Path, part: Part, kind: str) -> tuple[tuple[Path, Path], ...]:
-    """(image, RGBA bitmask) of a part; kinds: ins_seg, pan_seg.
-
-    Raises:
-        UserError: folders, images or bitmasks are missing.
-    """
-    return _same_names(BDD100K, root, f"images/10k/{part}", f"labels/{kind}/bitmasks/{part}")

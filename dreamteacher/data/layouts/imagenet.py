@@ -1,4 +1,4 @@
-"""Layouts of images and image classes: ImageNet-1k, LSUN, FFHQ, as they are downloaded."""
+"""ImageNet-1k as it is downloaded."""
 
 from __future__ import annotations
 
@@ -7,23 +7,16 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from dreamteacher.data.layouts.layout import Layout, images_below
+from dreamteacher.data.layouts.layout import Layout
 from dreamteacher.data.sources import ImageFiles, Part
 from dreamteacher.runtime.errors import UserError, shorten
-
-IMAGENET = Layout(
-    what="ImageNet-1k (ILSVRC 2012)",
-    tree="train/WNID/*.JPEG and val/*.JPEG (flat or in WNID folders), or the same in ILSVRC/Data/CLS-LOC",
-    get="ILSVRC2012_img_train.tar (unpack its tars too) and ILSVRC2012_img_val.tar from image-net.org, or the Kaggle set",
-    counts={"images": (1_281_167, 50_000)},
-)
 
 _WNID = re.compile(r"n\d{8}")
 _DEVKIT = "ILSVRC2012_devkit_t12/data"
 _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
-def imagenet(root: Path, part: Part) -> ImageFiles:
+def _images(root: Path, part: Part) -> ImageFiles:
     """Images with labels; class ids follow the sorted WNIDs of train/, as in torchvision and timm.
 
     A flat val/ takes its labels from LOC_val_solution.csv (the Kaggle set: ImageId, "WNID x y x y ...") or
@@ -37,16 +30,16 @@ def imagenet(root: Path, part: Part) -> ImageFiles:
     """
     inner = root / "ILSVRC" / "Data" / "CLS-LOC"
     data = inner if inner.is_dir() else root
-    IMAGENET.need(data, "train", *(("val",) if part == "val" else ()))
+    LAYOUT.need(data, "train", *(("val",) if part == "val" else ()))
     classes = tuple(
         sorted(p.name for p in (data / "train").iterdir() if _WNID.fullmatch(p.name) and p.is_dir())
     )
     packed = sorted(p.name for p in (data / "train").glob("n*.tar"))
     if packed:
-        raise IMAGENET.lacks(data, f"{len(packed)} tars in train are not unpacked ({shorten(packed)})")
+        raise LAYOUT.lacks(data, f"{len(packed)} tars in train are not unpacked ({shorten(packed)})")
     if len(classes) < 2:
-        raise IMAGENET.lacks(data, f"train has {len(classes)} WNID folders (n01440764 ...)")
-    paths = images_below(IMAGENET, data, part)
+        raise LAYOUT.lacks(data, f"train has {len(classes)} WNID folders (n01440764 ...)")
+    paths = LAYOUT.images_below(data, part)
     flat = part == "val" and all(path.parent == data / "val" for path in paths)
     if flat:
         wnids = _flat_classes(root, data, paths)
@@ -56,14 +49,12 @@ def imagenet(root: Path, part: Part) -> ImageFiles:
     strange = sorted({name for name in wnids if name not in ids})
     empty = sorted(set(classes) - set(wnids))
     if strange:
-        raise IMAGENET.lacks(
-            data, f"{part} has {len(strange)} classes that train has not ({shorten(strange)})"
-        )
+        raise LAYOUT.lacks(data, f"{part} has {len(strange)} classes that train has not ({shorten(strange)})")
     if empty:
-        raise IMAGENET.lacks(
+        raise LAYOUT.lacks(
             data, f"{len(empty)} of {len(classes)} classes have no images in {part} ({shorten(empty)})"
         )
-    IMAGENET.say_count("images", part, len(paths))
+    LAYOUT.say_count("images", part, len(paths))
     return ImageFiles(folder=data / part, paths=paths, labels=[ids[name] for name in wnids], classes=classes)
 
 
@@ -77,13 +68,13 @@ def _flat_classes(root: Path, data: Path, paths: list[Path]) -> list[str]:
             known = _from_devkit(place / _DEVKIT)
             break
     else:
-        raise IMAGENET.lacks(
+        raise LAYOUT.lacks(
             data,
             f"val is flat and there is neither LOC_val_solution.csv nor {_DEVKIT}/{_TRUTH} to say what it shows",
         )
     unlabelled = [path.name for path in paths if path.stem not in known]
     if unlabelled or len(paths) != len(known):
-        raise IMAGENET.lacks(
+        raise LAYOUT.lacks(
             data,
             f"val has {len(paths)} images for {len(known)} labels"
             + (f", {len(unlabelled)} of them without one ({shorten(unlabelled)})" if unlabelled else ""),
@@ -127,3 +118,13 @@ def _meta(path: Path) -> Mapping[int, str]:
         raise UserError(
             f"'{path}' cannot be read: {reason}.", "Unpack ILSVRC2012_devkit_t12 again."
         ) from None
+
+
+LAYOUT = Layout(
+    name="imagenet",
+    what="ImageNet-1k (ILSVRC 2012)",
+    tree="train/WNID/*.JPEG and val/*.JPEG (flat or in WNID folders), or the same in ILSVRC/Data/CLS-LOC",
+    get="ILSVRC2012_img_train.tar (unpack its tars too) and ILSVRC2012_img_val.tar from image-net.org, or the Kaggle set",
+    counts={"images": (1_281_167, 50_000)},
+    images=_images,
+)

@@ -1,38 +1,52 @@
-"""What data layouts yield, and what they share: files that must be there, pairs by name, counts."""
+"""What is known of a public data set: where its files lie, what is in them, and who has it."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
-import torch
-from torch import Tensor
-
-from dreamteacher.data.coco.annotations import CocoAnnotation
-from dreamteacher.data.coco.run_lengths import Rle
-from dreamteacher.data.images import BadImageError, find_images
-from dreamteacher.data.sources import Part, Segment
+from dreamteacher.data.images import find_images
+from dreamteacher.data.sources import ImageFiles, InstanceFiles, MaskFiles, PanopticFiles, Part
 from dreamteacher.runtime.errors import UserError, shorten
+
+T = TypeVar("T")
+Reader: TypeAlias = Callable[[Path, Part], T]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A data set's own arrangement of files.
+    """A data set as it is downloaded.
+
+    Its file ends in one of these, named LAYOUT, and `layouts.table` has one line for it. The readers take the
+    root and the part, look at names and headers alone, and say what is missing by `need` and `lacks`.
 
     Args:
+        name: before the colon of LAYOUT:ROOT; small letters, digits, _ and -.
         what: its name and what of it is meant.
         tree: what lies below the root, in one line.
         get: the files to download, and where, by name.
         counts: use -> official numbers of images, training and validation: a difference is said, not refused.
+        images: reads the images, with their classes where it has any.
+        masks: reads the masks of classes; None: it has none.
+        instances: reads the objects; None: it has none.
+        panoptic: reads the panoptic segments; None: it has none.
+        parts: with "val", it has a validation part of its own, which scores are computed on.
     """
 
+    name: str
     what: str
     tree: str
     get: str
-    counts: Mapping[str, tuple[int, int]]
+    counts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    images: Reader[ImageFiles]
+    masks: Reader[MaskFiles] | None = None
+    instances: Reader[InstanceFiles] | None = None
+    panoptic: Reader[PanopticFiles] | None = None
+    parts: tuple[Part, ...] = ("train", "val")
 
     def need(self, root: Path, *inside: str) -> None:
         """Refuses a root that lacks one of these files or folders.
@@ -59,80 +73,50 @@ class Layout:
         if count != official:
             _say(f"{self.what}: {count} images for {part} ({use}); the whole set has {official}")
 
+    def images_below(self, root: Path, folder: str) -> list[Path]:
+        """All images below a folder of the root, in order.
+
+        Raises:
+            UserError: the folder is missing or has none.
+        """
+        self.need(root, folder)
+        try:
+            return find_images(root / folder)
+        except UserError:
+            raise self.lacks(root, f"there are no images in {folder}") from None
+
+    def pairs_by_name(
+        self, root: Path, images: Mapping[str, Path], labels: Mapping[str, Path], where: str
+    ) -> tuple[tuple[Path, Path], ...]:
+        """(image, label) in the images' order; every one has its other.
+
+        Args:
+            root: for messages.
+            images: by name.
+            labels: by the same names.
+            where: the folder of the labels, for messages.
+
+        Raises:
+            UserError: images without a label, or labels without an image; counts and some names.
+        """
+        for have, other, what in ((images, labels, "images"), (labels, images, "label files")):
+            alone = [name for name in have if name not in other]
+            if alone:
+                lack = f"lack their label in {where}" if have is images else f"of {where} lack their image"
+                raise self.lacks(root, f"{len(alone)} of {len(have)} {what} {lack} ({shorten(alone)})")
+        return tuple((path, labels[name]) for name, path in images.items())
+
+    def same_names(self, root: Path, images: str, labels: str) -> tuple[tuple[Path, Path], ...]:
+        """Pairs of two flat folders whose files differ in their suffix alone.
+
+        Raises:
+            UserError: a folder is missing or empty; and as `pairs_by_name`.
+        """
+        self.need(root, images, labels)
+        one, two = ({p.stem: p for p in self.images_below(root, folder)} for folder in (images, labels))
+        return self.pairs_by_name(root, one, two, labels)
+
 
 @functools.lru_cache(maxsize=256)
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-def images_below(layout: Layout, root: Path, folder: str) -> list[Path]:
-    """All images below a folder of a layout, in order.
-
-    Raises:
-        UserError: the folder is missing or has none.
-    """
-    layout.need(root, folder)
-    try:
-        return find_images(root / folder)
-    except UserError:
-        raise layout.lacks(root, f"there are no images in {folder}") from None
-
-
-def pairs_by_name(
-    layout: Layout, root: Path, images: Mapping[str, Path], labels: Mapping[str, Path], where: str
-) -> tuple[tuple[Path, Path], ...]:
-    """(image, label) in the images' order; every one has its other.
-
-    Args:
-        images: by name.
-        labels: by the same names.
-        where: the folder of the labels, for messages.
-
-    Raises:
-        UserError: images without a label, or labels without an image; counts and some names.
-    """
-    for have, other, what in ((images, labels, "images"), (labels, images, "label files")):
-        alone = [name for name in have if name not in other]
-        if alone:
-            lack = f"lack their label in {where}" if have is images else f"of {where} lack their image"
-            raise layout.lacks(root, f"{len(alone)} of {len(have)} {what} {lack} ({shorten(alone)})")
-    return tuple((path, labels[name]) for name, path in images.items())
-
-
-def run_lengths(mask: Tensor) -> Rle:
-    """The run lengths of a mask (bool H x W), down the columns; `coco_masks.rle_mask` undoes it.
-
-    Example:
-        >>> run_lengths(torch.tensor([[0, 1, 0], [1, 1, 0]]).bool()).counts
-        (1, 3, 2)
-    """
-    flat = mask.t().flatten()
-    edges = (flat[1:] != flat[:-1]).nonzero().flatten() + 1
-    places = torch.cat([torch.tensor([0]), edges, torch.tensor([len(flat)])])
-    counts = places.diff().tolist()
-    return Rle(size=(mask.shape[0], mask.shape[1]), counts=tuple([0, *counts] if flat[0] else counts))
-
-
-def _objects(segments: Tensor, found: tuple[Segment, ...]) -> tuple[CocoAnnotation, ...]:
-    annotations = []
-    for segment in found:
-        mask = segments == segment.id
-        rows, columns = mask.any(1).nonzero().flatten().tolist(), mask.any(0).nonzero().flatten().tolist()
-        left, top = float(columns[0]), float(rows[0])
-        box = (left, top, columns[-1] + 1 - left, rows[-1] + 1 - top)
-        annotations.append(
-            CocoAnnotation(
-                id=segment.id, label=segment.label, box=box, area=float(mask.sum()), crowd=segment.crowd,
-                segmentation=run_lengths(mask),
-            )
-        )  # fmt: skip
-    return tuple(annotations)
-
-
-def _read(path: Path, how: Callable[[Path], Tensor]) -> Tensor:
-    try:
-        return how(path)
-    except BadImageError as error:
-        raise UserError(
-            f"The label file '{path}' cannot be read: {error.reason}.", "Unpack it again."
-        ) from None

@@ -9,15 +9,8 @@ from dreamteacher.data.layouts.layout import Layout
 from dreamteacher.data.sources import ImageFiles, Part
 from dreamteacher.runtime.errors import UserError
 
-LSUN = Layout(
-    what="LSUN with its images exported",
-    tree="a folder of images, or one such folder per category",
-    get="CATEGORY_train_lmdb from the LSUN site, and `data.py export` of the repository fyu/lsun",
-    counts={},
-)
 
-
-def lsun(root: Path, part: Part) -> ImageFiles:
+def _images(root: Path, part: Part) -> ImageFiles:
     """Exported images, all of them; folders named CATEGORY_train (and _val) become classes and parts.
 
     LSUN is released as one LMDB per category, which is not read here: `data.py export` (fyu/lsun) writes the
@@ -26,19 +19,19 @@ def lsun(root: Path, part: Part) -> ImageFiles:
     Raises:
         UserError: there is an LMDB and no images; nothing at all.
     """
-    LSUN.need(root)
+    LAYOUT.need(root)
     if (root / "data.mdb").exists() or any(root.glob("*_lmdb/data.mdb")):
-        raise LSUN.lacks(root, "it holds the LMDB (data.mdb), not images")
+        raise LAYOUT.lacks(root, "it holds the LMDB (data.mdb), not images")
     try:
         paths = find_images(root)
     except UserError:
-        raise LSUN.lacks(root, "there are no images") from None
+        raise LAYOUT.lacks(root, "there are no images") from None
     places = [below(root, path).split("/") for path in paths]
     if part == "val" or any(place[0].endswith("_val") for place in places):
         kept = [i for i, place in enumerate(places) if place[0].endswith("_val") == (part == "val")]
         paths, places = [paths[i] for i in kept], [places[i] for i in kept]
         if not paths:
-            raise LSUN.lacks(root, f"there are no images for {part} (folders CATEGORY_{part})")
+            raise LAYOUT.lacks(root, f"there are no images for {part} (folders CATEGORY_{part})")
     names = [place[0].removesuffix(f"_{part}") for place in places]
     classes = tuple(sorted(set(names)))
     # Folders of one letter are the beginnings of keys, not categories.
@@ -46,3 +39,13 @@ def lsun(root: Path, part: Part) -> ImageFiles:
         return ImageFiles(folder=root, paths=paths)
     ids = {name: i for i, name in enumerate(classes)}
     return ImageFiles(folder=root, paths=paths, labels=[ids[name] for name in names], classes=classes)
+
+
+LAYOUT = Layout(
+    name="lsun",
+    what="LSUN with its images exported",
+    tree="a folder of images, or one such folder per category",
+    get="CATEGORY_train_lmdb from the LSUN site, and `data.py export` of the repository fyu/lsun",
+    counts={},
+    images=_images,
+)

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 
 from dreamteacher.data.images import find_images
-from dreamteacher.data.layouts.ade20k import ade20k, ade20k_images
-from dreamteacher.data.layouts.bdd100k import bdd100k, bdd100k_images, bdd100k_instances, bdd100k_panoptic
-from dreamteacher.data.layouts.cityscapes import (
-    cityscapes,
-    cityscapes_images,
-    cityscapes_instances,
-    cityscapes_panoptic,
-)
-from dreamteacher.data.layouts.coco import coco_images, coco_instances, coco_panoptic
-from dreamteacher.data.layouts.ddpm_seg import DDPM_SEG, ddpm_seg, ddpm_seg_images
-from dreamteacher.data.layouts.ffhq import ffhq
-from dreamteacher.data.layouts.imagenet import imagenet
-from dreamteacher.data.layouts.lsun import lsun
-from dreamteacher.data.shards import table_images, tar_images
+from dreamteacher.data.layouts.layout import Layout, Reader
 from dreamteacher.data.sources import (
     ImageFiles,
     InstanceFiles,
@@ -34,16 +21,19 @@ from dreamteacher.data.sources import (
 from dreamteacher.runtime.errors import UserError, did_you_mean
 
 __all__ = [
+    "LAYOUTS",
     "ImageFiles",
     "InstanceFiles",
     "MaskFiles",
     "PanopticFiles",
     "Part",
     "check",
+    "has_masks",
     "has_parts",
     "image_files",
     "instance_files",
     "label_fraction",
+    "layout_named",
     "layout_of",
     "mask_files",
     "panoptic_files",
@@ -51,36 +41,31 @@ __all__ = [
 
 Use: TypeAlias = Literal["images", "classes", "masks", "instances", "panoptic"]
 T = TypeVar("T")
-Reader: TypeAlias = Callable[[Path, Part], T]
 
-IMAGES: dict[str, Reader[ImageFiles]] = {
-    "imagenet": imagenet,
-    "coco": coco_images,
-    "ade20k": ade20k_images,
-    "bdd100k": bdd100k_images,
-    "cityscapes": cityscapes_images,
-    "lsun": lsun,
-    "ffhq": ffhq,
-    **{name: functools.partial(ddpm_seg_images, name) for name in DDPM_SEG},
-    "shards": lambda root, part: tar_images(root),
-    "hf": lambda root, part: table_images(str(root)),
+# The name before the colon -> the module that ends in its LAYOUT, imported when it is asked for.
+LAYOUTS: dict[str, str] = {
+    "imagenet": "dreamteacher.data.layouts.imagenet",
+    "coco": "dreamteacher.data.layouts.coco",
+    "ade20k": "dreamteacher.data.layouts.ade20k",
+    "bdd100k": "dreamteacher.data.layouts.bdd100k",
+    "cityscapes": "dreamteacher.data.layouts.cityscapes",
+    "lsun": "dreamteacher.data.layouts.lsun",
+    "ffhq": "dreamteacher.data.layouts.ffhq",
+    "bedroom_28": "dreamteacher.data.layouts.bedroom_28",
+    "ffhq_34": "dreamteacher.data.layouts.ffhq_34",
+    "cat_15": "dreamteacher.data.layouts.cat_15",
+    "horse_21": "dreamteacher.data.layouts.horse_21",
+    "shards": "dreamteacher.data.layouts.shards",
+    "hf": "dreamteacher.data.layouts.hf",
 }
-MASKS: dict[str, Reader[MaskFiles]] = {
-    "ade20k": ade20k,
-    "bdd100k": bdd100k,
-    "cityscapes": cityscapes,
-    **{name: functools.partial(ddpm_seg, name) for name in DDPM_SEG},
-}
-INSTANCES: dict[str, Reader[InstanceFiles]] = {
-    "coco": coco_instances,
-    "bdd100k": bdd100k_instances,
-    "cityscapes": cityscapes_instances,
-}
-PANOPTIC: dict[str, Reader[PanopticFiles]] = {
-    "coco": coco_panoptic,
-    "bdd100k": bdd100k_panoptic,
-    "cityscapes": cityscapes_panoptic,
-}
+
+
+def layout_named(name: str) -> Layout:
+    """The layout of a name in the table."""
+    found = importlib.import_module(LAYOUTS[name]).LAYOUT
+    assert isinstance(found, Layout)
+    assert found.name == name, f"{LAYOUTS[name]} calls itself {found.name}"
+    return found
 
 
 def layout_of(source: Path) -> tuple[str, Path] | None:
@@ -99,10 +84,10 @@ def layout_of(source: Path) -> tuple[str, Path] | None:
     if match is None or Path(source).exists():
         return None
     name, root = match[1], match[2]
-    if name not in IMAGES:
+    if name not in LAYOUTS:
         raise UserError(
-            f"There is no folder '{source}', and no layout '{name}'.{did_you_mean(name, IMAGES)}",
-            f"Give a folder, or LAYOUT:ROOT with one of {', '.join(IMAGES)}.",
+            f"There is no folder '{source}', and no layout '{name}'.{did_you_mean(name, LAYOUTS)}",
+            f"Give a folder, or LAYOUT:ROOT with one of {', '.join(LAYOUTS)}.",
         )
     if not root:
         raise UserError(f"'{source}' names a layout and no root.", f"Give {name}:FOLDER.")
@@ -120,14 +105,21 @@ def has_parts(source: Path) -> bool:
         (True, False)
     """
     found = layout_of(source)
-    return found is not None and found[0] not in ("shards", "hf", "ffhq")
+    return found is not None and "val" in layout_named(found[0]).parts
+
+
+def has_masks(source: Path) -> bool:
+    """Whether it is a layout that has masks of classes.
+
+    Raises:
+        UserError: as `layout_of`.
+    """
+    found = layout_of(source)
+    return found is not None and layout_named(found[0]).masks is not None
 
 
 def image_files(source: Path, part: Part = "train") -> ImageFiles:
     """The images of a folder, found recursively, or those of a part of LAYOUT:ROOT.
-
-    Layouts: imagenet, coco, ade20k, bdd100k, cityscapes, lsun, ffhq, bedroom_28, ffhq_34, cat_15, horse_21;
-    and shards:FOLDER (tar files) and hf:FOLDER-OR-NAME (Hugging Face datasets), which have one part.
 
     Raises:
         UserError: nothing there, or something is missing; what, and where to get it.
@@ -136,7 +128,7 @@ def image_files(source: Path, part: Part = "train") -> ImageFiles:
     if found is None:
         return ImageFiles(folder=Path(source), paths=find_images(source), by_folder=True)
     name, root = found
-    return IMAGES[name](root, part)
+    return layout_named(name).images(root, part)
 
 
 def mask_files(source: Path, part: Part = "train") -> MaskFiles:
@@ -145,7 +137,7 @@ def mask_files(source: Path, part: Part = "train") -> MaskFiles:
     Raises:
         UserError: no such layout, or something is missing; what, and where to get it.
     """
-    return _labels(MASKS, source, part, "masks of classes")
+    return _labels(lambda layout: layout.masks, source, part, "masks of classes")
 
 
 def instance_files(source: Path, part: Part = "train") -> InstanceFiles:
@@ -154,7 +146,7 @@ def instance_files(source: Path, part: Part = "train") -> InstanceFiles:
     Raises:
         UserError: no such layout, or something is missing; what, and where to get it.
     """
-    return _labels(INSTANCES, source, part, "instances")
+    return _labels(lambda layout: layout.instances, source, part, "instances")
 
 
 def panoptic_files(source: Path, part: Part = "train") -> PanopticFiles:
@@ -163,14 +155,16 @@ def panoptic_files(source: Path, part: Part = "train") -> PanopticFiles:
     Raises:
         UserError: no such layout, or something is missing; what, and where to get it.
     """
-    return _labels(PANOPTIC, source, part, "panoptic segments")
+    return _labels(lambda layout: layout.panoptic, source, part, "panoptic segments")
 
 
-def _labels(table: Mapping[str, Reader[T]], source: Path, part: Part, what: str) -> T:
-    name, root = layout_of(source) or ("", source)
-    if name not in table:
-        raise UserError(f"'{source}' has no {what}.", f"Give LAYOUT:ROOT with one of {', '.join(table)}.")
-    return table[name](root, part)
+def _labels(reader_of: Callable[[Layout], Reader[T] | None], source: Path, part: Part, what: str) -> T:
+    found = layout_of(source)
+    read = None if found is None else reader_of(layout_named(found[0]))
+    if found is None or read is None:
+        able = [name for name in LAYOUTS if reader_of(layout_named(name)) is not None]
+        raise UserError(f"'{source}' has no {what}.", f"Give LAYOUT:ROOT with one of {', '.join(able)}.")
+    return read(found[1], part)
 
 
 def check(source: Path, use: Use, parts: tuple[Part, ...] = ("train", "val")) -> tuple[int, ...]:

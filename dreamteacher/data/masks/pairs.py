@@ -1,9 +1,10 @@
-"""Images with masks of class ids: how they are paired by name and checked; and the masks of layouts."""
+"""Images and masks: paired by name, and all that their headers tell."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dreamteacher.data.images import (
@@ -20,29 +21,13 @@ from dreamteacher.runtime.errors import UserError, shorten
 from dreamteacher.runtime.threads import in_threads
 
 
-def label_header(path: Path) -> Header:
+def _label_header(path: Path) -> Header:
     """The header of a mask, a picture or an .npy array.
 
     Raises:
         BadImageError: it cannot be read.
     """
-    return read_npy_header(path) if path.suffix == ".npy" else read_header(path)
-
-
-def count_classes(ids: Sequence[int], masks: Path, ignore_index: int) -> int:
-    """The largest id and one, where nothing else says how many classes there are.
-
-    Raises:
-        UserError: that makes fewer than two, or there are negative ids.
-    """
-    classes = max((i for i in ids if i != ignore_index), default=-1) + 1
-    if classes < 2 or min(i for i in ids if i != ignore_index) < 0:
-        raise UserError(
-            f"The masks in '{masks}' hold the ids {shorten(map(str, ids))}; "
-            f"{ignore_index} is ignored, and at least two classes from 0 are needed.",
-            "If they are black and white pictures, use --binary-masks.",
-        )
-    return classes
+    return read_npy_header(path) if path.suffix.lower() == ".npy" else read_header(path)
 
 
 def say_unpaired(folder: Path, unpaired: Sequence[Path], images: int) -> None:
@@ -90,7 +75,6 @@ def check_pairs(
     masks_folder: Path,
     pairs: Sequence[tuple[Path, Path]],
     binary: bool,
-    read_mask_header: Callable[[Path], Header] = read_header,
 ) -> list[Header]:
     """Everything that the headers tell, before anything is decoded. Returns those of the masks.
 
@@ -101,7 +85,7 @@ def check_pairs(
     def check(i: int) -> Header | BadImage:
         path = pairs[i // 2][i % 2]
         try:
-            return read_mask_header(path) if i % 2 else read_header(path)
+            return _label_header(path) if i % 2 else read_header(path)
         except BadImageError as error:
             return BadImage(path, error.reason)
 
@@ -127,6 +111,34 @@ def check_pairs(
             "Mask and image must show the same part of the scene: width / height must be the same.",
         )
     return headers[1::2]
+
+
+def refuse_palettes(folder: Path, masks: Sequence[Path], headers: Sequence[Header]) -> None:
+    """Indices mean the same only under one palette. One that ends earlier but begins alike is the same.
+
+    Raises:
+        UserError: there are several.
+    """
+    palettes = Counter(header.palette for header in headers if header.mode == "P")
+    if not palettes:
+        return
+    most = max(palettes, key=lambda p: (sum(n for q, n in palettes.items() if _alike(p, q)), len(p)))
+    other = [
+        below(folder, mask)
+        for mask, header in zip(masks, headers, strict=True)
+        if header.mode == "P" and not _alike(most, header.palette)
+    ]
+    if other:
+        raise UserError(
+            f"{len(other)} of {sum(palettes.values())} palette masks in '{folder}' have another palette than "
+            f"the rest, so that their ids may not mean the same: {shorten(other)}.",
+            "Save all masks with one palette, or as grey PNG whose values are the ids.",
+        )
+
+
+def _alike(one: bytes, two: bytes) -> bool:
+    length = min(len(one), len(two))
+    return one[:length] == two[:length]
 
 
 def _seen(folder: Path, path: Path) -> str:

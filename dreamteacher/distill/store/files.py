@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dreamteacher.data.image_set import ImageSet
 from dreamteacher.data.images import ImageFile, below
-from dreamteacher.distill.store.items import Plan, layout
+from dreamteacher.distill.store.items import StorePlan, layout
 from dreamteacher.runtime.config import from_json, parse_json, to_json
 from dreamteacher.runtime.errors import UserError, first_line
 from dreamteacher.runtime.run_folder import take_lock
@@ -66,14 +66,14 @@ def _digest(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def manifest_text(plan: Plan, basis: str | None, shards: Sequence[tuple[str, int]]) -> str:
+def manifest_text(plan: StorePlan, basis: str | None, shards: Sequence[tuple[str, int]]) -> str:
     """features.json: the plan, the basis' checksum, and checksum and bytes of every shard."""
     facts = {"format": FORMAT, "version": VERSION, "plan": to_json(plan), "basis": basis}
     facts["shards"] = [list(s) for s in shards]
     return json.dumps(facts | {"sha256": _digest(facts)}, indent=1) + "\n"
 
 
-def read_manifest(folder: Path) -> tuple[Plan, str | None, list[tuple[str, int]]]:
+def read_manifest(folder: Path) -> tuple[StorePlan, str | None, list[tuple[str, int]]]:
     """What `manifest_text` wrote.
 
     Raises:
@@ -98,14 +98,17 @@ def read_manifest(folder: Path) -> tuple[Plan, str | None, list[tuple[str, int]]
             )
         if told != _digest(facts):
             raise ValueError("its content has changed since it was written")
-        plan, shards = from_json(Plan, facts["plan"]), [(str(d), int(size)) for d, size in facts["shards"]]
+        plan, shards = (
+            from_json(StorePlan, facts["plan"]),
+            [(str(d), int(size)) for d, size in facts["shards"]],
+        )
         _check_possible(plan, facts["basis"], shards)
         return plan, facts["basis"], shards
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"'{path}' cannot be read: {first_line(error)}.", f"Restore it. {ANEW}") from None
 
 
-def _check_possible(plan: Plan, basis: str | None, shards: Sequence[tuple[str, int]]) -> None:
+def _check_possible(plan: StorePlan, basis: str | None, shards: Sequence[tuple[str, int]]) -> None:
     """Raises ValueError for a plan that no store can have: its numbers are used before a shard is opened."""
     counts = [plan.images, plan.draws, plan.group, plan.shard_images, *plan.size]
     counts += [n for v in plan.levels for n in (v.channels, v.stride, v.height, v.width, v.kept)]
@@ -132,7 +135,7 @@ def lost_basis(path: Path, reason: str) -> UserError:
     )
 
 
-def read_basis(path: Path, plan: Plan, digest: str) -> list[Tensor]:
+def read_basis(path: Path, plan: StorePlan, digest: str) -> list[Tensor]:
     """The basis of each level (float32 kept x C), read whole and compared with its checksum.
 
     Raises:

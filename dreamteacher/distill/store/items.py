@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dreamteacher.data.batches import flip_images
+from dreamteacher.data.images import to_float
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.distill.config import Keep, Storage, What
 from dreamteacher.losses import energy, whiten
@@ -47,7 +48,7 @@ class Level:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class StorePlan:
     """Everything that decides the content of a store but the images themselves and the basis.
 
     Args:
@@ -160,7 +161,7 @@ class Field(NamedTuple):
 
 
 @functools.cache
-def layout(plan: Plan) -> tuple[tuple[dict[str, Field], ...], int]:
+def layout(plan: StorePlan) -> tuple[tuple[dict[str, Field], ...], int]:
     """The parts of each level in an item, and the item's bytes.
 
     values (kept x height x width); for int8 the scale of each channel (float32); unless raw, amplitude (height x
@@ -184,7 +185,7 @@ def layout(plan: Plan) -> tuple[tuple[dict[str, Field], ...], int]:
     return tuple(found), -(-at // 8) * 8
 
 
-def project(plan: Plan, basis: Tensor | None, maps: Tensor) -> tuple[Tensor, Tensor]:
+def project(plan: StorePlan, basis: Tensor | None, maps: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficients N x K x H x W of whitened maps (float32 or float64) and their residuals (N,).
 
     Without a basis the coefficients are the whitened maps themselves.
@@ -205,7 +206,7 @@ def amplitude(maps: Tensor) -> Tensor:
     return (q / q.amax((1, 2), keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)).sqrt()
 
 
-def _compress(plan: Plan, level: Level, basis: Tensor | None, maps: Tensor) -> dict[str, Tensor]:
+def _compress(plan: StorePlan, level: Level, basis: Tensor | None, maps: Tensor) -> dict[str, Tensor]:
     if plan.raw:
         values = maps.to(_DTYPES[level.storage])
         if not bool(torch.isfinite(values).all()):
@@ -229,7 +230,7 @@ def _compress(plan: Plan, level: Level, basis: Tensor | None, maps: Tensor) -> d
     return found
 
 
-def pack(plan: Plan, bases: Sequence[Tensor | None], maps: Sequence[Tensor]) -> Tensor:
+def pack(plan: StorePlan, bases: Sequence[Tensor | None], maps: Sequence[Tensor]) -> Tensor:
     """Items of N images, uint8 N x bytes, on the device of their maps (or latents), which are float32.
 
     Raises:
@@ -269,7 +270,7 @@ def part(rows: Tensor, place: Field) -> Tensor:
     return rows[:, place.start : place.stop].view(place.dtype).unflatten(1, place.shape or (1,))
 
 
-def unpack(plan: Plan, rows: Tensor) -> Kept:
+def unpack(plan: StorePlan, rows: Tensor) -> Kept:
     """The inverse of `pack`, up to what its storage rounds off; rows are uint8 N x bytes."""
     fields, _ = layout(plan)
     maps, energies, residuals = [], [], []
@@ -288,7 +289,7 @@ def unpack(plan: Plan, rows: Tensor) -> Kept:
 # --- draws --------------------------------------------------------------------------------------------------
 
 
-def flips_of(plan: Plan, first: int, last: int) -> Tensor:
+def flips_of(plan: StorePlan, first: int, last: int) -> Tensor:
     """Which draws of images first to last - 1 are mirrored, bool (images, draws): a coin, then turn by turn."""
     if not plan.flip:
         return torch.zeros(last - first, plan.draws, dtype=torch.bool)
@@ -296,7 +297,7 @@ def flips_of(plan: Plan, first: int, last: int) -> Tensor:
     return (coin[first:last, None].long() + torch.arange(plan.draws)) % 2 == 1
 
 
-def noise_seed(plan: Plan, group: int, draw: int) -> int:
+def noise_seed(plan: StorePlan, group: int, draw: int) -> int:
     """The seed of the generator that a group of images is encoded with."""
     return step_generator(plan.seed, group, f"features/{draw}").initial_seed()
 
@@ -317,10 +318,10 @@ def noise_device(device: torch.device) -> str:
 
 
 def encode_group(
-    plan: Plan, teacher: Teacher, pixels: Tensor, flips: Tensor, seed: int, device: torch.device
+    plan: StorePlan, teacher: Teacher, pixels: Tensor, flips: Tensor, seed: int, device: torch.device
 ) -> list[Tensor]:
     """The teacher's maps (or latents), float32, of uint8 images N x 3 x H x W, some of them mirrored first."""
-    images = flip_images(pixels, flips).to(torch.float32, memory_format=torch.channels_last).div_(255)
+    images = to_float(flip_images(pixels, flips), torch.channels_last)
     images = images.to(device)
     with torch.no_grad(), autocast(device, plan.precision):
         if plan.what == "latents":

@@ -17,7 +17,7 @@ from dreamteacher.data import image_set
 from dreamteacher.distill.config import MakeFeaturesConfig, Storage
 from dreamteacher.distill.kinds import check_mode
 from dreamteacher.distill.store.files import CLAIMS, MANIFEST, image_lines
-from dreamteacher.distill.store.items import Level, Plan, encode_group, layout, noise_device, pack
+from dreamteacher.distill.store.items import Level, StorePlan, encode_group, layout, noise_device, pack
 from dreamteacher.distill.store.reader import FeatureStore, read_exactly
 from dreamteacher.distill.store.writer import Writer, check_plan, fit_groups
 from dreamteacher.runtime import checkpoint
@@ -25,7 +25,8 @@ from dreamteacher.runtime.config import describe, to_json
 from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.distributed.group import join
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.runtime.run_folder import RunDir, Signals
+from dreamteacher.runtime.run_folder import RunDir
+from dreamteacher.runtime.signals import Signals
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.registry import fingerprint, load_teacher
 
@@ -94,7 +95,7 @@ def make_features(config: MakeFeaturesConfig) -> Path | None:
     return config.out
 
 
-def estimate_bytes(plan: Plan, images: int) -> int:
+def estimate_bytes(plan: StorePlan, images: int) -> int:
     """Bytes that a store of so many images takes, its small files among them."""
     basis = sum(4 * v.kept * v.channels for v in plan.levels) if plan.projected else 0
     shards = math.ceil(images / plan.shard_images)
@@ -121,9 +122,9 @@ def _check_numbers(config: MakeFeaturesConfig) -> None:
 
 def _measure(
     config: MakeFeaturesConfig, teacher: Teacher, images: image_set.ImageSet, device: torch.device
-) -> tuple[Plan, float]:
+) -> tuple[StorePlan, float]:
     """The plan, and the seconds of one batch, encoded and packed; the first batch is really encoded here."""
-    draft = Plan(
+    draft = StorePlan(
         what=config.what, teacher=teacher.name, family=teacher.family, licence=teacher.licence,
         sha256=fingerprint(config.teacher), t=teacher.timesteps, blocks=config.blocks, noise=config.noise, device=device.type,
         precision="float32" if resolve_precision(device, config.precision) == torch.float32 else "bfloat16", deterministic=False, size=images.size,

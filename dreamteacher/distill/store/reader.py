@@ -38,7 +38,7 @@ from dreamteacher.distill.store.items import (
     unpack,
 )
 from dreamteacher.runtime.config import parse_json
-from dreamteacher.runtime.distributed.share import launched
+from dreamteacher.runtime.distributed.world import launched
 from dreamteacher.runtime.errors import UserError, shorten
 from dreamteacher.runtime.threads import helpers, in_threads
 from dreamteacher.teachers.base import Teacher

@@ -36,7 +36,7 @@ from dreamteacher.distill.store.files import (
     shard_name,
 )
 from dreamteacher.distill.store.items import (
-    Plan,
+    StorePlan,
     encode_group,
     flips_of,
     layout,
@@ -50,7 +50,9 @@ from dreamteacher.losses import whiten
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import changed_keys
 from dreamteacher.runtime.errors import UserError, shorten
-from dreamteacher.runtime.run_folder import Progress, RunDir, Signals
+from dreamteacher.runtime.progress import Progress
+from dreamteacher.runtime.run_folder import RunDir
+from dreamteacher.runtime.signals import Signals
 from dreamteacher.runtime.threads import helpers
 from dreamteacher.teachers.base import Teacher
 
@@ -72,7 +74,7 @@ def check_plan(out: Path, resolved: dict[str, Any]) -> None:
         )
 
 
-def fit_groups(plan: Plan) -> list[int]:
+def fit_groups(plan: StorePlan) -> list[int]:
     """Batches whose positions a PCA is fitted on: at most 160 images, drawn by the seed; none without a PCA."""
     if plan.keep != "pca":
         return []
@@ -89,7 +91,7 @@ class Writer:
     """
 
     def __init__(
-        self, out: Path, plan: Plan, teacher: Teacher, images: image_set.ImageSet, device: torch.device, signals: Signals
+        self, out: Path, plan: StorePlan, teacher: Teacher, images: image_set.ImageSet, device: torch.device, signals: Signals
     ) -> None:  # fmt: skip
         self.out, self.plan, self.teacher, self.images, self.device = out, plan, teacher, images, device
         self.signals = signals

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +13,12 @@ import torch
 from timm.data import auto_augment
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dreamteacher.data.image_set import ImageSet
 from dreamteacher.data.images import BadImageError, Size, read_image
+from dreamteacher.data.loader import load_ahead
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.config import Source
 from dreamteacher.downstream.features import Images, take
@@ -229,7 +229,7 @@ def augmented_batches(
     shown = _Steps(
         images, augmentation, batch_size=batch_size, seed=seed, stream="augment", source=source, repeats=repeats
     )  # fmt: skip
-    yield from _loader(shown, range(first, steps), workers)
+    yield from load_ahead(shown, range(first, steps), workers)
 
 
 def augmented_pass(
@@ -249,16 +249,4 @@ def augmented_pass(
     shown = _Steps(
         images, augmentation, batch_size=batch_size, seed=seed, stream=f"view {view}", source=source, repeats=None
     )  # fmt: skip
-    yield from _loader(shown, range(-(-len(images) // shown.batch_size)), workers)
-
-
-def _loader(shown: _Steps, steps: range, workers: int) -> DataLoader[tuple[Tensor, Tensor]]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return DataLoader(
-        shown, batch_size=None, sampler=steps, num_workers=min(workers, cores), collate_fn=_as_it_is,
-        generator=torch.Generator(),
-    )  # fmt: skip
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+    yield from load_ahead(shown, range(-(-len(images) // shown.batch_size)), workers)

@@ -12,19 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dreamteacher.data.draws import draw_labels
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.config import FinetuneConfig, Optimizer
+from dreamteacher.downstream.classification.data import CLASSIFICATION
 from dreamteacher.downstream.features import (
     ClassificationData,
     Images,
     class_metrics,
     device_of,
-    draw_labels,
     frozen,
     take,
     to_input,
 )
 from dreamteacher.downstream.loop import Saved, run_steps
+from dreamteacher.downstream.task import Bench, Task, always
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.distributed.device import autocast, seeded
@@ -266,3 +268,30 @@ def finetune(
     )
     scores = predict(model, data.test, batch_size=batch_size, precision=precision)
     yield from class_metrics(scores, data.test_labels)
+
+
+def _run(bench: Bench, labels: int | None, seed: int) -> Iterator[Metric]:
+    config = bench.config
+    assert labels is not None
+    return finetune(
+        bench.student,
+        bench.data,
+        config.finetune,
+        labels=labels,
+        seed=seed,
+        precision=config.precision,
+        batch_size=config.batch_size,
+    )
+
+
+TASK = Task(
+    name="finetune",
+    what="fine-tuning",
+    group=CLASSIFICATION,
+    headline="accuracy",
+    unit="labels per class",
+    config=FinetuneConfig,
+    budgets=lambda config: config.labels,
+    default=always,
+    run=_run,
+)

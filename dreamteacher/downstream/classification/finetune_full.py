@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -26,9 +26,17 @@ from dreamteacher.downstream.classification.augment import (
     epoch_steps,
 )
 from dreamteacher.downstream.classification.config import FinetuneFullConfig, Loss, Source
+from dreamteacher.downstream.classification.data import CLASSIFICATION
 from dreamteacher.downstream.classification.finetune import predict
-from dreamteacher.downstream.features import ClassificationData, Images, class_metrics, device_of
+from dreamteacher.downstream.features import (
+    ClassificationData,
+    Images,
+    class_counts,
+    class_metrics,
+    device_of,
+)
 from dreamteacher.downstream.loop import Saved, run_steps
+from dreamteacher.downstream.task import Bench, Task
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.plain_vit import fit, rebuilt_with
 from dreamteacher.models.student import Student
@@ -36,6 +44,9 @@ from dreamteacher.runtime.distributed.device import autocast, seeded
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.optim import Ema, build_optimizer, lr_at
 from dreamteacher.runtime.settings import OptimizerName, Precision
+
+if TYPE_CHECKING:
+    from dreamteacher.downstream.config import EvaluateConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,3 +354,42 @@ def finetune_full(
     )  # fmt: skip
     scores = predict(model, data.test, batch_size=batch_size, precision=precision)
     yield from class_metrics(scores, data.test_labels)
+
+
+def _run(bench: Bench, _budget: int | None, seed: int) -> Iterator[Metric]:
+    config = bench.config
+    return finetune_full(
+        bench.student,
+        bench.data,
+        config.finetune_full,
+        size=config.size,
+        seed=seed,
+        precision=config.precision,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        saved=bench.saved,
+    )
+
+
+def _check(config: EvaluateConfig) -> None:
+    recipe_of(config.finetune_full)
+
+
+def _fits(student: Student, config: EvaluateConfig) -> None:
+    recipe = recipe_of(config.finetune_full)
+    TimmClassifier(student, 2, recipe.drop_path)
+    if config.train is not None:
+        batch_size_of(class_counts(config.train).total(), recipe, config.finetune_full.accumulate)
+
+
+TASK = Task(
+    name="finetune-full",
+    what="fine-tuning, published recipe",
+    group=CLASSIFICATION,
+    headline="accuracy",
+    config=FinetuneFullConfig,
+    long=True,
+    check=_check,
+    fits=_fits,
+    run=_run,
+)

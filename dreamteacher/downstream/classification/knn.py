@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from dreamteacher.downstream.classification.data import CLASSIFICATION
 from dreamteacher.downstream.features import class_metrics
+from dreamteacher.downstream.task import Bench, Task, always
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.metrics import knn_predict
 
@@ -35,3 +37,19 @@ def knn(
     train_y = train_y.to(train_x.device)
     scores = knn_predict(train_x, train_y, test_x, classes=classes, k=k, temperature=temperature)
     yield from class_metrics(scores, test_y)
+
+
+def _run(bench: Bench, _budget: int | None, _seed: int) -> Iterator[Metric]:
+    return knn(*bench.features(), classes=len(bench.data.classes), k=bench.config.knn_k)
+
+
+TASK = Task(
+    name="knn",
+    what="nearest neighbours",
+    group=CLASSIFICATION,
+    headline="accuracy",
+    settings=("knn_k",),
+    default=always,
+    seeded=False,
+    run=_run,
+)

@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dreamteacher.data.draws import draw_labels
 from dreamteacher.data.seeds import step_generator
-from dreamteacher.downstream.features import class_metrics, draw_labels
+from dreamteacher.downstream.classification.data import CLASSIFICATION
+from dreamteacher.downstream.features import class_metrics
+from dreamteacher.downstream.task import Bench, Task, always
 from dreamteacher.downstream.tasks import Metric
 
 # On standardised features, strongest first; chosen strengths lay between 0.3 and 10 for 10 to 50 labels.
@@ -151,3 +154,20 @@ def standardisation(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.double()
     deviation = x.std(0, unbiased=False)
     return x.mean(0), torch.where(deviation > 1e-8, deviation, 1.0)
+
+
+def _run(bench: Bench, labels: int | None, seed: int) -> Iterator[Metric]:
+    assert labels is not None
+    return linear(*bench.features(), classes=len(bench.data.classes), labels=labels, seed=seed)
+
+
+TASK = Task(
+    name="linear",
+    what="linear probe",
+    group=CLASSIFICATION,
+    headline="accuracy",
+    unit="labels per class",
+    budgets=lambda config: config.labels,
+    default=always,
+    run=_run,
+)

@@ -16,9 +16,11 @@ from dreamteacher.data.images import Size
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.augment import Augmentation, augmented_pass
 from dreamteacher.downstream.classification.config import LinearSgdConfig, Source
+from dreamteacher.downstream.classification.data import CLASSIFICATION
 from dreamteacher.downstream.classification.linear import standardisation
 from dreamteacher.downstream.features import ClassificationData, Images, class_metrics, device_of, frozen
 from dreamteacher.downstream.loop import Saved, run_steps
+from dreamteacher.downstream.task import Bench, Task
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.distributed.device import autocast
@@ -181,3 +183,32 @@ def linear_sgd(
     )
     scores = ((test_x - mean) / deviation).float() @ weight.T + bias
     yield from class_metrics(scores.softmax(1), data.test_labels)
+
+
+def _run(bench: Bench, _budget: int | None, seed: int) -> Iterator[Metric]:
+    config = bench.config
+    train_x, _, test_x, _ = bench.features()
+    return linear_sgd(
+        bench.student,
+        bench.data,
+        config.linear_sgd,
+        train_x=train_x,
+        test_x=test_x,
+        size=config.size,
+        seed=seed,
+        precision=config.precision,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        saved=bench.saved,
+    )
+
+
+TASK = Task(
+    name="linear-sgd",
+    what="linear probe, LARS",
+    group=CLASSIFICATION,
+    headline="accuracy",
+    config=LinearSgdConfig,
+    long=True,
+    run=_run,
+)

@@ -13,7 +13,7 @@ from dreamteacher.runtime.errors import UserError
 class DetectConfig:
     """How the detector is made and trained; the defaults are small. `PRESETS` has the paper's."""
 
-    images: tuple[int, ...] = ()
+    image_counts: tuple[int, ...] = ()
     """Labelled images to train on; each number is a result of its own; none: all that show an object."""
     steps: int = 200
     """Updates, the same for every number of images."""
@@ -107,9 +107,12 @@ def check_detect(config: DetectConfig) -> None:
             f"Sides of {least} to {greatest} (test {config.test_side}), at most {config.longest_side}.",
             "Give at least 32 pixels, in rising order.",
         )
-    if config.images and (min(config.images) < 2 or len(set(config.images)) < len(config.images)):
+    if config.image_counts and (
+        min(config.image_counts) < 2 or len(set(config.image_counts)) < len(config.image_counts)
+    ):
         raise UserError(
-            f"images is {config.images}.", "Give different numbers of at least 2, or none for all."
+            f"image_counts is {config.image_counts}.",
+            "Give different numbers of at least 2, or none for all.",
         )
     for name in ("layer_decay", "cut"):
         if not 0 < getattr(config, name) <= 1:

@@ -18,10 +18,19 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from dreamteacher.data.coco.annotations import CocoImage, Rle, instance_mask, read_coco
-from dreamteacher.data.images import BadImageError, Size, below, read_header, read_image, read_mask
+from dreamteacher.data.draws import halves
+from dreamteacher.data.images import (
+    BadImageError,
+    Size,
+    below,
+    nearest,
+    read_header,
+    read_image,
+    read_mask,
+    to_float,
+)
 from dreamteacher.data.layouts.table import InstanceFiles, instance_files, layout_of
 from dreamteacher.data.masks.pairs import find_pairs
-from dreamteacher.data.seeds import step_generator
 from dreamteacher.runtime.errors import UserError, shorten
 from dreamteacher.runtime.threads import helpers, in_threads
 
@@ -147,9 +156,7 @@ class DetectionData:
 
 def split_instances(everything: InstanceSet, seed: int = 0) -> DetectionData:
     """One half of the images to draw training images from, and one to test on (the larger, of an odd number)."""
-    order = torch.randperm(len(everything), generator=step_generator(seed, 0, "split"))
-    half = len(order) // 2
-    pool, test = (everything.subset(index.sort().values) for index in (order[:half], order[half:]))
+    pool, test = (everything.subset(index) for index in halves(len(everything), seed))
     return DetectionData(pool=pool, test=test)
 
 
@@ -358,7 +365,7 @@ def scaled_size(size: Size, short: int, longest: int) -> Size:
 
 def scaled_image(image: Tensor, size: Size) -> Tensor:
     """uint8 3 x H x W -> float32 in [0, 1] of another size, bilinear and antialiased."""
-    return resize(image, list(size), antialias=True).float() / 255
+    return to_float(resize(image, list(size), antialias=True))
 
 
 def example(data: InstanceSet, draw: Draw, longest: int) -> Example:
@@ -385,10 +392,7 @@ def example(data: InstanceSet, draw: Draw, longest: int) -> Example:
 def scaled_masks(masks: Sequence[Mask], have: Size, size: Size) -> Tensor:
     """Masks of a picture of size `have` in the scaled picture: uint8 K x H x W, nearest neighbour."""
     result = torch.zeros(len(masks), *size, dtype=torch.uint8)
-    ys, xs = (
-        ((torch.arange(new) + 0.5) * old / new).long().clamp(max=old - 1)
-        for new, old in zip(size, have, strict=True)
-    )
+    ys, xs = (nearest(old, new) for old, new in zip(have, size, strict=True))
     for mask, (top, left, pixels) in zip(result, masks, strict=True):
         height, width = pixels.shape
         rows, columns = (

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+from dreamteacher.data.draws import check_draw, draw_images
 from dreamteacher.data.images import Size
+from dreamteacher.data.layouts.table import check, layout_of
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.finetune import recalibrate, shuffled_batches
 from dreamteacher.downstream.detection.config import DetectConfig, check_detect
@@ -23,6 +26,7 @@ from dreamteacher.downstream.detection.data import (
     InstanceSet,
     cut_mask,
     example_batches,
+    load_detection,
     scaled_image,
     scaled_size,
 )
@@ -30,15 +34,20 @@ from dreamteacher.downstream.detection.model import build_detector
 from dreamteacher.downstream.detection.scores import check_scores, scores_of
 from dreamteacher.downstream.features import device_of, frozen
 from dreamteacher.downstream.loop import Saved, run_steps
-from dreamteacher.downstream.segmentation.few_masks import draw_masks
+from dreamteacher.downstream.task import Bench, Budgets, Group, Task, always
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.distributed.device import seeded
+from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.optim import layer_decay_groups, lr_at, parameter_groups
 from dreamteacher.runtime.settings import Precision
 
+if TYPE_CHECKING:
+    from dreamteacher.downstream.config import EvaluateConfig
+
 # Batches that the running statistics of BatchNorm are set from after the training, at most.
 _CALIBRATION = 200
+_NEEDS = "The detection tasks need instances.", "Give both --images and --instances."
 
 
 def build_groups(model: GeneralizedRCNN, config: DetectConfig) -> list[dict[str, Any]]:
@@ -233,10 +242,88 @@ def detect(
     """
     check_scores()
     pool, test = data.pool.shown(), data.test
-    drawn = draw_masks(len(pool), len(pool) if images is None else images, seed)
+    drawn = draw_images(len(pool), len(pool) if images is None else images, seed)
     model = train_detector(
         student, pool.subset(drawn), config, cascade=cascade, seed=seed, precision=precision, saved=saved
     )
     found = list(predict(model, test, config))
     truth = [test.truth(i) for i in range(len(test))]
     yield from scores_of(truth, found, test.sizes, classes=len(test.classes), most=config.detections)
+
+
+def _given(config: EvaluateConfig) -> bool:
+    return config.instances is not None
+
+
+def _check_places(config: EvaluateConfig, _budgets: Budgets) -> None:
+    if config.images is not None and layout_of(config.images) is not None:
+        if config.instances is not None:
+            raise UserError(f"'{config.images}' comes with its instances.", "Leave out --instances.")
+        check(config.images, "instances")
+    elif config.images is None or config.instances is None:
+        raise UserError(*_NEEDS)
+    elif config.test_images is not None and config.test_instances is None and config.test_masks is None:
+        raise UserError("The test images have no instances.", "Give --test-instances too.")
+
+
+def _load(config: EvaluateConfig, budgets: Budgets) -> DetectionData:
+    assert config.images is not None
+    data = load_detection(config.images, config.instances, config.test_images, config.test_instances)
+    check_draw(len(data.pool.shown()), budgets)
+    return data
+
+
+def _check(config: EvaluateConfig) -> None:
+    check_detect(config.detect)
+    check_scores()
+
+
+def _run(bench: Bench, images: int | None, seed: int, *, cascade: bool) -> Iterator[Metric]:
+    return detect(
+        bench.student,
+        bench.data,
+        bench.config.detect,
+        images=images,
+        cascade=cascade,
+        seed=seed,
+        precision=bench.config.precision,
+        saved=bench.saved,
+    )
+
+
+INSTANCES = Group(
+    name="detection",
+    needs=_NEEDS,
+    places=("images", "instances", "test_images", "test_instances"),
+    given=_given,
+    check=_check_places,
+    load=_load,
+)
+
+TASK = Task(
+    name="detect",
+    what="Mask R-CNN",
+    group=INSTANCES,
+    headline="mask_ap",
+    unit="images",
+    config=DetectConfig,
+    budgets=lambda config: config.detect.image_counts,
+    default=always,
+    long=True,
+    check=_check,
+    run=functools.partial(_run, cascade=False),
+)
+
+CASCADE = Task(
+    name="detect-cascade",
+    what="Cascade Mask R-CNN",
+    group=INSTANCES,
+    headline="mask_ap",
+    unit="images",
+    settings=("detect",),
+    budgets=lambda config: config.detect.image_counts,
+    default=always,
+    long=True,
+    check=_check,
+    run=functools.partial(_run, cascade=True),
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dreamteacher.downstream.detection.config import PRESETS as DETECT_PRESETS
 from dreamteacher.downstream.detection.config import DetectConfig
 from dreamteacher.runtime.errors import UserError
 
@@ -34,3 +35,7 @@ class PanopticConfig:
             raise UserError("A weight or stuff_area is below 0.", "Give 0 or more.")
         if not 0 <= self.score <= 1 or not 0 <= self.overlap <= 1:
             raise UserError(f"score {self.score}, overlap {self.overlap}.", "Give shares from 0 to 1.")
+
+
+# BDD100K's 7,000 panoptic images for 36 epochs: ImageNet-supervised 22.4 PQ, DreamTeacher 21.8. Not run by us.
+PRESETS = {"bdd100k-36": PanopticConfig(detect=DETECT_PRESETS["bdd100k-36"])}

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,13 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from tqdm import tqdm
 
+from dreamteacher.data.draws import check_draw, draw_images, halves
 from dreamteacher.data.images import BadImageError, Size
-from dreamteacher.data.layouts.table import Part, layout_of, panoptic_files
+from dreamteacher.data.layouts.table import Part, check, layout_of, panoptic_files
+from dreamteacher.data.loader import load_ahead
 from dreamteacher.data.panoptic_set import PanopticSet, of_layout, read_panoptic
 from dreamteacher.data.seeds import step_generator
-from dreamteacher.downstream.detection.config import PRESETS as DETECT_PRESETS
-from dreamteacher.downstream.detection.config import DetectConfig
+from dreamteacher.downstream.detection.config import DetectConfig, check_detect
 from dreamteacher.downstream.detection.data import Draw, Example, instances_of_ids, scaled_image, scaled_size
 from dreamteacher.downstream.detection.model import build_detector
 from dreamteacher.downstream.detection.train import (
@@ -39,9 +41,10 @@ from dreamteacher.downstream.features import device_of, frozen
 from dreamteacher.downstream.loop import Saved, run_steps
 from dreamteacher.downstream.panoptic.config import PanopticConfig
 from dreamteacher.downstream.panoptic.merge import merge
-from dreamteacher.downstream.segmentation.crops import loader, scaled_mask
-from dreamteacher.downstream.segmentation.few_masks import draw_masks, pixel_loss
+from dreamteacher.downstream.segmentation.crops import scaled_mask
+from dreamteacher.downstream.segmentation.few_masks import pixel_loss
 from dreamteacher.downstream.segmentation.semantic import classes_at
+from dreamteacher.downstream.task import Bench, Budgets, Group, Task
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.metrics import VOID, Segments, panoptic_counts, panoptic_quality
 from dreamteacher.models.regressor import resize
@@ -52,11 +55,11 @@ from dreamteacher.runtime.optim import parameter_groups
 from dreamteacher.runtime.settings import Precision
 from dreamteacher.spec import FeatureSpec
 
+if TYPE_CHECKING:
+    from dreamteacher.downstream.config import EvaluateConfig
+
 _IGNORED = 255
-
-
-# BDD100K's 7,000 panoptic images for 36 epochs: ImageNet-supervised 22.4 PQ, DreamTeacher 21.8. Not run by us.
-PRESETS = {"bdd100k-36": PanopticConfig(detect=DETECT_PRESETS["bdd100k-36"])}
+_NEEDS = "panoptic needs segments.", "Give --images, --masks and --segments."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,16 +119,14 @@ def load_panoptic(
         pool, test = (of_layout(panoptic_files(images, part), workers=workers) for part in parts)
         return PanopticData(pool=pool, test=test)
     if masks is None or segments is None:
-        raise UserError("panoptic needs segments.", "Give --images, --masks and --segments.")
+        raise UserError(*_NEEDS)
     alone = test_segments is None
     pool = read_panoptic(segments, images, masks, whole=alone, workers=workers)
     if test_segments is not None:
         places = test_images or images, test_masks or masks
         test = read_panoptic(test_segments, *places, whole=True, workers=workers)
         return PanopticData(pool=pool, test=test)
-    order = torch.randperm(len(pool), generator=step_generator(0, 0, "split"))
-    half = len(order) // 2
-    first, second = (pool.subset(index.sort().values.tolist()) for index in (order[:half], order[half:]))
+    first, second = (pool.subset(index.tolist()) for index in halves(len(pool)))
     return PanopticData(pool=first, test=second)
 
 
@@ -278,7 +279,7 @@ class _Examples(Dataset[list[Example]]):
 
 
 def _batches(data: PanopticSet, draws: Sequence[list[Draw]], config: DetectConfig) -> Iterator[list[Example]]:
-    for batch in loader(_Examples(data, config.longest_side), draws, config.workers):
+    for batch in load_ahead(_Examples(data, config.longest_side), draws, config.workers):
         if not batch:
             raise UserError(
                 "None of the images with segments can be read.", "Check that the disk is still there."
@@ -391,7 +392,7 @@ def panoptic(
         saved: where the training is kept; None: it is not.
     """
     shown = data.pool.subset(data.pool.shown())
-    drawn = draw_masks(len(shown), images or len(shown), seed)
+    drawn = draw_images(len(shown), images or len(shown), seed)
     model = train_panoptic(
         student, shown.subset(drawn.tolist()), config, seed=seed, precision=precision, saved=saved
     )
@@ -406,3 +407,64 @@ def panoptic(
             ) from None
         counts += panoptic_counts(predict_segments(model, image, config), truth, len(data.test.names))
     yield from panoptic_quality(counts, data.test.things).items()
+
+
+def _given(config: EvaluateConfig) -> bool:
+    return config.segments is not None
+
+
+def _check_places(config: EvaluateConfig, _budgets: Budgets) -> None:
+    if config.images is not None and layout_of(config.images) is not None:
+        check(config.images, "panoptic")
+    elif None in (config.images, config.masks, config.segments):
+        raise UserError(*_NEEDS)
+
+
+def _load(config: EvaluateConfig, budgets: Budgets) -> PanopticData:
+    assert config.images is not None
+    train = config.images, config.masks, config.segments
+    test = config.test_images, config.test_masks, config.test_segments
+    data = load_panoptic(*train, *test, workers=config.workers)
+    check_draw(len(data.pool.shown()), budgets)
+    return data
+
+
+def _check(config: EvaluateConfig) -> None:
+    check_detect(config.panoptic.detect)
+
+
+def _run(bench: Bench, images: int | None, seed: int) -> Iterator[Metric]:
+    config = bench.config
+    settings = config.panoptic
+    return panoptic(
+        bench.student,
+        bench.data,
+        settings,
+        images=images,
+        seed=seed,
+        precision=config.precision,
+        saved=bench.saved,
+    )
+
+
+SEGMENTS = Group(
+    name="panoptic",
+    needs=_NEEDS,
+    places=("images", "masks", "test_images", "test_masks", "segments", "test_segments"),
+    given=_given,
+    check=_check_places,
+    load=_load,
+)
+
+TASK = Task(
+    name="panoptic",
+    what="panoptic segmentation",
+    group=SEGMENTS,
+    headline="pq",
+    unit="images",
+    config=PanopticConfig,
+    budgets=lambda config: config.panoptic.detect.image_counts,
+    long=True,
+    check=_check,
+    run=_run,
+)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,17 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from dreamteacher.data.images import BadImage, BadImageError
+from dreamteacher.data.draws import draw_images, halves
+from dreamteacher.data.images import BadImage, BadImageError, nearest
 from dreamteacher.data.layouts.table import Part
-from dreamteacher.data.masks.streamed import SegmentationFiles, find_segmentation
+from dreamteacher.data.loader import load_ahead
+from dreamteacher.data.masks.reader import MaskedImages, read_masks
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.finetune import shuffled_batches
 from dreamteacher.downstream.segmentation.config import CropConfig
-from dreamteacher.downstream.segmentation.few_masks import draw_masks
 from dreamteacher.runtime.errors import UserError, shorten
 
 # What lies beyond an image: close to 0 once a student has normalised it.
@@ -41,27 +41,19 @@ class SemanticData:
         test: seen by nothing but the final score.
     """
 
-    train: SegmentationFiles
-    test: SegmentationFiles
+    train: MaskedImages
+    test: MaskedImages
 
 
-def split_files(everything: SegmentationFiles, seed: int = 0) -> SemanticData:
+def split_files(everything: MaskedImages, seed: int = 0) -> SemanticData:
     """One half to train on and one to test on (the larger, of an odd number)."""
-    order = torch.randperm(len(everything), generator=step_generator(seed, 0, "split"))
-    half = len(order) // 2
-    return SemanticData(
-        train=_chosen(everything, order[:half].sort().values),
-        test=_chosen(everything, order[half:].sort().values),
-    )
+    train, test = (everything.take(index) for index in halves(len(everything), seed))
+    return SemanticData(train=train, test=test)
 
 
-def _chosen(files: SegmentationFiles, index: Tensor) -> SegmentationFiles:
-    return replace(files, pairs=tuple(files.pairs[i] for i in index.tolist()))
-
-
-def drawn_files(files: SegmentationFiles, masks: int | None, seed: int) -> SegmentationFiles:
+def drawn_files(files: MaskedImages, masks: int | None, seed: int) -> MaskedImages:
     """Those of `masks` labelled images drawn by the seed; all for None."""
-    return _chosen(files, draw_masks(len(files), masks or len(files), seed))
+    return files.take(draw_images(len(files), masks or len(files), seed))
 
 
 def load_files(
@@ -72,10 +64,9 @@ def load_files(
     *,
     ignore_index: int,
     binary: bool,
-    most: int,
     workers: int,
 ) -> SemanticData:
-    """Both parts, every mask and test image decoded once; see `masks_files.find_segmentation`.
+    """Both parts, every mask and test image decoded once; see `data.masks.reader.read_masks`.
 
     Args:
         images: to train on; without test images, a layout's validation part or a half of them is the test.
@@ -84,18 +75,18 @@ def load_files(
         test_masks: of `test_images`.
         ignore_index: id in the masks that is no class.
         binary: masks are black and white.
-        most: labelled images that will be drawn at most; 0: all there are.
         workers: threads.
 
     Raises:
-        UserError: for anything wrong with the files, or too few images.
+        UserError: for anything wrong with the files.
     """
 
-    def find(images: Path | None, masks: Path | None, part: Part, whole: bool) -> SegmentationFiles:
+    def find(images: Path | None, masks: Path | None, part: Part, whole: bool) -> MaskedImages:
         assert images is not None
-        return find_segmentation(
-            images, masks, ignore_index=ignore_index, binary=binary, part=part, whole=whole, workers=workers
-        )
+        return read_masks(
+            images, masks, ignore_index=ignore_index, binary=binary, absent_ok=True, part=part, whole=whole,
+            workers=workers,
+        )  # fmt: skip
 
     if test_images is None and masks is not None:
         data = split_files(find(images, masks, "train", True))
@@ -103,10 +94,9 @@ def load_files(
         pool = find(images, masks, "train", False)
         test = find(test_images or images, test_masks if test_images else None, "val", True)
         # A small set may lack the last classes: both take the larger number.
-        larger = max(pool, test, key=lambda part: part.classes)
-        train, test = (replace(p, classes=larger.classes, names=larger.names) for p in (pool, test))
+        classes = max(pool.classes, test.classes, key=len)
+        train, test = (replace(part, classes=classes) for part in (pool, test))
         data = SemanticData(train=train, test=test)
-    draw_masks(len(data.train), most or len(data.train), seed=0)  # fails where there are too few
     return data
 
 
@@ -135,8 +125,8 @@ def scaled(image: Tensor, size: tuple[int, int], top: int, left: int, part: tupl
 def scaled_mask(mask: Tensor, size: tuple[int, int], top: int, left: int, part: tuple[int, int]) -> Tensor:
     """The same of a mask, nearest neighbour."""
     rows, columns = (
-        ((torch.arange(length, dtype=torch.float64) + first + 0.5) * have / whole).long().clamp(max=have - 1)
-        for first, length, have, whole in zip((top, left), part, mask.shape, size, strict=True)
+        nearest(have, whole, first, length)
+        for have, whole, first, length in zip(mask.shape, size, (top, left), part, strict=True)
     )
     return mask[rows][:, columns]
 
@@ -187,7 +177,7 @@ class _Crops(NamedTuple):
 class _CropSet(Dataset[_Crops]):
     """Item (step, indices) is the batch of that step, whatever came before it and in which process."""
 
-    def __init__(self, files: SegmentationFiles, config: CropConfig, seed: int) -> None:
+    def __init__(self, files: MaskedImages, config: CropConfig, seed: int) -> None:
         self.files, self.config, self.seed = files, config, seed
 
     def __getitem__(self, item: tuple[int, Tensor]) -> _Crops:
@@ -210,21 +200,8 @@ class _CropSet(Dataset[_Crops]):
         return _Crops(torch.stack(images), torch.stack(masks), bad)
 
 
-def loader(data: Dataset[Any], items: Any, workers: int) -> DataLoader[Any]:
-    """data[item] for each of `items`, in order, made ahead by that many processes (0: by this one)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return DataLoader(
-        data, batch_size=None, sampler=items, num_workers=min(workers, cores),
-        collate_fn=_as_it_is, generator=torch.Generator(),
-    )  # fmt: skip
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
 def crops(
-    files: SegmentationFiles,
+    files: MaskedImages,
     config: CropConfig,
     *,
     steps: int,
@@ -241,7 +218,9 @@ def crops(
         UserError: nothing can be read any more.
     """
     order = shuffled_batches(len(files), batch_size, steps, step_generator(seed, 0, "semantic"))
-    stream = loader(_CropSet(files, config, seed), itertools.islice(enumerate(order), first, None), workers)
+    stream = load_ahead(
+        _CropSet(files, config, seed), itertools.islice(enumerate(order), first, None), workers
+    )
     known: set[BadImage] = set()
     for batch in stream:
         known |= set(batch.bad)
@@ -259,7 +238,7 @@ def crops(
 class _TestSet(Dataset[Any]):
     """Item k is image k, scaled, and its mask as large as it is."""
 
-    def __init__(self, files: SegmentationFiles, short_side: int) -> None:
+    def __init__(self, files: MaskedImages, short_side: int) -> None:
         self.files, self.short_side = files, short_side
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | BadImage:
@@ -272,14 +251,14 @@ class _TestSet(Dataset[Any]):
 
 
 def whole_images(
-    files: SegmentationFiles, short_side: int, *, workers: int = 0
+    files: MaskedImages, short_side: int, *, workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Each image, uint8 3 x H x W scaled to `short_side` (0: as it is), and its mask, as large as it is.
 
     Raises:
         UserError: one of them cannot be read any more.
     """
-    stream = loader(_TestSet(files, short_side), range(len(files)), workers)
+    stream = load_ahead(_TestSet(files, short_side), range(len(files)), workers)
     for item in tqdm(stream, total=len(files), desc="testing", disable=not sys.stderr.isatty()):
         if isinstance(item, BadImage):
             raise UserError(

@@ -1,69 +1,95 @@
-"""The model that label distillation leaves: backbone, neck and label head of a run, ready to label images."""
+"""The model that label distillation leaves, scored as it is on images with masks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from dreamteacher.downstream.features import (
-    ClassificationData,
-    class_metrics,
-    device_of,
-    frozen,
-    take,
-    to_input,
-)
+from dreamteacher.downstream.features import device_of
+from dreamteacher.downstream.segmentation.data import IN_MEMORY
 from dreamteacher.downstream.segmentation.few_masks import SegmentationData, score_segmenter
+from dreamteacher.downstream.task import Bench, Task
 from dreamteacher.downstream.tasks import Metric
-from dreamteacher.models.distilled import Distilled
-from dreamteacher.runtime.distributed.device import autocast
-from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.models.distilled import HEAD, REGRESSOR, Distilled, has_head, is_pooled, load_distilled
+from dreamteacher.models.student import Student
+from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.settings import Precision
+
+if TYPE_CHECKING:
+    from dreamteacher.downstream.config import EvaluateConfig
 
 
 def distilled(
     model: Distilled,
+    data: SegmentationData,
     *,
-    segmentation: SegmentationData | None,
-    classification: ClassificationData | None,
     ignore_index: int = 255,
     precision: Precision = "auto",
     batch_size: int = 64,
 ) -> Iterator[Metric]:
-    """Scores of a distilled model as it is, on the test images: nothing is trained.
+    """mIoU and per-class IoU of a distilled model as it is, on the test images: nothing is trained.
 
-    Masks: mIoU and per-class IoU. One label an image: accuracy, balanced accuracy, AUROC.
+    Args:
+        model: of a run that was distilled from masks.
+        data: its training images are not looked at.
+        ignore_index: mask id that is not scored.
+        precision: of the matrix products.
+        batch_size: test images at once.
 
     Raises:
-        UserError: when the test set is missing or has other classes.
+        UserError: the model tells whole images apart, or fewer classes than there are.
     """
+    test = data.test
     if model.pooled:
-        if classification is None or set(classification.classes) != set(model.classes):
-            raise UserError(
-                f"The run's head tells {shorten(model.classes)} apart.",
-                "Give --train and --test with these subfolders.",
-            )
-        order = torch.tensor([model.classes.index(name) for name in classification.classes])
-        yield from class_metrics(_scores(model, classification, precision, batch_size)[:, order],
-                                 classification.test_labels)  # fmt: skip
-        return
-    if segmentation is None or segmentation.test.classes > len(model.classes):
+        raise UserError("The run's head labels images, not pixels.", "Use the task distilled-classes.")
+    if len(test.classes) > len(model.classes):
         raise UserError(
             f"The run's head tells {len(model.classes)} classes of pixels apart.",
             "Give --images and --masks with these classes.",
         )
-    test = segmentation.test
-    if len(model.classes) > test.classes:  # a small test set may lack the last ones
-        test = replace(test, classes=len(model.classes), names=model.classes)
+    if len(model.classes) > len(test.classes):  # a small test set may lack the last ones
+        test = replace(test, classes=model.classes)
     yield from score_segmenter(model, test, ignore_index, precision=precision, batch_size=batch_size)
 
 
-def _scores(model: Distilled, data: ClassificationData, precision: Precision, batch_size: int) -> Tensor:
-    device, scores = device_of(model), []
-    for index in torch.arange(len(data.test)).split(batch_size):
-        with frozen(model), autocast(device, precision):
-            scores.append(model(to_input(take(data.test, index), device)).softmax(1).cpu())
-    return torch.cat(scores)
+def run_files(config: EvaluateConfig) -> Sequence[Path]:
+    """The neck and the label head of the run in `init`."""
+    run = Path(config.init).expanduser()
+    return run / REGRESSOR, run / HEAD
+
+
+def check_run(_student: Student, config: EvaluateConfig) -> None:
+    """Raises UserError where `init` is no run with a label head that can be read."""
+    load_distilled(Path(config.init).expanduser())
+
+
+def _of_pixels(config: EvaluateConfig) -> bool:
+    run = Path(config.init).expanduser()
+    return has_head(run) and not is_pooled(run)
+
+
+def _run(bench: Bench, _budget: int | None, _seed: int) -> Iterator[Metric]:
+    config = bench.config
+    return distilled(
+        load_distilled(bench.run_folder()).to(device_of(bench.student)),
+        bench.data,
+        ignore_index=config.ignore_index,
+        precision=config.precision,
+        batch_size=config.batch_size,
+    )
+
+
+TASK = Task(
+    name="distilled",
+    what="segmentation, as distilled",
+    group=IN_MEMORY,
+    headline="miou",
+    whole="as pretrained",
+    default=_of_pixels,
+    seeded=False,
+    files=run_files,
+    fits=check_run,
+    run=_run,
+)

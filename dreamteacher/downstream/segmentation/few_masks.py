@@ -1,20 +1,20 @@
-"""Segmentation with a few masks: a light UPerNet head, backbone frozen or fine-tuned; and a linear probe."""
+"""Learning from a few masks: a light UPerNet head, the backbone frozen or fine-tuned."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from dreamteacher.data.masks.loaded import SegmentationSet
+from dreamteacher.data.draws import halves
+from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.finetune import recalibrate, shuffled_batches, train
-from dreamteacher.downstream.classification.linear import choose_l2, fit_logistic, standardisation
 from dreamteacher.downstream.features import device_of, frozen, to_input
 from dreamteacher.downstream.segmentation.config import SegmentConfig
 from dreamteacher.downstream.tasks import Metric
@@ -28,8 +28,6 @@ from dreamteacher.spec import FeatureSpec
 
 # The maps of the labelled images are kept when they take less than this; else they are computed each step.
 _MAPS_BYTES = 2 << 30
-# Pixels that the linear probe is fitted on, at most: bounds its memory (float64) and time.
-_LINEAR_PIXELS = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +39,13 @@ class SegmentationData:
         test: seen by nothing but the final score.
     """
 
-    pool: SegmentationSet
-    test: SegmentationSet
+    pool: LabelledSet
+    test: LabelledSet
 
 
-def split_masks(everything: SegmentationSet, seed: int = 0) -> SegmentationData:
+def split_masks(everything: LabelledSet, seed: int = 0) -> SegmentationData:
     """One half to draw training masks from and one to test on (the larger, of an odd number)."""
-    order = torch.randperm(len(everything.images), generator=step_generator(seed, 0, "split"))
-    half = len(order) // 2
-    pool, test = (
-        replace(everything, images=everything.images[index], masks=everything.masks[index])
-        for index in (order[:half].sort().values, order[half:].sort().values)
-    )
+    pool, test = (everything.take(index) for index in halves(len(everything), seed))
     return SegmentationData(pool=pool, test=test)
 
 
@@ -149,21 +142,6 @@ class Segmenter(nn.Module):
         return self.head(self.student(images), (images.shape[-2], images.shape[-1]))
 
 
-def draw_masks(pool: int, count: int, seed: int) -> Tensor:
-    """Sorted indices of `count` of `pool` labelled images; same seed, same draw, larger ones contain smaller.
-
-    Raises:
-        UserError: the pool is smaller, or fewer than 2 are asked for (BatchNorm cannot train on one image).
-    """
-    if not 2 <= count <= pool:
-        raise UserError(
-            f"{count} masks asked for; at least 2 are needed and {pool} are there to train on.",
-            "Ask for another number of masks, or add masks.",
-        )
-    order = torch.randperm(pool, generator=step_generator(seed, 0, "masks"))
-    return order[:count].sort().values
-
-
 def pixel_loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """Cross-entropy averaged over the pixels that are not ignored; 0 when all are."""
     total = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
@@ -179,6 +157,7 @@ def train_segmenter(
     classes: int,
     freeze: bool,
     seed: int,
+    ignore_index: int = 255,
     precision: Precision = "auto",
     neck: Mapping[str, Tensor] | None = None,
 ) -> Segmenter:
@@ -192,6 +171,7 @@ def train_segmenter(
         classes: number of classes.
         freeze: train the head alone.
         seed: of the head, the batches, mirroring, dropout.
+        ignore_index: mask id that is not learned.
         precision: of the matrix products.
         neck: where the head's neck starts (mixed pretraining transfers it); the head then has its width.
     """
@@ -221,7 +201,7 @@ def train_segmenter(
             # One draw for the whole batch: the frozen maps of mirrored images are stored beside the others.
             mirror = config.flip and bool(torch.rand((), generator=generator) < 0.5)
             target = masks[index].flip(2) if mirror else masks[index]
-            return pixel_loss(forward(index, mirror), target, config.ignore_index)
+            return pixel_loss(forward(index, mirror), target, ignore_index)
 
         parts: list[tuple[nn.Module, float]] = [(head, 1.0)]
         parts += [] if freeze else [(backbone, config.backbone_lr_factor)]
@@ -285,50 +265,9 @@ def score(
             yield f"iou/{name}", iou
 
 
-def segment(
-    student: Student,
-    data: SegmentationData,
-    config: SegmentConfig,
-    *,
-    masks: int,
-    freeze: bool,
-    seed: int,
-    precision: Precision = "auto",
-    batch_size: int = 64,
-    neck: Mapping[str, Tensor] | None = None,
-) -> Iterator[Metric]:
-    """mIoU and per-class IoU on the test set after training with `masks` masks of the pool.
-
-    Args:
-        student: left as it is.
-        data: see `SegmentationData`.
-        config: see `SegmentConfig`.
-        masks: labelled images to train on.
-        freeze: train the head alone.
-        seed: of the draw and of the training.
-        precision: of the matrix products.
-        batch_size: test images at once.
-        neck: see `train_segmenter`.
-    """
-    pool, test = data.pool, data.test
-    drawn = draw_masks(len(pool.images), masks, seed)
-    model = train_segmenter(
-        student,
-        pool.images[drawn],
-        pool.masks[drawn],
-        config,
-        classes=pool.classes,
-        freeze=freeze,
-        seed=seed,
-        precision=precision,
-        neck=neck,
-    )
-    yield from score_segmenter(model, test, config.ignore_index, precision=precision, batch_size=batch_size)
-
-
 def score_segmenter(
     model: nn.Module,
-    test: SegmentationSet,
+    test: LabelledSet,
     ignore_index: int,
     *,
     precision: Precision = "auto",
@@ -340,76 +279,6 @@ def score_segmenter(
     def predictions() -> Iterator[tuple[Tensor, Tensor]]:
         for index in torch.arange(len(test.images)).split(batch_size):
             with frozen(model), autocast(device, precision):
-                yield model(to_input(test.images[index], device)).argmax(1), test.masks[index]
+                yield model(to_input(test.images[index], device)).argmax(1), test.targets[index]
 
-    yield from score(predictions(), test.names, ignore_index)
-
-
-def segment_linear(
-    student: Student,
-    data: SegmentationData,
-    *,
-    masks: int,
-    seed: int,
-    ignore_index: int = 255,
-    folds: int = 3,
-    grid: Sequence[float] = (1.0, 0.1, 0.01, 0.001),
-    precision: Precision = "auto",
-    batch_size: int = 64,
-) -> Iterator[Metric]:
-    """mIoU and per-class IoU of a linear classifier of each pixel's frozen features.
-
-    Every level is resized to the finest one and concatenated; the classifier is fitted there and its logits
-    are resized to the image. Its L2 strength is chosen by cross-validation over whole labelled images.
-
-    Args:
-        student: left as it is.
-        data: see `SegmentationData`.
-        masks: labelled images.
-        seed: of the draw.
-        ignore_index: mask id that is neither learned nor scored.
-        folds: of the cross-validation.
-        grid: L2 strengths, strongest first (see `dreamteacher.downstream.classification.linear.fit_logistic`).
-        precision: of the backbone's forward pass.
-        batch_size: test images at once.
-    """
-    pool, test = data.pool, data.test
-    drawn = draw_masks(len(pool.images), masks, seed)
-    columns = _columns(student, pool.images[drawn], precision)
-    finest = (columns.shape[-2], columns.shape[-1])
-    coarse = F.interpolate(pool.masks[drawn].float()[:, None], size=finest, mode="nearest-exact")[:, 0]
-    y = coarse.long().flatten().to(columns.device)
-    x = columns.movedim(1, 3).flatten(0, 2)
-    image = torch.arange(len(drawn), device=x.device).repeat_interleave(finest[0] * finest[1])
-    keep = (y != ignore_index).nonzero().flatten()
-    if len(keep) > _LINEAR_PIXELS:
-        order = torch.randperm(len(keep), generator=step_generator(seed, 0, "pixels"))
-        keep = keep[order[:_LINEAR_PIXELS].to(keep.device)]
-    x, y, image = x[keep], y[keep], image[keep]
-    mean, deviation = standardisation(x)
-    x = (x.double() - mean) / deviation
-    l2 = choose_l2(x, y, image % min(folds, masks), classes=pool.classes, grid=grid)
-    weight, bias = fit_logistic(x, y, classes=pool.classes, l2=l2, tolerance=1e-4)
-    scaled = (weight / deviation).float()
-    shift = (bias - (weight / deviation) @ mean).float()
-
-    def predictions() -> Iterator[tuple[Tensor, Tensor]]:
-        for index in torch.arange(len(test.images)).split(batch_size):
-            maps = _columns(student, test.images[index], precision)
-            logits = torch.einsum("nchw,kc->nkhw", maps, scaled) + shift[:, None, None]
-            target = test.masks[index]
-            yield resize(logits, (target.shape[-2], target.shape[-1])).argmax(1), target
-
-    yield from score(predictions(), pool.names, ignore_index)
-
-
-def _columns(student: Student, images: Tensor, precision: Precision, batch_size: int = 64) -> Tensor:
-    """All levels of each position of the finest one: N x (sum of channels) x H/4 x W/4, float32."""
-    device = device_of(student)
-    parts = []
-    for batch in images.split(batch_size):
-        with frozen(student), autocast(device, precision):
-            maps = [m.float() for m in student(to_input(batch, device))]
-        finest = (maps[0].shape[-2], maps[0].shape[-1])
-        parts.append(torch.cat([resize(m, finest) for m in maps], dim=1))
-    return torch.cat(parts)
+    yield from score(predictions(), test.classes, ignore_index)

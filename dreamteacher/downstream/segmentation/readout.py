@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from dreamteacher.downstream.loop import Saved
 from dreamteacher.downstream.segmentation.config import ReadoutConfig
 from dreamteacher.downstream.segmentation.crops import SemanticData, drawn_files
+from dreamteacher.downstream.segmentation.data import STREAMED
 from dreamteacher.downstream.segmentation.semantic import FCNHead, score_files, train_dense
+from dreamteacher.downstream.task import Bench, Task
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.settings import Precision
+
+if TYPE_CHECKING:
+    from dreamteacher.downstream.config import EvaluateConfig
 
 
 def level_of(student: Student, config: ReadoutConfig) -> int:
@@ -63,7 +69,7 @@ def readout(
         student,
         drawn_files(files, masks, seed),
         training,
-        lambda: FCNHead(student.specs, files.classes, level, config.dropout),
+        lambda: FCNHead(student.specs, len(files.classes), level, config.dropout),
         freeze=True,
         seed=seed,
         precision=precision,
@@ -71,3 +77,35 @@ def readout(
         saved=saved,
     )
     yield from score_files(model, data.test, training, precision=precision, workers=workers)
+
+
+def _run(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
+    config = bench.config
+    return readout(
+        bench.student,
+        bench.data,
+        config.readout,
+        masks=masks,
+        seed=seed,
+        precision=config.precision,
+        workers=config.workers,
+        saved=bench.saved,
+    )
+
+
+def _fits(student: Student, config: EvaluateConfig) -> None:
+    level_of(student, config.readout)
+
+
+TASK = Task(
+    name="readout",
+    what="read-out, frozen backbone",
+    group=STREAMED,
+    headline="miou",
+    unit="masks",
+    config=ReadoutConfig,
+    budgets=lambda config: config.readout.mask_counts,
+    long=True,
+    fits=_fits,
+    run=_run,
+)

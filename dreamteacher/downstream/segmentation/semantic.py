@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from dreamteacher.data.masks.streamed import SegmentationFiles
+from dreamteacher.data.masks.reader import MaskedImages
 from dreamteacher.downstream.classification.finetune import train
 from dreamteacher.downstream.features import device_of, frozen, to_input
 from dreamteacher.downstream.loop import Saved
-from dreamteacher.downstream.segmentation.config import CropConfig, SemanticConfig
+from dreamteacher.downstream.segmentation.config import SemanticConfig
 from dreamteacher.downstream.segmentation.crops import FILL, SemanticData, crops, drawn_files, whole_images
+from dreamteacher.downstream.segmentation.data import STREAMED
 from dreamteacher.downstream.segmentation.few_masks import SegmentationHead, pixel_loss
+from dreamteacher.downstream.task import Bench, Task
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.metrics import confusion, iou_per_class, mean_iou
 from dreamteacher.models.regressor import conv_bn_relu, resize
@@ -29,20 +31,6 @@ from dreamteacher.spec import FeatureSpec
 
 # Classes whose logits are enlarged at once: bounds the memory of large test images.
 _CLASSES_AT_ONCE = 16
-
-
-_STREETS = CropConfig(short_side=0, size=(512, 1024))
-# Steps, optimizer and schedule are the paper's; crops and batch sizes are usual ones. None was run by us.
-PRESETS = {
-    # Expected of a ResNet-50: supervised 40.9, DreamTeacher 42.5 mIoU.
-    "ade20k": SemanticConfig(),
-    # After pretraining on BDD100K: supervised 78.7, DreamTeacher 77.5.
-    "cityscapes": SemanticConfig(steps=80_000, batch_size=8, crops=_STREETS),
-    # 1/4, 1/8 and 1/30 of the labels: supervised 71.3, 65.4, 54.4; DreamTeacher 63.9, 60.0, 50.0.
-    "cityscapes-fractions": SemanticConfig(masks=(744, 372, 100), steps=20_000, batch_size=8, crops=_STREETS),
-    # Pretrained on BDD100K: DreamTeacher 60.3; ImageNet-supervised 61.1.
-    "bdd100k": SemanticConfig(steps=80_000, crops=_STREETS),
-}
 
 
 # --- heads ----------------------------------------------------------------------------------------------------
@@ -95,7 +83,7 @@ class DenseModel(nn.Module):
 
 def train_dense(
     student: Student,
-    files: SegmentationFiles,
+    files: MaskedImages,
     config: SemanticConfig,
     make_head: Callable[[], nn.Module],
     *,
@@ -124,7 +112,7 @@ def train_dense(
         head = make_head()
         second = None
         if config.auxiliary and not freeze:
-            second = FCNHead(student.specs, files.classes, -min(2, len(student.specs)), config.dropout)
+            second = FCNHead(student.specs, len(files.classes), -min(2, len(student.specs)), config.dropout)
         model = DenseModel(copy.deepcopy(student), head, second).to(device)
         model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         batches = crops(
@@ -234,7 +222,7 @@ def classes_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 def score_files(
     model: nn.Module,
-    files: SegmentationFiles,
+    files: MaskedImages,
     config: SemanticConfig,
     *,
     precision: Precision = "auto",
@@ -246,17 +234,18 @@ def score_files(
         UserError: an image or mask cannot be read any more.
     """
     device = device_of(model)
-    matrix = torch.zeros(files.classes, files.classes, dtype=torch.int64)
+    classes = len(files.classes)
+    matrix = torch.zeros(classes, classes, dtype=torch.int64)
     for image, mask in whole_images(files, config.crops.short_side, workers=workers):
         with frozen(model), autocast(device, precision):
             logits = predict_logits(model, image, config)
         pred = classes_at(logits.float(), (mask.shape[0], mask.shape[1]))[0].cpu()
-        matrix += confusion(pred, mask, files.classes, files.ignore_index)
+        matrix += confusion(pred, mask, classes, files.ignore_index)
     hits, members = matrix.diagonal().double(), matrix.sum(1).double()
     yield "miou", mean_iou(matrix)
     yield "accuracy", float(hits.sum() / members.sum())
     yield "mean_accuracy", float((hits / members).nanmean())
-    for name, iou in zip(files.names, iou_per_class(matrix).tolist(), strict=True):
+    for name, iou in zip(files.classes, iou_per_class(matrix).tolist(), strict=True):
         if iou == iou:
             yield f"iou/{name}", iou
 
@@ -290,7 +279,7 @@ def semantic(
         student,
         files,
         config,
-        lambda: SegmentationHead(student.specs, files.classes, width, dropout, norm=norm),
+        lambda: SegmentationHead(student.specs, len(files.classes), width, dropout, norm=norm),
         freeze=False,
         seed=seed,
         precision=precision,
@@ -298,3 +287,30 @@ def semantic(
         saved=saved,
     )
     yield from score_files(model, data.test, config, precision=precision, workers=workers)
+
+
+def _run(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
+    config = bench.config
+    return semantic(
+        bench.student,
+        bench.data,
+        config.semantic,
+        masks=masks,
+        seed=seed,
+        precision=config.precision,
+        workers=config.workers,
+        saved=bench.saved,
+    )
+
+
+TASK = Task(
+    name="semantic",
+    what="segmentation, full size",
+    group=STREAMED,
+    headline="miou",
+    unit="masks",
+    config=SemanticConfig,
+    budgets=lambda config: config.semantic.mask_counts,
+    long=True,
+    run=_run,
+)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dreamteacher.runtime.distributed.share import launched
+from dreamteacher.runtime.distributed.world import launched
 from dreamteacher.runtime.errors import UserError, first_line
 from dreamteacher.runtime.settings import Precision
 

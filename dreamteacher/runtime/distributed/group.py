@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dreamteacher.runtime.distributed.device import pick_device
-from dreamteacher.runtime.distributed.share import Share, launched
+from dreamteacher.runtime.distributed.world import World, launched
 from dreamteacher.runtime.errors import UserError
 
 P = ParamSpec("P")
@@ -61,10 +61,10 @@ def _agents_serve() -> bool:
 @functools.cache
 def _server() -> dist.Store:
     """The key-value store at MASTER_ADDR and MASTER_PORT. That of torchrun's agents survives a restart."""
-    share = launched()
+    world = launched()
     return dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), share.ranks,
-        share.first and not _agents_serve(), timeout=timeout(), wait_for_workers=False,
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world.ranks,
+        world.first and not _agents_serve(), timeout=timeout(), wait_for_workers=False,
     )  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def _store() -> dist.Store:
     return _met
 
 
-def join(device: str) -> Share:
+def join(device: str) -> World:
     """Meets the other processes, where there are any: gloo for the CPU, beside NCCL for GPUs. May be called again.
 
     Args:
@@ -133,29 +133,29 @@ def join(device: str) -> Share:
     Raises:
         UserError: when the others cannot be found, or this process has no GPU of its own.
     """
-    share = launched()
-    if share.ranks == 1 or dist.is_initialized():
-        return share
+    world = launched()
+    if world.ranks == 1 or dist.is_initialized():
+        return world
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu and device not in ("auto", "cuda"):
         raise UserError(
-            f"--device {device} is one GPU, and there are {share.ranks} processes.",
+            f"--device {device} is one GPU, and there are {world.ranks} processes.",
             "Leave out --device: each process takes its own GPU.",
         )
     if gpu:
         torch.cuda.set_device(pick_device("cuda"))
     try:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpu else "gloo", store=dist.PrefixStore("group", _store()), rank=share.rank,
-            world_size=share.ranks, timeout=timeout(),
+            "cpu:gloo,cuda:nccl" if gpu else "gloo", store=dist.PrefixStore("group", _store()), rank=world.rank,
+            world_size=world.ranks, timeout=timeout(),
         )  # fmt: skip
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{share.ranks} processes could not meet: {_cause(error)}",
+            f"{world.ranks} processes could not meet: {_cause(error)}",
             "Start them with torchrun, and check that its machines reach each other (--rdzv-endpoint).",
         ) from error
     atexit.register(_leave)
-    return share
+    return world
 
 
 def _leave() -> None:
@@ -199,17 +199,17 @@ def _cause(error: Exception) -> str:
 @functools.cache
 def speaks() -> bool:
     """Whether this process tells of the error that ends them all: the first one to ask does."""
-    share = launched()
-    if share.ranks == 1:
+    world = launched()
+    if world.ranks == 1:
         return True
     if _met is None and not _agents_serve():
-        return share.first  # they have not met: an error that all of them find
+        return world.first  # they have not met: an error that all of them find
     try:
         early = f"dreamteacher/early/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         store = dist.PrefixStore(early, _server()) if _met is None else _store()
         return store.add("told", 1) == 1
     except (KeyError, ValueError):  # what is missing here is missing in all of them
-        return share.first
+        return world.first
     except RuntimeError:  # nobody keeps the store: rather twice than never
         return True
 
@@ -232,12 +232,12 @@ def broadcast(make: Callable[[], str]) -> str:
 
 def all_gather_text(text: str) -> list[str]:
     """One text of each process, by rank."""
-    share = launched()
-    if share.ranks == 1:
+    world = launched()
+    if world.ranks == 1:
         return [text]
     name = _numbered("each")
-    _store().set(f"{name}/{share.rank}", text)
-    return [_read(f"{name}/{rank}") for rank in range(share.ranks)]
+    _store().set(f"{name}/{world.rank}", text)
+    return [_read(f"{name}/{rank}") for rank in range(world.ranks)]
 
 
 _count = {"first": 0, "each": 0}
@@ -263,26 +263,26 @@ def agree(text: str, what: str) -> None:
     Raises:
         UserError: they have not.
     """
-    share = launched()
-    if share.ranks == 1:
+    world = launched()
+    if world.ranks == 1:
         return
     mine = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
-    all_ = [torch.empty_like(mine) for _ in range(share.ranks)]
+    all_ = [torch.empty_like(mine) for _ in range(world.ranks)]
     dist.all_gather(all_, mine)
     different = [str(rank) for rank, other in enumerate(all_) if not torch.equal(other, all_[0])]
     if different:
         raise UserError(
-            f"Processes {', '.join(different)} of {share.ranks} have another {what} than process 0.",
+            f"Processes {', '.join(different)} of {world.ranks} have another {what} than process 0.",
             "Start all with the same command, on the same images and teacher.",
         )
 
 
 def all_reduce_mean(x: Tensor) -> Tensor:
     """The mean of a tensor over the processes, in place; itself where there is one."""
-    share = launched()
-    if share.ranks > 1:
+    world = launched()
+    if world.ranks > 1:
         dist.all_reduce(x)
-        x /= share.ranks
+        x /= world.ranks
     return x
 
 
@@ -295,19 +295,19 @@ def earliest(x: Tensor) -> Tensor:
 
 def all_gather(rows: Tensor) -> Tensor:
     """The rows of all processes, as they lie in the whole batch."""
-    share = launched()
-    if share.ranks == 1:
+    world = launched()
+    if world.ranks == 1:
         return rows
-    parts = [torch.empty_like(rows) for _ in range(share.ranks)]
+    parts = [torch.empty_like(rows) for _ in range(world.ranks)]
     dist.all_gather(parts, rows.contiguous())
     return torch.stack(parts, 1).flatten(0, 1)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """The mean over the processes of all gradients, in one exchange; for steps that DDP cannot follow."""
-    share = launched()
+    world = launched()
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if share.ranks == 1 or not gradients:
+    if world.ranks == 1 or not gradients:
         return
     flat = all_reduce_mean(torch.cat([g.reshape(-1) for g in gradients]))
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
@@ -315,30 +315,32 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 class Told:
-    """The number of a signal that any process got, known to all of them after the same step.
+    """What any process says after a step, known to all of them after the same one.
 
-    What is said at one step is heard at the next: so nobody waits for it.
+    That is the number of a signal that it got, and whether it wants the state saved. What is said at one step is
+    heard at the next: so nobody waits for it.
     """
 
     def __init__(self) -> None:
         self._pending: tuple[dist.Work, Tensor] | None = None
 
-    def __call__(self, number: int) -> int:
-        """Says `number` (0: no signal) and returns the largest that was said at the call before."""
+    def __call__(self, number: int, save: bool = False) -> tuple[int, bool]:
+        """Says `number` (0: no signal) and `save`; returns the largest that were said at the call before."""
         if launched().ranks == 1:
-            return number
+            return number, save
         heard = self.close()
-        said = torch.tensor([number])
+        said = torch.tensor([number, int(save)])
         work = dist.all_reduce(said, dist.ReduceOp.MAX, async_op=True)
         assert work is not None
         self._pending = work, said
         return heard
 
-    def close(self) -> int:
+    def close(self) -> tuple[int, bool]:
         """Hears what was said last."""
         if self._pending is None:
-            return 0
+            return 0, False
         work, said = self._pending
         self._pending = None
         work.wait()
-        return int(said)
+        number, save = said.tolist()
+        return number, bool(save)

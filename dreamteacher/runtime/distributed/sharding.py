@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dreamteacher.runtime.distributed.share import launched
+from dreamteacher.runtime.distributed.world import launched
 
 WHOLE_MB = 1 << 20  # more than any network here: its gradients are one bucket
 UNITS = 10  # a network is cut into about so many units, of which two are whole in memory at a time

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.errors import UserError, first_line, shorten
 
-Layout = Literal["biggan-pytorch", "bigbigan", "icgan"]
+KeyNaming = Literal["biggan-pytorch", "bigbigan", "icgan"]
 SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors")
 # BN_eps and SN_eps of each published code; the output's BatchNorm has 1e-5 everywhere.
 EPS: dict[str, tuple[float, float]] = {
@@ -43,7 +43,7 @@ class BigGanSettings:
         cross_replica, mybn, norm_style: the kind of BatchNorm; G_param: "SN" where weights are spectrally normed.
     """
 
-    layout: Layout
+    layout: KeyNaming
     resolution: int | None = None
     bottom_width: int | None = None
     G_ch: int | None = None
@@ -194,7 +194,7 @@ def to_plain(
         plain = _plain(state, settings, fields, conditioning, bn_eps)
     except RuntimeError as error:  # tensors that belong together have different lengths
         raise UserError(
-            f"'{where}' does not fit together: {str(error).splitlines()[0][:120]}",
+            f"'{where}' does not fit together: {first_line(error)}",
             "The file is damaged or of another kind: download it again.",
         ) from error
     broken = [k for k, v in plain.items() if not bool(torch.isfinite(v).all())]

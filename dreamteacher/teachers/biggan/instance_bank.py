@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dreamteacher.data.image_set import ImageSet, load_images
+from dreamteacher.data.images import to_float
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.distributed.device import autocast
 from dreamteacher.runtime.errors import UserError, shorten
@@ -144,7 +145,7 @@ def bank_labels(images: ImageSet, classes: int, *, limit: int = 10_000) -> Tenso
 def _normalised(pixels: Tensor) -> Tensor:
     """uint8 N x 3 x H x W -> the centre 224 x 224 in ImageNet's units."""
     low = (pixels.shape[-1] - _CROP) // 2
-    x = pixels[..., low : low + _CROP, low : low + _CROP].float() / 255
+    x = to_float(pixels[..., low : low + _CROP, low : low + _CROP])
     mean, std = (
         torch.tensor(v, device=x.device).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     )

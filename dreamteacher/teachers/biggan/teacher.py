@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import from_json
-from dreamteacher.runtime.distributed.share import rand, randint, randn
+from dreamteacher.runtime.distributed.world import rand, randint, randn
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import STRIDES, Teacher
@@ -40,6 +40,7 @@ class BigGanSpec:
         UserError: for sizes that give no network.
     """
 
+    family: ClassVar[str] = "biggan"
     channels: tuple[int, ...]
     bottom: int = 4
     attention: tuple[int, ...] = ()
@@ -245,7 +246,7 @@ class BigGanTeacher(Teacher):
         UserError: a bank that is missing or does not fit, psi out of range, no level at stride 4 to 32.
     """
 
-    family = "biggan"
+    family = BigGanSpec.family
     compile_targets = ("network.forward",)
     modes = frozenset({"sample"})
     bank: Tensor | None

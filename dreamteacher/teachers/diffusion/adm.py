@@ -5,7 +5,6 @@ and folders of diffusers' `UNet2DModel` (google/ddpm-*-256 and others).
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from torch import Tensor
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import from_json, parse_json
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.teachers.diffusion.adm_keys import Layout, foreign, layout_of, renamed
+from dreamteacher.teachers.diffusers_folder import modern_attention, read_config
+from dreamteacher.teachers.diffusion.adm_keys import AdmNetwork, foreign, network_of, renamed
 from dreamteacher.teachers.diffusion.teacher import DiffusionSpec, DiffusionTeacher, Schedule, build_unet
 
 
@@ -96,7 +96,7 @@ def convert(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor],
         UserError: for a file that cannot be read, is another network, or contradicts a flag; for flags that
             are needed and missing.
 
-    Source: Dhariwal & Nichol 2021; key map in `adm_layout.pairs`. Golden: adm_*.safetensors.
+    Source: Dhariwal & Nichol 2021; key map in `adm_keys.pairs`. Golden: adm_*.safetensors.
     """
     flags = from_json(AdmFlags, dict(settings))
     if missing := flags.missing():
@@ -110,26 +110,26 @@ def convert(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor],
             "noise_schedule is linear or cosine; image_size a whole number of pixels.",
         )
     weights = checkpoint.read_state_dict(path)
-    layout = layout_of(weights, path)
-    _check_flags(flags, layout, path)
-    spec = _spec(flags, layout)
+    network = network_of(weights, path)
+    _check_flags(flags, network, path)
+    spec = _spec(flags, network)
     new_order = bool(flags.use_new_attention_order)
-    return renamed(weights, _shapes(spec), layout, flags.heads_of, path, new_order=new_order), spec
+    return renamed(weights, _shapes(spec), network, flags.heads_of, path, new_order=new_order), spec
 
 
-def _check_flags(flags: AdmFlags, layout: Layout, path: Path) -> None:
+def _check_flags(flags: AdmFlags, network: AdmNetwork, path: Path) -> None:
     """Raises UserError at the first flag that says something else than the weights."""
     found = {
-        "in_channels": layout.in_channels,
-        "out_channels": layout.out_channels,
-        "learn_sigma": layout.out_channels == 2 * layout.in_channels,
-        "model_channels": layout.model_channels,
-        "channel_mult": tuple(w / layout.model_channels for w in layout.widths),
-        "num_res_blocks": layout.blocks,
-        "attention_resolutions": tuple(2**i for i, there in enumerate(layout.attention) if there),
-        "num_classes": layout.classes,
-        "use_scale_shift_norm": layout.scale_shift,
-        "resblock_updown": layout.updown,
+        "in_channels": network.in_channels,
+        "out_channels": network.out_channels,
+        "learn_sigma": network.out_channels == 2 * network.in_channels,
+        "model_channels": network.model_channels,
+        "channel_mult": tuple(w / network.model_channels for w in network.widths),
+        "num_res_blocks": network.blocks,
+        "attention_resolutions": tuple(2**i for i, there in enumerate(network.attention) if there),
+        "num_classes": network.classes,
+        "use_scale_shift_norm": network.scale_shift,
+        "resblock_updown": network.updown,
     }
     for name, value in found.items():
         given = getattr(flags, name)
@@ -139,11 +139,11 @@ def _check_flags(flags: AdmFlags, layout: Layout, path: Path) -> None:
                 f"The flag {name} is {given}, and the weights of '{path}' have {value}.",
                 "Leave the flag out (the weights tell it), or give the file that it belongs to.",
             )
-    if layout.in_channels not in (1, 3):
-        foreign(path, f"it takes {layout.in_channels} channels, not an image")
+    if network.in_channels not in (1, 3):
+        foreign(path, f"it takes {network.in_channels} channels, not an image")
     divisor = flags.head_width or flags.num_heads or 1
-    levels = zip(layout.widths, layout.attention, strict=True)
-    odd = [w for w in (*(w for w, there in levels if there), layout.widths[-1]) if w % divisor]
+    levels = zip(network.widths, network.attention, strict=True)
+    odd = [w for w in (*(w for w, there in levels if there), network.widths[-1]) if w % divisor]
     if odd or flags.num_heads_upsample not in (-1, flags.num_heads):
         heads = f"heads of {divisor} channels" if flags.head_width else f"{divisor} heads"
         more = f"and {flags.num_heads_upsample} in the decoder" if not odd else f"over {odd[0]} channels"
@@ -153,27 +153,27 @@ def _check_flags(flags: AdmFlags, layout: Layout, path: Path) -> None:
         )
 
 
-def _spec(flags: AdmFlags, layout: Layout) -> DiffusionSpec:
-    """The network that `layout` describes; see the spec of UNet2DModel for each key."""
-    kind = "resnet" if layout.updown else "conv"
+def _spec(flags: AdmFlags, network: AdmNetwork) -> DiffusionSpec:
+    """The spec of that network; see the spec of UNet2DModel for each key."""
+    kind = "resnet" if network.updown else "conv"
     down, up = (
         ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
-        if layout.updown
+        if network.updown
         else ("DownBlock2D", "UpBlock2D")
     )
     size = flags.image_size or 0
     return DiffusionSpec(
         unet={
             "sample_size": size,
-            "in_channels": layout.in_channels,
-            "out_channels": layout.out_channels,
-            "block_out_channels": list(layout.widths),
-            "layers_per_block": layout.blocks,
-            "down_block_types": ["AttnDownBlock2D" if a else down for a in layout.attention],
-            "up_block_types": ["AttnUpBlock2D" if a else up for a in reversed(layout.attention)],
+            "in_channels": network.in_channels,
+            "out_channels": network.out_channels,
+            "block_out_channels": list(network.widths),
+            "layers_per_block": network.blocks,
+            "down_block_types": ["AttnDownBlock2D" if a else down for a in network.attention],
+            "up_block_types": ["AttnUpBlock2D" if a else up for a in reversed(network.attention)],
             "downsample_type": kind,
             "upsample_type": kind,
-            "resnet_time_scale_shift": "scale_shift" if layout.scale_shift else "default",
+            "resnet_time_scale_shift": "scale_shift" if network.scale_shift else "default",
             "attention_head_dim": flags.head_width,
             "norm_num_groups": 32,
             "attn_norm_num_groups": 32,  # else the middle attention has no norm
@@ -182,17 +182,17 @@ def _spec(flags: AdmFlags, layout: Layout) -> DiffusionSpec:
             "time_embedding_type": "positional",
             "flip_sin_to_cos": True,
             "freq_shift": 0,
-            "time_embedding_dim": layout.time_width,
+            "time_embedding_dim": network.time_width,
         },
-        image_channels=layout.in_channels,
+        image_channels=network.in_channels,
         size=(size, size),
         schedule=cast(Schedule, flags.noise_schedule),
         steps=flags.diffusion_steps,
         timestep=flags.timestep,
         heads=None if flags.head_width else flags.num_heads,
-        classes=layout.classes,
+        classes=network.classes,
         null_class=flags.null_class,
-        time_width=layout.model_channels if layout.model_channels != layout.widths[0] else None,
+        time_width=network.model_channels if network.model_channels != network.widths[0] else None,
     )
 
 
@@ -237,7 +237,14 @@ def convert_diffusers(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str
             f"Use one of: {', '.join(get_args(Schedule))}.",
         )
     folder = path / "unet" if (path / "unet" / "config.json").is_file() else path
-    config = _read_config(folder / "config.json", "UNet2DModel")
+    kind = "UNet2DModel"
+    _, config = read_config(
+        folder,
+        [kind],
+        repair=f"Give a whole folder of diffusers' {kind}, or of a pipeline that holds one.",
+        others="For a Stable Diffusion folder use the family stable-diffusion.",
+        default=kind,
+    )
     schedule, steps = _schedule(path, flags)
     sample = config.get("sample_size") or flags.image_size
     if sample is None:
@@ -263,7 +270,7 @@ def convert_diffusers(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str
         DiffusionTeacher(build_unet(spec), spec, name=path.name, licence="-")  # raises for what we cannot run
     names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
     file = next((folder / n for n in names if (folder / n).is_file()), folder / names[0])
-    weights = {_modern(k): v for k, v in checkpoint.read_state_dict(file).items()}
+    weights = modern_attention(checkpoint.read_state_dict(file))
     shapes = _shapes(spec)
     for key in [*shapes, *weights]:
         found = tuple(weights[key].shape) if key in weights else "not there"
@@ -274,30 +281,6 @@ def convert_diffusers(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str
                 "The two are of different networks: download the whole folder again.",
             )
     return weights, spec
-
-
-def _modern(key: str) -> str:
-    """Layers of attention had other names in folders of the first releases of diffusers (google/ddpm-*)."""
-    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    old = re.fullmatch(rf"(.*attentions\.\d+)\.({'|'.join(names)})\.(weight|bias)", key)
-    return f"{old[1]}.{names[old[2]]}.{old[3]}" if old else key
-
-
-def _read_config(path: Path, kind: str) -> dict[str, Any]:
-    try:
-        config = parse_json(path.read_text("utf-8"))
-        found = config.get("_class_name", kind)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"'{path}' cannot be read: {type(error).__name__} {error}.",
-            f"Give a whole folder of diffusers' {kind}, or of a pipeline that holds one.",
-        ) from None
-    if found != kind:
-        raise UserError(
-            f"'{path}' describes a {found}, not a {kind}.",
-            "For a Stable Diffusion folder use the family stable-diffusion.",
-        )
-    return config
 
 
 def _schedule(path: Path, flags: DiffusersFlags) -> tuple[Schedule, int]:

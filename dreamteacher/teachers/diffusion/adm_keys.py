@@ -25,7 +25,7 @@ _RESIDUAL = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class AdmNetwork:
     """What the shapes of a guided-diffusion state dict tell about the network.
 
     Args:
@@ -56,8 +56,8 @@ def foreign(path: Path, what: str) -> NoReturn:
     )
 
 
-def layout_of(weights: Mapping[str, Tensor], path: Path) -> Layout:
-    """The layout of a state dict; `path` is the file that errors name.
+def network_of(weights: Mapping[str, Tensor], path: Path) -> AdmNetwork:
+    """What a state dict tells; `path` is the file that errors name.
 
     Raises:
         UserError: naming what a guided-diffusion U-Net has and these weights do not.
@@ -87,7 +87,7 @@ def layout_of(weights: Mapping[str, Tensor], path: Path) -> Layout:
         foreign(path, f"its {count} output_blocks are not levels of one length")
     firsts = [f"input_blocks.{1 + i * a_level}" for i in range(levels)]
     widths = tuple(dims(f"{first}.0.out_layers.3.weight", 4)[0] for first in firsts)
-    return Layout(
+    return AdmNetwork(
         model_channels=model_channels,
         time_width=time_width,
         widths=widths,
@@ -101,19 +101,19 @@ def layout_of(weights: Mapping[str, Tensor], path: Path) -> Layout:
     )
 
 
-def pairs(layout: Layout) -> Iterator[tuple[str, str, Kind]]:
+def pairs(network: AdmNetwork) -> Iterator[tuple[str, str, Kind]]:
     """(name in guided-diffusion, name in diffusers, what it is), module by module, in network order.
 
     With n residual blocks a level, level i of the input blocks begins at 1 + i (n + 1) and ends in a
     downsampler; output_blocks.k is block k mod (n + 1) of level k // (n + 1) from the coarsest, and the last of
     a level also holds the upsampler.
     """
-    n, levels = layout.blocks, len(layout.widths)
+    n, levels = network.blocks, len(network.widths)
     yield "time_embed.0", "time_embedding.linear_1", "layer"
     yield "time_embed.2", "time_embedding.linear_2", "layer"
     yield "label_emb", "class_embedding", "layer"
     yield "input_blocks.0.0", "conv_in", "layer"
-    for i, attention in enumerate(layout.attention):
+    for i, attention in enumerate(network.attention):
         for j in range(n):
             k = 1 + i * (n + 1) + j
             yield f"input_blocks.{k}.0", f"down_blocks.{i}.resnets.{j}", "block"
@@ -121,12 +121,12 @@ def pairs(layout: Layout) -> Iterator[tuple[str, str, Kind]]:
                 yield f"input_blocks.{k}.1", f"down_blocks.{i}.attentions.{j}", "attention"
         if i + 1 < levels:
             yield from _resampler(
-                f"input_blocks.{(i + 1) * (n + 1)}.0", "op", f"down_blocks.{i}.down", layout
+                f"input_blocks.{(i + 1) * (n + 1)}.0", "op", f"down_blocks.{i}.down", network
             )
     yield "middle_block.0", "mid_block.resnets.0", "block"
     yield "middle_block.1", "mid_block.attentions.0", "attention"
     yield "middle_block.2", "mid_block.resnets.1", "block"
-    for i, attention in enumerate(reversed(layout.attention)):
+    for i, attention in enumerate(reversed(network.attention)):
         for j in range(n + 1):
             k = i * (n + 1) + j
             yield f"output_blocks.{k}.0", f"up_blocks.{i}.resnets.{j}", "block"
@@ -134,13 +134,15 @@ def pairs(layout: Layout) -> Iterator[tuple[str, str, Kind]]:
                 yield f"output_blocks.{k}.1", f"up_blocks.{i}.attentions.{j}", "attention"
         if i + 1 < levels:
             end = f"output_blocks.{(i + 1) * (n + 1) - 1}.{2 if attention else 1}"
-            yield from _resampler(end, "conv", f"up_blocks.{i}.up", layout)
+            yield from _resampler(end, "conv", f"up_blocks.{i}.up", network)
     yield "out.0", "conv_norm_out", "layer"
     yield "out.2", "conv_out", "layer"
 
 
-def _resampler(theirs: str, convolution: str, ours: str, layout: Layout) -> Iterator[tuple[str, str, Kind]]:
-    if layout.updown:
+def _resampler(
+    theirs: str, convolution: str, ours: str, network: AdmNetwork
+) -> Iterator[tuple[str, str, Kind]]:
+    if network.updown:
         yield theirs, f"{ours}samplers.0", "block"
     else:
         yield f"{theirs}.{convolution}", f"{ours}samplers.0.conv", "layer"
@@ -149,7 +151,7 @@ def _resampler(theirs: str, convolution: str, ours: str, layout: Layout) -> Iter
 def renamed(
     weights: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
-    layout: Layout,
+    network: AdmNetwork,
     heads_of: Callable[[int], int],
     path: Path,
     *,
@@ -178,7 +180,7 @@ def renamed(
             if ours + part in shapes:  # else there is no such layer, or it has no bias
                 out[ours + part] = take(theirs + part, shapes[ours + part])
 
-    for theirs, ours, kind in pairs(layout):
+    for theirs, ours, kind in pairs(network):
         if kind == "layer":
             plain(theirs, ours)
         elif kind == "block":

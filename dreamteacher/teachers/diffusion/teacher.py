@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import largest
-from dreamteacher.runtime.distributed.share import randint, randn
+from dreamteacher.runtime.distributed.world import randint, randn
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.spec import FeatureSpec, Noise
 from dreamteacher.teachers.base import STRIDES, Teacher
@@ -51,6 +51,7 @@ class DiffusionSpec:
             first channel multiplier is below 1 (the 512 px network of guided-diffusion: 256 against 128).
     """
 
+    family: ClassVar[str] = "diffusion"
     unet: dict[str, Any]
     patch: int = 1
     image_channels: int = 3
@@ -127,7 +128,7 @@ class DiffusionTeacher(Teacher):
         UserError: for timesteps or blocks out of range, or blocks whose decoder cannot be walked.
     """
 
-    family = "diffusion"
+    family = DiffusionSpec.family
     modes = frozenset({"encode", "sample"})
     alpha_bar: Tensor
     t: Tensor

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from tyro.conf import Positional
 
-from dreamteacher.teachers.known import Kind
+from dreamteacher.teachers.registry import families_by_kind
+
+if TYPE_CHECKING:
+    Kind: TypeAlias = str
+else:
+    Kind = Literal[tuple(families_by_kind())]
 
 
 @dataclass(frozen=True, kw_only=True)

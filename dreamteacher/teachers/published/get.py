@@ -13,30 +13,35 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from dreamteacher import __version__
-from dreamteacher.runtime.config import to_json
 from dreamteacher.runtime.distributed.device import pick_device
 from dreamteacher.runtime.download import http
 from dreamteacher.runtime.download.archive import extract, is_archive
 from dreamteacher.runtime.errors import UserError, shorten
-from dreamteacher.teachers.known import (
-    FAMILIES,
+from dreamteacher.teachers.cost import measure
+from dreamteacher.teachers.published.config import GetTeacherConfig
+from dreamteacher.teachers.published.known import (
     KNOWN,
-    Kind,
     Known,
     canonical,
     download_place,
     file_list,
     missing_message,
 )
-from dreamteacher.teachers.published.config import GetTeacherConfig
-from dreamteacher.teachers.published.cost import Cost, measure
 from dreamteacher.teachers.published.request import check_bank, choose, needs_bank, settings_of
-from dreamteacher.teachers.registry import EMBEDDED, read_card, save_teacher, sha256
+from dreamteacher.teachers.registry import (
+    EMBEDDED,
+    families_by_kind,
+    family_of,
+    read_card,
+    save_teacher,
+    sha256,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
     from dreamteacher.data.image_set import ImageSet
+    from dreamteacher.teachers.family import Cost, Family
 
 MOST_UNPACKED = 20  # times its own size: weights hardly shrink when they are packed
 
@@ -68,18 +73,19 @@ def get_teacher(config: GetTeacherConfig) -> Path | None:
         print(_plan(name, known, settings, out, config))
         return None
     bank = _open_bank(config)
+    family = family_of(families_by_kind()[known.kind])
     source = _fetch(name, known, config)
     http.check_space(out, _bytes(source) // (2 if config.half else 1))
     with _unpacked(source, known, name) as path:
-        weights, spec = _convert(known.kind, path, _resolved(settings, path, known, name))
-    weights = {**weights, **_instances(bank, known, spec, name, config)}
+        weights, spec = family.convert[known.kind](path, _resolved(settings, path, known, name))
+    weights = {**weights, **_instances(bank, family, spec, name, config)}
     facts = {"from": _origin(known, config), "files": _digests(source, known)}
     card = {
         "name": name, "licence": known.licence, "kind": known.kind, "what": known.what, "source": facts,
         "settings": settings, "version": __version__,
     }  # fmt: skip
     found = _save(out, weights, spec, card, config)
-    print(_summary(name, known, out, found))
+    print(_summary(name, known, family.name, out, found))
     print(_next(name, out, config))
     return out
 
@@ -198,36 +204,7 @@ def _origin(known: Known, config: GetTeacherConfig) -> str:
     return "a local file" if config.file is not None else known.hub or known.url or known.page
 
 
-# --- conversion ---------------------------------------------------------------------------------------------
-
-
-def _convert(kind: Kind, path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
-    """Weights and spec of a published file or folder, by the conversion of its kind."""
-    match kind:
-        case "adm":
-            from dreamteacher.teachers.diffusion import adm
-
-            return adm.convert(path, settings)
-        case "ddpm":
-            from dreamteacher.teachers.diffusion import adm
-
-            return adm.convert_diffusers(path, settings)
-        case "stable-diffusion":
-            from dreamteacher.teachers.stable_diffusion import teacher as stable_diffusion
-
-            return stable_diffusion.convert(path, settings)
-        case "stylegan2" | "icgan-stylegan2":
-            from dreamteacher.teachers.stylegan2 import convert
-
-            return convert.convert(path, settings)
-        case "biggan":
-            from dreamteacher.teachers.biggan import teacher as biggan
-
-            return biggan.convert(path, settings)
-        case "vae":
-            from dreamteacher.teachers import vae
-
-            return vae.convert(path, settings)
+# --- instances ----------------------------------------------------------------------------------------------
 
 
 def _open_bank(config: GetTeacherConfig) -> _Bank | None:
@@ -239,13 +216,12 @@ def _open_bank(config: GetTeacherConfig) -> _Bank | None:
 
 
 def _instances(
-    bank: _Bank | None, known: Known, spec: Any, name: str, config: GetTeacherConfig
+    bank: _Bank | None, family: Family, spec: Any, name: str, config: GetTeacherConfig
 ) -> dict[str, Tensor]:
     """The instances (and their classes) that a network is told of; nothing for one that is told of none."""
     from dreamteacher.teachers.biggan.instance_bank import bank_labels, build_bank
 
-    width = {"biggan": "features", "stylegan2": "h_dim"}.get(known.family)
-    features = to_json(spec)[width] if width else 0
+    features, classes = family.instances(spec) if family.instances else (0, 0)
     if bank is None and features:
         raise needs_bank(name)
     if bank is None:
@@ -253,8 +229,8 @@ def _instances(
     if not features:
         raise UserError(f"'{name}' is not told of instances.", "Leave --bank-images and --embedder out.")
     found = {}
-    if known.family == "biggan" and spec.classes:
-        found["bank_labels"] = bank_labels(bank.images, spec.classes, limit=config.bank_size)
+    if classes:
+        found["bank_labels"] = bank_labels(bank.images, classes, limit=config.bank_size)
     found["bank"] = build_bank(bank.images, bank.embedder, limit=config.bank_size, device=pick_device())
     if found["bank"].shape[1] != features:
         raise UserError(
@@ -269,7 +245,7 @@ def _save(
     out: Path, weights: Mapping[str, Tensor], spec: Any, card: Mapping[str, Any], config: GetTeacherConfig
 ) -> Cost:
     """Writes the folder beside its place, then moves it there; what it has and costs, which its card says too."""
-    found = measure(FAMILIES[card["kind"]], spec)
+    found = measure(spec.family, spec)
     facts = {"levels": found.levels, "modes": found.modes, "gmacs": [found.full, found.needed]}
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -301,13 +277,13 @@ def _plan(name: str, known: Known, settings: Mapping[str, Any], out: Path, confi
     return "\n".join([*lines, f"  settings  {json.dumps(settings)}", f"  to        {out}"])
 
 
-def _summary(name: str, known: Known, out: Path, found: Cost) -> str:
+def _summary(name: str, known: Known, family: str, out: Path, found: Cost) -> str:
     levels = ", ".join(f"{stride}: {channels}" for stride, channels in found.levels.items())
     whole = f" ({found.full:.1f} without the early exit)" if found.full > found.needed else ""
     return "\n".join(
         [
             f"{name}: {known.what}, licence: {known.licence}",
-            f"  family {known.family}, {' and '.join(found.modes)}; levels (stride: channels) {levels}",
+            f"  family {family}, {' and '.join(found.modes)}; levels (stride: channels) {levels}",
             f"  {found.needed:.1f} GMACs an image{whole}",
             f"  {out} ({http.amount(_bytes(out))})",
         ]

@@ -11,8 +11,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dreamteacher.runtime.errors import UserError, did_you_mean
-from dreamteacher.teachers.known import ALIASES, FAMILIES, KNOWN, NAME, SWAV, Known, Shape, canonical
 from dreamteacher.teachers.published.config import GetTeacherConfig
+from dreamteacher.teachers.published.known import ALIASES, KNOWN, NAME, SWAV, Known, Shape, canonical
+from dreamteacher.teachers.registry import families_by_kind, family_of
 
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 # Whose files a repository of each kind has, where nothing nearer is named by --like.
@@ -81,7 +82,7 @@ def _own(config: GetTeacherConfig, name: str) -> Known:
     else:
         raise UserError(
             f"What kind of network '{config.file or config.url}' holds is not known.",
-            f"Name the published teacher that it is like by --like, or its --kind: {', '.join(FAMILIES)}.",
+            f"Name the published teacher that it is like by --like, or its --kind: {', '.join(families_by_kind())}.",
         )
     if config.kind not in (None, base.kind):
         raise UserError(
@@ -175,7 +176,7 @@ def check_bank(config: GetTeacherConfig, known: Known, name: str) -> None:
     given = [config.bank_images, config.embedder]
     if None in given and (known.bank or given != [None, None]):
         raise needs_bank(name)
-    if given != [None, None] and known.family not in ("biggan", "stylegan2"):
+    if given != [None, None] and family_of(families_by_kind()[known.kind]).instances is None:
         raise UserError(
             f"--bank-images and --embedder are for IC-GAN, not for the kind {known.kind}.", "Leave them out."
         )

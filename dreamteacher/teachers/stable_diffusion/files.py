@@ -5,7 +5,6 @@ Weights are read from safetensors alone. The text encoders run once, here, and a
 
 from __future__ import annotations
 
-import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dreamteacher.runtime.checkpoint import read_state_dict
-from dreamteacher.runtime.config import parse_json
-from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.errors import UserError, first_line, shorten
+from dreamteacher.teachers.diffusers_folder import arguments_of, modern_attention, read_table
+from dreamteacher.teachers.diffusers_folder import read_config as read_class
 from dreamteacher.teachers.stable_diffusion.network import Kind
-from dreamteacher.teachers.vae import ORIGINAL, modern_attention, tiny_from_original
+from dreamteacher.teachers.vae import ORIGINAL, tiny_from_original
 
+REPAIR = "Download the whole folder again."
 STEM = "diffusion_pytorch_model"
 TEXT_STEM = "model"
 LAYOUT = ("unet/", "vae/", "text_encoder/", "tokenizer/", "scheduler/")
@@ -54,19 +55,8 @@ def check_pipeline(path: Path, parts: tuple[str, ...]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The table in a JSON file.
-
-    Raises:
-        UserError: for a file that is missing, damaged or holds something else.
-    """
-    try:
-        found = parse_json(path.read_text("utf-8"))
-        return {str(k): v for k, v in found.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"'{path}' cannot be read: {type(error).__name__} {str(error).splitlines()[0]}.",
-            "Download the whole folder again.",
-        ) from None
+    """`diffusers_folder.read_table` of a pipeline's file."""
+    return read_table(path, repair=REPAIR)
 
 
 def read_config(folder: Path, classes: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
@@ -75,16 +65,9 @@ def read_config(folder: Path, classes: tuple[str, ...]) -> tuple[str, dict[str, 
     Raises:
         UserError: for a network of none of `classes`.
     """
-    path = folder / "config.json"
-    values = read_json(path)
-    name = values.get("_class_name")
-    if name not in classes:
-        raise UserError(
-            f"'{path}' describes a {name}, not a {' or '.join(classes)}.",
-            "Stable Diffusion 1.x, 2.x and SDXL can be read, in diffusers' layout.",
-        )
-    taken = inspect.signature(CLASSES[name].__init__).parameters
-    return name, {k: v for k, v in values.items() if k in taken}
+    way_out = "Stable Diffusion 1.x, 2.x and SDXL can be read, in diffusers' layout."
+    name, values = read_class(folder, classes, repair=REPAIR, others=way_out)
+    return name, arguments_of(CLASSES[name], values)
 
 
 def safetensors_of(folder: Path, stem: str) -> list[Path]:
@@ -197,7 +180,7 @@ def _read_text(path: Path, tokens: str, name: str, tokenizers: Any, encoders: An
                 output_loading_info=True,
             )  # fmt: skip
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        reason = first_line(error)
         raise UserError(
             f"The text encoder '{path / name}' cannot be read: {reason}",
             f"Download {name}/ and {tokens}/ again.",

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,7 @@ class StableDiffusionSpec:
         prompt: what the kept embedding says; empty, as no guidance is wanted.
     """
 
+    family: ClassVar[str] = "stable-diffusion"
     unet: dict[str, Any]
     vae: dict[str, Any]
     vae_kind: Kind = "kl"
@@ -146,7 +147,7 @@ class StableDiffusionTeacher(Teacher):
         UserError: for timesteps out of range, noise that the network cannot take, or sizes that do not divide.
     """
 
-    family = "stable-diffusion"
+    family = StableDiffusionSpec.family
     alpha_bar: Tensor
     t: Tensor
     compile_targets = ("latents", "walk")

@@ -11,14 +11,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.distributed.share import randint, randn
+from dreamteacher.runtime.distributed.world import randint, randn
 from dreamteacher.runtime.errors import UserError, shorten
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import STRIDES, Teacher
@@ -46,6 +46,7 @@ class StyleGan2Spec:
         UserError: when the size does not halve down to the first block, or images are neither grey nor RGB.
     """
 
+    family: ClassVar[str] = "stylegan2"
     size: tuple[int, int]
     channels: tuple[int, ...]
     z_dim: int = 512
@@ -371,7 +372,7 @@ class StyleGan2Teacher(Teacher):
         UserError: for a psi out of range, a generator without any of the levels, or a bank that does not fit.
     """
 
-    family = "stylegan2"
+    family = StyleGan2Spec.family
     compile_targets = ("generator.synthesis.walk",)
     modes = frozenset({"sample"})
     bank: Tensor | None

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dreamteacher.runtime.distributed.share import share_of
+from dreamteacher.runtime.distributed.world import world_of
 
 SHIFT = 0.125  # largest translation, as a share of the side
 SCALE, CONTRAST = 0.2, 0.5  # standard deviations of log2
@@ -36,14 +36,14 @@ def augment(images: Tensor, p: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _augment(x: Tensor, p: Tensor, generator: torch.Generator) -> Tensor:
-    n, device, share = len(x), x.device, share_of(generator)
+    n, device, world = len(x), x.device, world_of(generator)
 
     def uniform(count: int) -> Tensor:
-        return torch.rand(count, n * share.ranks, generator=generator, device=device)[:, share.rows]
+        return torch.rand(count, n * world.ranks, generator=generator, device=device)[:, world.rows]
 
     gates = uniform(7) < torch.stack([p, p, p, p, 1 - (1 - p).clamp_min(0).sqrt(), p, p])[:, None]
     draws = uniform(5)
-    normal = torch.randn(3, n * share.ranks, generator=generator, device=device)[:, share.rows]
+    normal = torch.randn(3, n * world.ranks, generator=generator, device=device)[:, world.rows]
     x = _blit(x, gates[0] & (draws[0] < 0.5), gates[1], draws[1], gates[2], draws[2:4])
     log_scale = torch.where(gates[3], normal[0] * SCALE, 0)
     angle = torch.where(gates[4], (draws[4] * 2 - 1) * math.pi, 0)

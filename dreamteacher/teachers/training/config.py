@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dreamteacher.runtime.settings import Precision
+from dreamteacher.runtime.settings import LoggerName, Precision
 
 PresetName = Literal[
     "cpu-64", "gpu-64", "adm-256", "adm-imagenet-256", "adm-bdd100k",
@@ -49,7 +49,11 @@ class TrainTeacherConfig:
     precision: Precision = "auto"
     """Autocast dtype; auto: bfloat16 where the hardware has it. A GPU's float32 convolutions are TF32, torch's way."""
     save_every: int = 500
-    """Steps between checkpoints."""
+    """Steps between checkpoints; 0: by minutes alone."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints, beside --save-every; 0: by steps alone."""
+    log_to: tuple[LoggerName, ...] = ()
+    """Services that the log also goes to; each is an extra of its name (pip install 'dreamteacher[wandb]')."""
     sample_every: int = 1000
     """Steps between sample sheets and validation lines."""
     name: str | None = None

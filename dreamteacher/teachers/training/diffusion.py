@@ -16,10 +16,10 @@ from dreamteacher.data import seeds
 from dreamteacher.runtime import checkpoint, optim
 from dreamteacher.runtime.distributed.device import autocast, seeded
 from dreamteacher.runtime.distributed.sharding import replicate
-from dreamteacher.runtime.distributed.share import Draws, randint, randn
+from dreamteacher.runtime.distributed.world import Draws, randint, randn
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.teachers.diffusion.teacher import DiffusionSpec, DiffusionTeacher, build_unet, q_sample
-from dreamteacher.teachers.training.trainee import Plan, Preset, Trainee
+from dreamteacher.teachers.training.objective import Objective, Preset, TrainingPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +156,10 @@ def epsilon_loss(
     return F.mse_loss(unet(x, t).sample.float(), noise, reduction="none").mean(dim=(1, 2, 3))
 
 
-class DiffusionTrainee(Trainee):
+class DiffusionObjective(Objective):
     """The U-Net, its averaged weights, and the steps on the loss of predicted noise."""
 
-    def __init__(self, preset: DiffusionPreset, spec: DiffusionSpec, plan: Plan) -> None:
+    def __init__(self, preset: DiffusionPreset, spec: DiffusionSpec, plan: TrainingPlan) -> None:
         self.spec, self.plan = spec, plan
         unet = build(spec, plan.seed)
         self.unet = unet.to(plan.device, memory_format=torch.channels_last).train()  # type: ignore[arg-type]
@@ -167,7 +167,7 @@ class DiffusionTrainee(Trainee):
         groups = optim.parameter_groups([self.unet], weight_decay=0.0)
         self.optimizer = optim.build_optimizer("adamw", groups, plan.lr, (0.9, 0.99))
         self.network: torch.nn.Module = self.unet
-        if plan.share.ranks > 1:
+        if plan.world.ranks > 1:
             self.network = replicate(self.unet, plan.device, self._look)
         # It brings images in and samples out; its weights are the averaged ones, put there before each look.
         self.ema_teacher = DiffusionTeacher(build(spec, plan.seed), spec, name="in training", licence="-")
@@ -182,13 +182,13 @@ class DiffusionTrainee(Trainee):
     def step(self, step: int, images: Tensor) -> dict[str, Tensor]:
         plan, device = self.plan, self.plan.device
         generator = Draws(
-            device, seeds.step_generator(plan.seed, step, "diffusion").initial_seed(), plan.share
+            device, seeds.step_generator(plan.seed, step, "diffusion").initial_seed(), plan.world
         )
         x0 = self.ema_teacher.to_network(images)
         t = randint(self.spec.steps, (len(x0),), generator, device=device)
         noise = randn(x0.shape, generator, device=device, dtype=x0.dtype)
         # Dropout takes no generator. Each process drops on its own: a layer's masks of a whole batch at 256 px are GBs.
-        dropout = seeds.step_generator(plan.seed, step, f"dropout/{plan.share.rank}").initial_seed()
+        dropout = seeds.step_generator(plan.seed, step, f"dropout/{plan.world.rank}").initial_seed()
         with seeded(dropout, device), autocast(device, plan.precision):
             loss = epsilon_loss(self.network, x0, t, noise, self.ema_teacher.alpha_bar).mean()
         self.optimizer.zero_grad(set_to_none=True)
@@ -196,9 +196,10 @@ class DiffusionTrainee(Trainee):
         norm = torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
         warmup = min(500, plan.steps // 10)
         lr = optim.lr_at(step, total=plan.steps, warmup=warmup, peak=plan.lr, final=0.02 * plan.lr)
-        optim.set_lr(self.optimizer, lr)
-        self.optimizer.step()
-        self.ema.update(self.unet)
+        with self.update():
+            optim.set_lr(self.optimizer, lr)
+            self.optimizer.step()
+            self.ema.update(self.unet)
         return {"loss": loss.detach(), "grad_norm": norm}
 
     @torch.no_grad()
@@ -220,18 +221,10 @@ class DiffusionTrainee(Trainee):
         return row, sheet
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, scalars = checkpoint.pack_optimizer(self.optimizer)
-        tensors |= {f"unet/{k}": v for k, v in self.unet.state_dict().items()}
-        tensors |= {f"ema/{k}": v for k, v in self.ema.tensors.items()}
-        return tensors, {"optimizer": scalars, "ema_updates": self.ema.updates}
+        return checkpoint.pack({"unet": self.unet}, self.optimizer, self.ema)
 
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> None:
-        unet = {k.removeprefix("unet/"): v for k, v in tensors.items() if k.startswith("unet/")}
-        checkpoint.load_exactly(self.unet, unet, path)
-        for key, value in self.ema.tensors.items():
-            value.copy_(tensors[f"ema/{key}"])
-        self.ema.updates = meta["ema_updates"]
-        checkpoint.unpack_optimizer(self.optimizer, tensors, meta["optimizer"])
+        checkpoint.unpack({"unet": self.unet}, self.optimizer, self.ema, tensors, meta, path)
 
     def weights(self) -> dict[str, Tensor]:
         return self.ema.tensors

@@ -16,11 +16,11 @@ from dreamteacher.data import seeds
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.distributed.device import autocast
 from dreamteacher.runtime.distributed.group import all_gather, all_reduce_mean, average_gradients
-from dreamteacher.runtime.distributed.share import Draws, randn
+from dreamteacher.runtime.distributed.world import Draws, randn
 from dreamteacher.teachers.stylegan2.teacher import Generator, StyleGan2Spec
 from dreamteacher.teachers.training.augment import Adaptation, augment
 from dreamteacher.teachers.training.discriminator import Discriminator
-from dreamteacher.teachers.training.trainee import Plan, Preset, Trainee
+from dreamteacher.teachers.training.objective import Objective, Preset, TrainingPlan
 
 R1_EVERY = (
     16  # steps between gradient penalties, which are that much heavier (Karras et al. 2020, section 3.1)
@@ -143,11 +143,17 @@ def ema_weight(seen: int, batch: int, half_life: float, ramp: float | None) -> f
     return 0.5 ** (batch / max(life, 1e-8))
 
 
-class StyleGan2Trainee(Trainee):
+class StyleGan2Objective(Objective):
     """Generator, discriminator, the averaged generator, and the steps between them."""
 
     def __init__(
-        self, preset: StyleGan2Preset, spec: StyleGan2Spec, plan: Plan, *, gamma: float, ada: float | None
+        self,
+        preset: StyleGan2Preset,
+        spec: StyleGan2Spec,
+        plan: TrainingPlan,
+        *,
+        gamma: float,
+        ada: float | None,
     ) -> None:
         self.preset, self.spec, self.plan, self.gamma = preset, spec, plan, gamma
         device = plan.device
@@ -167,11 +173,12 @@ class StyleGan2Trainee(Trainee):
 
     def step(self, step: int, images: Tensor) -> dict[str, Tensor]:
         real = self._to_network(images)
-        seen = self._step_generator(step)
-        seen |= self._step_discriminator(step, real)
-        if step % R1_EVERY == 0:
-            seen |= self._penalise(step, real)
-        self._average(step)
+        with self.update():  # three updates, one after the other
+            seen = self._step_generator(step)
+            seen |= self._step_discriminator(step, real)
+            if step % R1_EVERY == 0:
+                seen |= self._penalise(step, real)
+            self._average(step)
         if self.ada is not None:
             seen["ada_p"] = self.ada.p.clone()
         return seen
@@ -183,14 +190,14 @@ class StyleGan2Trainee(Trainee):
     def _draws(self, step: int, stream: str) -> Draws:
         """Random numbers of a step for this process's rows."""
         plan = self.plan
-        return Draws(plan.device, seeds.step_generator(plan.seed, step, stream).initial_seed(), plan.share)
+        return Draws(plan.device, seeds.step_generator(plan.seed, step, stream).initial_seed(), plan.world)
 
     def _make(self, step: int, stream: str) -> Tensor:
         """A batch of images by the generator in training, which depends on seed, step and stream alone."""
         plan = self.plan
         source = self._draws(step, f"latents/{stream}")
-        z = randn((plan.share.of(plan.batch_size), self.spec.z_dim), source, device=plan.device)
-        noise = Draws(plan.device, source.initial_seed(), plan.share)
+        z = randn((plan.world.of(plan.batch_size), self.spec.z_dim), source, device=plan.device)
+        noise = Draws(plan.device, source.initial_seed(), plan.world)
         ws = self.g.mapping(z)
         if stream == "g":
             mean = all_reduce_mean(ws[:, 0].detach().mean(0).to(self.g.mapping.w_avg.dtype))
@@ -275,13 +282,10 @@ class StyleGan2Trainee(Trainee):
         return tensors, meta
 
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> None:
-        def part(name: str) -> dict[str, Tensor]:
-            return {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}
-
         for name, network in (("generator", self.g), ("discriminator", self.d), ("ema", self.mean)):
-            checkpoint.load_exactly(network, part(name), path)
+            checkpoint.load_exactly(network, checkpoint.under(f"{name}/", tensors), path)
         for name, optimizer in (("g", self.g_optimizer), ("d", self.d_optimizer)):
-            checkpoint.unpack_optimizer(optimizer, part(name), meta[name])
+            checkpoint.unpack_optimizer(optimizer, checkpoint.under(f"{name}/", tensors), meta[name])
         if self.ada is not None:
             for key, value in self.ada.tensors().items():
                 value.copy_(tensors[f"ada/{key}"])

@@ -517,7 +517,7 @@ def test_evaluate_on_a_folder_and_on_coco(tmp_path):
     images, instances = save_folder(tmp_path / "folder", 0, 1, 2, 4)
     config = EvaluateConfig(
         student=NAME, images=images, instances=instances, seeds=(0,), device="cpu", out=tmp_path / "out",
-        detect=dataclasses.replace(TINY, steps=1, images=(2,)),
+        detect=dataclasses.replace(TINY, steps=1, image_counts=(2,)),
     )  # fmt: skip
     rows = evaluate(config, log=lambda _: None)
     names = [f"{kind}_{name}" for kind in ("box", "mask") for name in ("ap", "ap50", "ap75")]
@@ -547,7 +547,7 @@ def test_evaluate_refuses_before_any_work(tmp_path):
         ({"instances": None, "tasks": ("detect",)}, "--instances"),
         ({"images": None}, "--images"),
         ({"test_images": images}, "--test-instances"),
-        ({"detect": dataclasses.replace(TINY, images=(3,))}, "3 masks asked for"),
+        ({"detect": dataclasses.replace(TINY, image_counts=(3,))}, "3 labelled images asked for"),
         ({"detect": dataclasses.replace(TINY, cut=0.0)}, "cut is 0.0"),
         ({"instances": images}, "no numbers of objects"),
     ):

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from torchvision.models.segmentation.fcn import FCNHead as TorchvisionHead
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from dreamteacher.data.masks.loaded import load_layout
-from dreamteacher.data.masks.streamed import SegmentationFiles, find_segmentation
+from dreamteacher.data.masks.reader import MaskedImages, read_masks
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream import evaluate
 from dreamteacher.downstream.classification import config as classification_config
 from dreamteacher.downstream.classification import finetune
-from dreamteacher.downstream.config import TASK_NAMES, EvaluateConfig
+from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.segmentation import crops, few_masks, semantic
-from dreamteacher.downstream.segmentation.config import CropConfig, ReadoutConfig, SemanticConfig
+from dreamteacher.downstream.segmentation.config import PRESETS, CropConfig, ReadoutConfig, SemanticConfig
 from dreamteacher.downstream.segmentation.crops import SemanticData, random_crop
 from dreamteacher.downstream.segmentation.readout import readout
+from dreamteacher.downstream.task import Bench, find_task
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.distributed.device import seeded
 from dreamteacher.runtime.errors import UserError
@@ -72,9 +72,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(root: Path) -> SemanticData:
-    train, test = (
-        find_segmentation(root / part / "images", root / part / "masks") for part in ("train", "test")
-    )
+    train, test = (read_masks(root / part / "images", root / part / "masks") for part in ("train", "test"))
     return SemanticData(train=train, test=test)
 
 
@@ -87,21 +85,26 @@ def student() -> Student:
 
 
 def test_images_and_masks_are_read_as_they_are(data: SemanticData, root: Path) -> None:
-    assert (len(data.train), data.train.classes, data.train.names) == (8, 2, ("class 0", "class 1"))
+    assert (len(data.train), data.train.classes) == (8, ("class 0", "class 1"))
     image, mask = data.train.read(2)
     assert torch.equal(image, pil_to_tensor(Image.open(root / "train" / "images" / "2.png")))
     assert torch.equal(mask, pil_to_tensor(Image.open(root / "train" / "masks" / "2.png"))[0].long())
     assert mask.unique().tolist() == [0, 1, 255]
-    other = find_segmentation(root / "train" / "images", root / "train" / "masks", ignore_index=0)
-    assert other.classes == 256
+    places = root / "train" / "images", root / "train" / "masks"
+    assert len(read_masks(*places, ignore_index=0, absent_ok=True).classes) == 256
+    refused(
+        lambda: read_masks(*places, ignore_index=0),
+        "253 of 256 classes occur in none of the 8 masks of",
+        "masks'",
+    )
 
 
 def test_black_and_white_masks(root: Path, tmp_path: Path) -> None:
     for i in range(8):
         mask = Image.new("RGB", (64 + 16 * (i % 3), 64), (255, 255, 255) if i else (0, 0, 0))
         mask.save(tmp_path / f"{i}.png")
-    two = find_segmentation(root / "train" / "images", tmp_path, binary=True)
-    assert (two.classes, two.names) == (2, ("background", "foreground"))
+    two = read_masks(root / "train" / "images", tmp_path, binary=True)
+    assert two.classes == ("background", "foreground")
     assert two.read(0)[1].unique().tolist() == [0]
     assert two.read(1)[1].unique().tolist() == [1]
 
@@ -114,26 +117,26 @@ def test_layouts_are_streamed(
 ) -> None:
     make(tmp_path)
     source = Path(f"{name}:{tmp_path}")
-    found = crops.load_files(source, None, None, None, ignore_index=255, binary=False, most=2, workers=1)
-    assert (found.train.classes, found.test.classes) == (classes, classes)
+    found = crops.load_files(source, None, None, None, ignore_index=255, binary=False, workers=1)
+    assert (len(found.train.classes), len(found.test.classes)) == (classes, classes)
     for files, part in ((found.train, "train"), (found.test, "val")):
-        whole = load_layout(source, (H, W), part=part)
-        assert files.names == whole.names
+        whole = read_masks(source, None, (H, W), part=part).load()
+        assert files.classes == whole.classes
         read = [files.read(i) for i in range(len(files))]
         assert torch.equal(torch.stack([image for image, _ in read]), whole.images)
-        assert torch.equal(torch.stack([mask for _, mask in read]), whole.masks)
-    refused(lambda: find_segmentation(source, None, binary=True), f"{classes} classes of their own")
-    refused(lambda: find_segmentation(source, None, ignore_index=0), f"{classes} classes of their own")
-    path = found.train.pairs[0][1]
+        assert torch.equal(torch.stack([mask for _, mask in read]), whole.targets)
+    refused(lambda: read_masks(source, None, binary=True), f"{classes} classes of their own")
+    refused(lambda: read_masks(source, None, ignore_index=0), f"{classes} classes of their own")
+    path = found.train.labels[0]
     to_pil_image(torch.full((1, H, W), 200, dtype=torch.uint8)).save(path)
-    refused(lambda: find_segmentation(source, None), path.name, "200")
+    refused(lambda: read_masks(source, None), path.name, "200")
 
 
 def test_presets_are_the_papers() -> None:
     expected = {"ade20k": 160_000, "cityscapes": 80_000, "cityscapes-fractions": 20_000}
     expected["bdd100k"] = 80_000
-    assert {name: config.steps for name, config in semantic.PRESETS.items()} == expected
-    for config in semantic.PRESETS.values():
+    assert {name: config.steps for name, config in PRESETS.items()} == expected
+    for config in PRESETS.values():
         assert (config.optimizer, config.lr, config.power, config.width) == ("sgd", 0.01, 0.9, 512)
     shallow = ReadoutConfig()
     assert (shallow.lr, shallow.power, shallow.steps) == (0.01, 0.9, 20_000)
@@ -144,9 +147,7 @@ def test_bad_masks_are_refused_before_work(tmp_path: Path) -> None:
     scenes(tmp_path, 3)
 
     def find(whole: bool = False, ignore_index: int = 255) -> object:
-        return find_segmentation(
-            tmp_path / "images", tmp_path / "masks", whole=whole, ignore_index=ignore_index
-        )
+        return read_masks(tmp_path / "images", tmp_path / "masks", whole=whole, ignore_index=ignore_index)
 
     cut(tmp_path / "images" / "1.png", 0.5)
     find()
@@ -233,7 +234,7 @@ def test_the_stream_depends_on_the_seed_alone(data: SemanticData) -> None:
 
 def test_damaged_images_give_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scenes(tmp_path, 3)
-    files = find_segmentation(tmp_path / "images", tmp_path / "masks")
+    files = read_masks(tmp_path / "images", tmp_path / "masks")
     cut(tmp_path / "images" / "1.png", 0.5)
     assert len(list(crops.crops(files, SMALL, steps=3, batch_size=3, seed=0))) == 3
     said = capsys.readouterr().err
@@ -475,7 +476,7 @@ CONFIG = EvaluateConfig(
     precision="float32",
     device="cpu",
     workers=0,
-    semantic=dataclasses.replace(QUICK, masks=(3, 6)),
+    semantic=dataclasses.replace(QUICK, mask_counts=(3, 6)),
     readout=ReadoutConfig(steps=2, batch_size=2, crops=SMALL),
 )
 
@@ -493,11 +494,10 @@ def on_disk(root: Path, **changes: object) -> EvaluateConfig:
 
 @pytest.mark.parametrize("task", ["semantic", "readout"])
 def test_tasks_keep_their_contract(student: Student, data: SemanticData, task: str) -> None:
-    check_task(
-        lambda s: evaluate.TASKS[task](evaluate.Bench(s, CONFIG, None, None, streamed=data), 4, 0), student
-    )
+    found = find_task(task)
+    check_task(lambda s: found.run(Bench(s, CONFIG, {"streamed": data}, task=found), 4, 0), student)
     with pytest.raises(UserError, match="need masks in folders"):
-        list(evaluate.TASKS[task](evaluate.Bench(student, CONFIG, None, None), 4, 0))
+        list(found.run(Bench(student, CONFIG, {}, task=found), 4, 0))
 
 
 def test_evaluate_runs_them_from_folders(root: Path, tmp_path: Path) -> None:
@@ -509,16 +509,15 @@ def test_evaluate_runs_them_from_folders(root: Path, tmp_path: Path) -> None:
     table = evaluate.summary_table(rows)
     assert "semantic, 3 masks, miou" in table
     assert "readout, all labels, miou" in table
-    assert set(evaluate.TASKS) == set(TASK_NAMES)
 
 
 def test_without_a_test_set_half_is_set_aside(root: Path) -> None:
     config = on_disk(root, test_images=None, test_masks=None, tasks=("readout",), seeds=(0,))
     assert evaluate.evaluate(config, log=lambda line: None)
     places = config.images, config.masks, None, None
-    found = crops.load_files(*places, ignore_index=255, binary=False, most=4, workers=0)
+    found = crops.load_files(*places, ignore_index=255, binary=False, workers=0)
     assert (len(found.train), len(found.test)) == (4, 4)
-    assert not set(found.train.pairs) & set(found.test.pairs)
+    assert not set(found.train.images) & set(found.test.images)
 
 
 def test_both_parts_have_the_larger_number_of_classes(root: Path, tmp_path: Path) -> None:
@@ -535,7 +534,7 @@ def test_both_parts_have_the_larger_number_of_classes(root: Path, tmp_path: Path
         most=0,
         workers=1,
     )
-    assert (found.train.classes, found.test.classes, len(found.test.names)) == (10, 10, 10)
+    assert (len(found.train.classes), len(found.test.classes)) == (10, 10)
 
 
 @pytest.mark.parametrize(
@@ -543,7 +542,7 @@ def test_both_parts_have_the_larger_number_of_classes(root: Path, tmp_path: Path
     [
         ({"masks": None}, "Give both --images and --masks"),
         ({"test_masks": None}, "Only one of --test-images"),
-        ({"semantic": dataclasses.replace(QUICK, masks=(9,))}, "9 masks asked for"),
+        ({"semantic": dataclasses.replace(QUICK, mask_counts=(9,))}, "9 labelled images asked for"),
         ({"tasks": ("semantics",)}, "Did you mean 'semantic'"),
     ],
 )
@@ -577,7 +576,7 @@ def test_crop_settings_are_checked(change: dict[str, object]) -> None:
 
 
 def test_draws_are_nested(data: SemanticData) -> None:
-    files: SegmentationFiles = data.train
-    assert set(crops.drawn_files(files, 3, 0).pairs) < set(crops.drawn_files(files, 6, 0).pairs)
-    assert crops.drawn_files(files, None, 5).pairs == files.pairs
+    files: MaskedImages = data.train
+    assert set(crops.drawn_files(files, 3, 0).images) < set(crops.drawn_files(files, 6, 0).images)
+    assert crops.drawn_files(files, None, 5).images == files.images
     assert step_generator(0, 1, "crop/0").initial_seed() != step_generator(0, 1, "crop/1").initial_seed()

@@ -23,11 +23,11 @@ from dreamteacher.runtime.download import http
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.teachers import registry
 from dreamteacher.teachers.diffusion import adm
-from dreamteacher.teachers.known import KNOWN, fetched_folder
+from dreamteacher.teachers.family import Cost
 from dreamteacher.teachers.published import get
 from dreamteacher.teachers.published.config import GetTeacherConfig
-from dreamteacher.teachers.published.cost import Cost
 from dreamteacher.teachers.published.get import get_teacher
+from dreamteacher.teachers.published.known import KNOWN, fetched_folder
 from dreamteacher.teachers.registry import load_teacher, read_card
 from dreamteacher.teachers.stable_diffusion import teacher as stable_diffusion
 from dreamteacher.teachers.stable_diffusion.teacher import StableDiffusionSpec

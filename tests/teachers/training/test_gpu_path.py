@@ -14,14 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dreamteacher.data import batches, image_set
 from dreamteacher.runtime import prefetch
 from dreamteacher.runtime.distributed.device import resolve_precision
-from dreamteacher.runtime.distributed.share import Draws
+from dreamteacher.runtime.distributed.world import Draws
 from dreamteacher.runtime.run_folder import RunDir
 from dreamteacher.teachers.training import config as training_config
 from dreamteacher.teachers.training import diffusion as training_diffusion
 from dreamteacher.teachers.training import stylegan2, train
-from dreamteacher.teachers.training.diffusion import DiffusionTrainee
-from dreamteacher.teachers.training.stylegan2 import StyleGan2Trainee
-from dreamteacher.teachers.training.trainee import Plan
+from dreamteacher.teachers.training.diffusion import DiffusionObjective
+from dreamteacher.teachers.training.objective import TrainingPlan
+from dreamteacher.teachers.training.stylegan2 import StyleGan2Objective
 from tests.distill.test_gpu_path import NoWaiting, cuda_autocast, nothing_is_kept, on_fake_gpu  # noqa: F401 - a fixture
 from tests.teachers.training.test_stylegan2 import TINY as TINY_GAN
 from tests.teachers.training.test_train import TINY
@@ -29,14 +29,16 @@ from tests.teachers.training.test_train import TINY
 CUDA = torch.device("cuda")
 
 
-def trainee_of(kind: str, plan: Plan) -> tuple[DiffusionTrainee | StyleGan2Trainee, list[nn.Module]]:
+def objective_of(
+    kind: str, plan: TrainingPlan
+) -> tuple[DiffusionObjective | StyleGan2Objective, list[nn.Module]]:
     """A tiny one, and its networks."""
     if kind == "diffusion":
         spec = training_diffusion.network_spec(TINY, (64, 64), 1, "linear")
-        diffusion = DiffusionTrainee(dataclasses.replace(TINY, dropout=0.5), spec, plan)
+        diffusion = DiffusionObjective(dataclasses.replace(TINY, dropout=0.5), spec, plan)
         return diffusion, [diffusion.unet, diffusion.ema_teacher]
     gan_spec = stylegan2.network_spec(TINY_GAN, (64, 64), 1)
-    gan = StyleGan2Trainee(TINY_GAN, gan_spec, plan, gamma=0.1, ada=0.6)
+    gan = StyleGan2Objective(TINY_GAN, gan_spec, plan, gamma=0.1, ada=0.6)
     return gan, [gan.g, gan.d, gan.mean]
 
 
@@ -53,9 +55,11 @@ def test_a_step_on_a_gpu_never_waits(kind: str, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(module, "Draws", draws)
         monkeypatch.setattr(module, "autocast", cuda_autocast)
     monkeypatch.setattr(training_diffusion, "seeded", lambda *_: contextlib.nullcontext())
-    plan = Plan(seed=0, steps=9, batch_size=4, lr=1e-3, device=torch.device("cpu"), precision="bfloat16")
-    trainee, networks = trainee_of(kind, plan)
-    trainee.plan = dataclasses.replace(plan, device=CUDA)
+    plan = TrainingPlan(
+        seed=0, steps=9, batch_size=4, lr=1e-3, device=torch.device("cpu"), precision="bfloat16"
+    )
+    objective, networks = objective_of(kind, plan)
+    objective.plan = dataclasses.replace(plan, device=CUDA)
 
     def backward(loss: torch.Tensor) -> None:  # autograd's engine asks the driver for its GPUs
         for network in networks:
@@ -64,21 +68,23 @@ def test_a_step_on_a_gpu_never_waits(kind: str, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(torch.autograd, "grad", lambda out, x, **_: (torch.zeros_like(x),))
-    optimizers = (trainee.g_optimizer, trainee.d_optimizer) if kind != "diffusion" else (trainee.optimizer,)  # type: ignore[union-attr]
+    optimizers = (
+        (objective.g_optimizer, objective.d_optimizer) if kind != "diffusion" else (objective.optimizer,)
+    )  # type: ignore[union-attr]
     for optimizer in optimizers:
         monkeypatch.setattr(optimizer, "step", lambda: None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for network in networks:
             on_fake_gpu(network)
-        if isinstance(trainee, DiffusionTrainee):
-            trainee.ema.tensors = {k: torch.empty_like(v) for k, v in trainee.unet.state_dict().items()}
-        elif trainee.ada is not None:
-            trainee.ada = dataclasses.replace(
-                trainee.ada, **{k: torch.empty((), device=CUDA) for k in trainee.ada.tensors()}
+        if isinstance(objective, DiffusionObjective):
+            objective.ema.tensors = {k: torch.empty_like(v) for k, v in objective.unet.state_dict().items()}
+        elif objective.ada is not None:
+            objective.ada = dataclasses.replace(
+                objective.ada, **{k: torch.empty((), device=CUDA) for k in objective.ada.tensors()}
             )
         images = torch.rand(4, 3, 64, 64, device=CUDA)
         with NoWaiting():
-            found = {k: v for step in range(4) for k, v in trainee.step(step, images).items()}
+            found = {k: v for step in range(4) for k, v in objective.step(step, images).items()}
     assert {v.device for v in found.values()} <= {CUDA, torch.device("cuda", 0)}
     assert {"diffusion": "grad_norm", "stylegan2": "grad_norm/r1"}[kind] in found
 
@@ -100,7 +106,7 @@ def test_the_loop_sends_bytes_beside_the_step(image_folder, tmp_path, monkeypatc
         state=lambda: ({"weight": torch.zeros(1)}, {}),
     )
     images = image_set.load_images(image_folder, (64, 64))
-    plan = Plan(seed=3, steps=3, batch_size=8, lr=1, device=torch.device("cpu"), precision="float32")
+    plan = TrainingPlan(seed=3, steps=3, batch_size=8, lr=1, device=torch.device("cpu"), precision="float32")
     config = training_config.TrainTeacherConfig(images=image_folder, out=tmp_path, seed=3)
     with contextlib.closing(RunDir(tmp_path / "run")) as run:
         train._Loop(config, plan, look, images, run, {"config": {}}).run_all()  # type: ignore[arg-type]

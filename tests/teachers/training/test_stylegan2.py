@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dreamteacher.data import batches, image_set, seeds
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.distributed.share import Share
+from dreamteacher.runtime.distributed.world import World
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import RunDir, read_rows
 from dreamteacher.teachers.registry import load_teacher, read_card
@@ -28,9 +28,10 @@ from dreamteacher.teachers.training import stylegan2, train
 from dreamteacher.teachers.training.augment import Adaptation, _blit, _warp, augment
 from dreamteacher.teachers.training.config import TrainTeacherConfig
 from dreamteacher.teachers.training.discriminator import Discriminator, EqualConv, append_deviation
+from dreamteacher.teachers.training.objective import Objective, TrainingPlan
 from dreamteacher.teachers.training.stylegan2 import (
+    StyleGan2Objective,
     StyleGan2Preset,
-    StyleGan2Trainee,
     discriminator_loss,
     ema_weight,
     generator_loss,
@@ -39,7 +40,6 @@ from dreamteacher.teachers.training.stylegan2 import (
     r1_penalty,
 )
 from dreamteacher.teachers.training.train import PRESETS, train_teacher
-from dreamteacher.teachers.training.trainee import Plan, Trainee
 from dreamteacher.testing import check_teacher
 
 # Six blocks from 2 x 2 as in stylegan2-cpu-64, in networks that take milliseconds.
@@ -64,9 +64,9 @@ def config(image_folder: Path, tmp_path: Path) -> TrainTeacherConfig:
     )  # fmt: skip
 
 
-def plan(**changes: object) -> Plan:
+def plan(**changes: object) -> TrainingPlan:
     settings = {"seed": 0, "steps": 10, "batch_size": 4, "lr": 2e-3, "device": torch.device("cpu")}
-    return Plan(**(settings | {"precision": "float32"} | changes))  # type: ignore[arg-type]
+    return TrainingPlan(**(settings | {"precision": "float32"} | changes))  # type: ignore[arg-type]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -346,16 +346,16 @@ def test_adaptation_moves_p_towards_its_target() -> None:
 def test_one_step_touches_what_it_should(image_folder: Path) -> None:
     """Both networks move; the mean style and the averaged generator follow as published."""
     spec = network_spec(TINY, (64, 64), 1)
-    trainee = StyleGan2Trainee(TINY, spec, plan(), gamma=0.1, ada=None)
-    before = {k: v.clone() for k, v in trainee.g.state_dict().items()}
-    d_before = {k: v.clone() for k, v in trainee.d.state_dict().items()}
+    objective = StyleGan2Objective(TINY, spec, plan(), gamma=0.1, ada=None)
+    before = {k: v.clone() for k, v in objective.g.state_dict().items()}
+    d_before = {k: v.clone() for k, v in objective.d.state_dict().items()}
     images = image_set.load_images(image_folder, (64, 64)).get(torch.arange(4)).float() / 255
     latents = torch.randn(4, 8, generator=seeds.step_generator(0, 0, "latents/g"))
     with torch.no_grad():
-        styles = trainee.g.mapping(latents)[:, 0]
-    seen = trainee.step(0, images)
+        styles = objective.g.mapping(latents)[:, 0]
+    seen = objective.step(0, images)
     assert seen.keys() == {"loss/g", "loss/d", "real_sign", "r1", *NORMS}
-    now = trainee.g.state_dict()
+    now = objective.g.state_dict()
     moved = {k for k in now if not torch.equal(now[k], before[k])}
     assert {k for k in moved if k.endswith(("weight", "bias"))} >= {
         "mapping.fc0.weight",
@@ -363,36 +363,36 @@ def test_one_step_touches_what_it_should(image_folder: Path) -> None:
     }
     assert not any("noise_const" in k or "resample" in k for k in moved)
     assert torch.allclose(now["mapping.w_avg"], styles.mean(0) * 0.005, atol=1e-6)
-    assert all(not torch.equal(v, d_before[k]) for k, v in trainee.d.state_dict().items() if "weight" in k)
-    for key, value in trainee.weights().items():  # nothing was seen before: the average is the present
+    assert all(not torch.equal(v, d_before[k]) for k, v in objective.d.state_dict().items() if "weight" in k)
+    for key, value in objective.weights().items():  # nothing was seen before: the average is the present
         assert torch.equal(value, now[key]), key
-    first = trainee.weights()["synthesis.b4.const"].clone()
-    assert "r1" not in trainee.step(1, images)
+    first = objective.weights()["synthesis.b4.const"].clone()
+    assert "r1" not in objective.step(1, images)
     kept = 0.5 ** (4 / min(100, 4 * 0.5))  # 4 images a step, 4 seen before: half-life 2
-    expected = kept * first + (1 - kept) * trainee.g.state_dict()["synthesis.b4.const"]
-    assert torch.allclose(trainee.weights()["synthesis.b4.const"], expected, atol=1e-6)
-    assert all(p.requires_grad for p in trainee.d.parameters())
+    expected = kept * first + (1 - kept) * objective.g.state_dict()["synthesis.b4.const"]
+    assert torch.allclose(objective.weights()["synthesis.b4.const"], expected, atol=1e-6)
+    assert all(p.requires_grad for p in objective.d.parameters())
 
 
 def test_each_phase_has_its_own_gradient(image_folder: Path) -> None:
     """Weights of the phases as published: gamma / 2 times 16 on the penalty; no phase reaches the other network."""
-    trainee = StyleGan2Trainee(TINY, network_spec(TINY, (64, 64), 1), plan(), gamma=0.5, ada=None)
+    objective = StyleGan2Objective(TINY, network_spec(TINY, (64, 64), 1), plan(), gamma=0.5, ada=None)
     images = image_set.load_images(image_folder, (64, 64)).get(torch.arange(4)).float() / 255
     real = (images[:, :1] * 2 - 1).contiguous(memory_format=torch.channels_last)
-    weight = trainee.d.blocks[0].conv0.weight  # type: ignore[union-attr]
-    (expected,) = torch.autograd.grad(r1_penalty(trainee.d, real) * 4.0, weight)  # 0.5 / 2 * 16
-    seen = trainee._penalise(0, real)
+    weight = objective.d.blocks[0].conv0.weight  # type: ignore[union-attr]
+    (expected,) = torch.autograd.grad(r1_penalty(objective.d, real) * 4.0, weight)  # 0.5 / 2 * 16
+    seen = objective._penalise(0, real)
     assert torch.allclose(weight.grad, expected, rtol=1e-4)  # type: ignore[arg-type]
-    squares = [p.grad.square().sum() for p in trainee.d.parameters() if p.grad is not None]
+    squares = [p.grad.square().sum() for p in objective.d.parameters() if p.grad is not None]
     assert seen["grad_norm/r1"].item() == pytest.approx(sum(squares).sqrt().item(), rel=1e-5)  # type: ignore[union-attr]
-    assert trainee.g.mapping.get_parameter("fc0.weight").grad is None
+    assert objective.g.mapping.get_parameter("fc0.weight").grad is None
     before = weight.grad.clone()  # type: ignore[union-attr]
-    trainee._step_generator(1)
+    objective._step_generator(1)
     assert torch.equal(weight.grad, before)  # type: ignore[arg-type]
-    g_weight = trainee.g.mapping.get_parameter("fc0.weight")
+    g_weight = objective.g.mapping.get_parameter("fc0.weight")
     assert g_weight.grad is not None
     g_before = g_weight.grad.clone()
-    trainee._step_discriminator(1, real)
+    objective._step_discriminator(1, real)
     assert not torch.equal(weight.grad, before)  # type: ignore[arg-type]
     assert torch.equal(g_weight.grad, g_before)
 
@@ -401,13 +401,13 @@ def test_the_gan_learns_a_brightness() -> None:
     """Flat images at 0.8: samples begin around 0.5 and come near."""
     preset = dataclasses.replace(TINY, channels=(8, 8, 8), size=(16, 16))
     spec = network_spec(preset, (16, 16), 1)
-    trainee = StyleGan2Trainee(preset, spec, plan(batch_size=8, lr=1e-2), gamma=0.1, ada=None)
+    objective = StyleGan2Objective(preset, spec, plan(batch_size=8, lr=1e-2), gamma=0.1, ada=None)
     images = torch.full((8, 3, 16, 16), 0.8)
-    _, sheet = trainee.validate(images, seeded(0))
+    _, sheet = objective.validate(images, seeded(0))
     first = (sheet - 0.8).abs().mean().item()
     for step in range(40):
-        trainee.step(step, images)
-    row, sheet = trainee.validate(images, seeded(0))
+        objective.step(step, images)
+    row, sheet = objective.validate(images, seeded(0))
     assert sheet.shape == (64, 3, 16, 16)
     assert (sheet - 0.8).abs().mean().item() < 0.5 * first
     assert row.keys() == {"logit/real", "logit/fake"}
@@ -591,7 +591,7 @@ def test_processes_share_a_gans_step_in_fours(
     """Ten images of two processes would be compared in groups that one process does not make."""
     dry = dataclasses.replace(config, dry_run=True)
     train_teacher(dataclasses.replace(dry, batch_size=10))
-    monkeypatch.setattr(train, "join", lambda device: Share(0, 2))
+    monkeypatch.setattr(train, "join", lambda device: World(0, 2))
     monkeypatch.setattr(train, "agree", lambda *_: None)
     for batch in (10, 12):
         with pytest.raises(UserError, match=r"in groups of 4\.\nUse a multiple of 8"):
@@ -600,8 +600,8 @@ def test_processes_share_a_gans_step_in_fours(
     train_teacher(dataclasses.replace(dry, preset="cpu-64", batch_size=10))
 
 
-class Elsewhere(Trainee):
-    """A trainee on a device that is not the CPU, whose loss is lost in its seventh step."""
+class Elsewhere(Objective):
+    """An objective on a device that is not the CPU, whose loss is lost in its seventh step."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -630,12 +630,12 @@ class Elsewhere(Trainee):
 def test_losses_on_a_device_are_read_before_a_save_only(config: TrainTeacherConfig) -> None:
     """The loop runs on past a lost step, names it when it reads, and saves nothing that came after."""
     images = image_set.load_images(config.images, (64, 64))
-    trainee, run = Elsewhere(), RunDir(config.out)
+    objective, run = Elsewhere(), RunDir(config.out)
     elsewhere = plan(device=torch.device("meta"), batch_size=8, steps=20)
     with pytest.raises(UserError, match="The loss is inf at step 7"):
-        train._Loop(config, elsewhere, trainee, images, run, {"config": {}}).run_all()
+        train._Loop(config, elsewhere, objective, images, run, {"config": {}}).run_all()
     run.close()
-    assert trainee.steps == 8
+    assert objective.steps == 8
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 4)
 
 

@@ -23,7 +23,7 @@ from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import from_json, to_json
-from dreamteacher.runtime.distributed.share import Share
+from dreamteacher.runtime.distributed.world import World
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import read_rows
 from dreamteacher.teachers.diffusion.teacher import (
@@ -35,9 +35,9 @@ from dreamteacher.teachers.diffusion.teacher import (
 from dreamteacher.teachers.registry import load_teacher, read_card, sha256
 from dreamteacher.teachers.training import diffusion
 from dreamteacher.teachers.training.config import TrainTeacherConfig
-from dreamteacher.teachers.training.diffusion import DiffusionPreset, DiffusionTrainee, epsilon_loss
+from dreamteacher.teachers.training.diffusion import DiffusionObjective, DiffusionPreset, epsilon_loss
+from dreamteacher.teachers.training.objective import TrainingPlan
 from dreamteacher.teachers.training.train import PRESETS, train_teacher
-from dreamteacher.teachers.training.trainee import Plan
 
 # Strides 2 to 32 as in cpu-64, in a network that takes milliseconds.
 TINY = DiffusionPreset(
@@ -376,11 +376,13 @@ def test_dropout_depends_on_the_seed_the_step_and_the_process_alone(
     images, found = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)), set()
     monkeypatch.setattr(diffusion, "randint", lambda high, shape, *_, **__: torch.arange(*shape))
     monkeypatch.setattr(diffusion, "randn", lambda shape, *_, **__: torch.ones(shape))
-    for share in (Share(0, 2), Share(1, 2), Share(1, 2)):
-        plan = Plan(seed=0, steps=9, batch_size=8, lr=1e-3, device=torch.device("cpu"), precision="float32")
-        trainee = DiffusionTrainee(PRESETS["cpu-64"], spec, plan)  # type: ignore[arg-type]
-        trainee.plan = dataclasses.replace(plan, share=share)
-        found.add(trainee.step(3, images)["loss"].item())
+    for world in (World(0, 2), World(1, 2), World(1, 2)):
+        plan = TrainingPlan(
+            seed=0, steps=9, batch_size=8, lr=1e-3, device=torch.device("cpu"), precision="float32"
+        )
+        objective = DiffusionObjective(PRESETS["cpu-64"], spec, plan)  # type: ignore[arg-type]
+        objective.plan = dataclasses.replace(plan, world=world)
+        found.add(objective.step(3, images)["loss"].item())
     assert len(found) == 2
 
 
@@ -390,7 +392,7 @@ def test_a_step_out_of_memory_says_what_to_do(
     def hungry(self, step, images):  # type: ignore[no-untyped-def]
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nand more")
 
-    monkeypatch.setattr(DiffusionTrainee, "step", hungry)
+    monkeypatch.setattr(DiffusionObjective, "step", hungry)
     arguments = ["--images", str(config.images), "--out", str(config.out), "--device", "cpu"]
     assert cli.main(["train-teacher", *arguments]) == 2
     said = capsys.readouterr().err.splitlines()

@@ -10,28 +10,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from dreamteacher.runtime.download.http import HUB_HOST, alternatives, cache_folder
 from dreamteacher.runtime.errors import UserError
 
-Kind = Literal["adm", "ddpm", "stable-diffusion", "stylegan2", "icgan-stylegan2", "biggan", "vae"]
-FAMILIES: dict[Kind, str] = {
-    "adm": "diffusion",
-    "ddpm": "diffusion",
-    "stable-diffusion": "stable-diffusion",
-    "stylegan2": "stylegan2",
-    "icgan-stylegan2": "stylegan2",
-    "biggan": "biggan",
-    "vae": "vae",
-}
 NAME = r"[A-Za-z0-9][\w.-]*"  # what a fetched teacher may be called: the name of a folder
+BOTH = ("encode", "sample")
 OWN, OTHERS = "the publisher's page", "other projects' use of it"
 
 
 class Shape(NamedTuple):
-    """What a network has and costs at its own size (GMACs of one image; see `cost.Cost`)."""
+    """What a network has and costs at its own size (GMACs of one image; see `teachers.family.Cost`)."""
 
     size: tuple[int, int]
     levels: dict[int, int]
@@ -44,7 +35,7 @@ class Known:
     """A published teacher.
 
     Args:
-        kind: decides which conversion reads it.
+        kind: decides which conversion reads it (`registry.families_by_kind`).
         what: one phrase, for the screen.
         licence: of the weights, as published.
         shape: its size, levels and cost; tests compute them anew.
@@ -56,6 +47,7 @@ class Known:
         inside: pattern of the weights' file name in an archive.
         other_unet: (hub repository, file) whose U-Net takes the place of the one in `hub`.
         settings: the flags that the weights do not tell, under their published names.
+        modes: what it can do, of "encode" and "sample".
         timestep: t of the features; None where there is none.
         bank: it is told of instances: a bank of the user's own images is needed.
         sha256: of the file at `url`; None where nobody has published it.
@@ -64,7 +56,7 @@ class Known:
         paper: what the paper used it for; empty: not in the paper.
     """
 
-    kind: Kind
+    kind: str
     what: str
     licence: str
     shape: Shape
@@ -75,27 +67,13 @@ class Known:
     inside: str = ""
     other_unet: tuple[str, str] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    modes: tuple[str, ...] = ("sample",)
     timestep: int | None = None
     bank: bool = False
     sha256: str | None = None
     source: str = OWN
     page: str = ""
     paper: str = ""
-
-    @property
-    def family(self) -> str:
-        """Its family, as in teacher.json."""
-        return FAMILIES[self.kind]
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        """What it can do, of "encode" and "sample"."""
-        both = {
-            "diffusion": ("encode", "sample"),
-            "vae": ("encode", "sample"),
-            "stable-diffusion": ("encode",),
-        }
-        return both.get(self.family, ("sample",))
 
     @property
     def host(self) -> str:
@@ -152,7 +130,7 @@ def _adms() -> dict[str, Known]:
         found[f"adm-imagenet-{side}"] = Known(
             kind="adm", what=f"ADM (guided-diffusion) of ImageNet {side} x {side}, class-conditional",
             licence="MIT (code); the model card says research only", shape=shape, gigabytes=gigabytes,
-            files=(file,), url=_OPENAI + file, settings=_ADM | _FLAGS[side], timestep=150,
+            files=(file,), url=_OPENAI + file, settings=_ADM | _FLAGS[side], modes=BOTH, timestep=150,
         )  # fmt: skip
     base = found["adm-imagenet-256"]
     file, unlabelled = "256x256_diffusion_uncond.pt", {**base.settings, "num_classes": 0}
@@ -193,7 +171,7 @@ def _ddpms() -> dict[str, Known]:
         f"ddpm-{name}-256": Known(
             kind="ddpm", what=f"DDPM of {name.replace('ema-', 'averaged weights, ')} 256 x 256",
             licence="Apache-2.0", shape=DDPM_256, gigabytes=0.5, files=files, hub=f"google/ddpm-{name}-256",
-            settings={"timestep": 50}, timestep=50,
+            settings={"timestep": 50}, modes=BOTH, timestep=50,
         )
         for name in names
     }  # fmt: skip
@@ -222,7 +200,7 @@ def _stable_diffusions() -> dict[str, Known]:
     rail, rail2 = "CreativeML OpenRAIL-M", "CreativeML Open RAIL++-M"
     paper = Known(
         kind="stable-diffusion", what="Stable Diffusion 1.4", licence=rail, shape=SD_1, gigabytes=4.3,
-        files=_pipeline(), hub="CompVis/stable-diffusion-v1-4", settings={"timestep": 150}, timestep=150,
+        files=_pipeline(), hub="CompVis/stable-diffusion-v1-4", settings={"timestep": 150}, modes=("encode",), timestep=150,
         paper="Stable Diffusion",
     )  # fmt: skip
     one = replace(
@@ -261,11 +239,11 @@ def _vaes() -> dict[str, Known]:
     return {
         "kl-f8": Known(
             kind="vae", what="Stable Diffusion's autoencoder, fine-tuned (KL-f8)", licence="MIT", shape=KL_F8,
-            gigabytes=0.3, files=("config.json", f"{_NET}.safetensors"), hub="stabilityai/sd-vae-ft-mse",
+            gigabytes=0.3, files=("config.json", f"{_NET}.safetensors"), hub="stabilityai/sd-vae-ft-mse", modes=BOTH,
         ),
         "taesd": Known(
             kind="vae", what="TAESD, a tiny autoencoder for Stable Diffusion's latents", licence="MIT", shape=TAESD,
-            gigabytes=0.01, files=("taesd_encoder.safetensors", "taesd_decoder.safetensors"), hub="madebyollin/taesd",
+            gigabytes=0.01, files=("taesd_encoder.safetensors", "taesd_decoder.safetensors"), hub="madebyollin/taesd", modes=BOTH,
         ),
     }  # fmt: skip
 

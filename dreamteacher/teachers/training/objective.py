@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamteacher.runtime.distributed.share import ALONE, Share
+from dreamteacher.runtime.distributed.world import ALONE, World
 from dreamteacher.runtime.settings import Precision
 
 
@@ -39,12 +41,12 @@ class Preset(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TrainingPlan:
     """How one training runs: the preset's numbers after the user's, and where.
 
     Args:
         seed: of weights and every draw; steps: in all; batch_size: images a step; lr: (peak) learning rate.
-        share: this process's part of every batch.
+        world: this process's part of every batch.
     """
 
     seed: int
@@ -53,21 +55,24 @@ class Plan:
     lr: float
     device: torch.device
     precision: Precision
-    share: Share = ALONE
+    world: World = ALONE
 
 
-class Trainee(ABC):
+class Objective(ABC):
     """Networks in training, their optimizers, and what one step does to them.
 
+    What changes a network in a step happens within `update()`, which is the loop's where one runs.
     Every draw depends on (seed, step) alone, and `state` holds all the rest: a resumed run is bitwise the same.
     """
+
+    update: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 
     @abstractmethod
     def step(self, step: int, images: Tensor) -> dict[str, Tensor]:
         """One step (from 0) on this process's images, N x 3 x H x W, RGB in [0, 1], on the plan's device.
 
-        Returns: what the log shows, as scalars on the device. Reading them would make the host wait for the
-            device, so that is left to the loop, which does it now and then.
+        Returns: losses and what else the log shows, by name, as scalars on the device. Reading them would make the
+            host wait for the device, so that is left to the loop, which does it now and then.
         """
 
     @abstractmethod

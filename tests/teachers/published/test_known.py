@@ -18,18 +18,19 @@ from dreamteacher.cli.lists import doctor, print_list, teacher_table
 from dreamteacher.runtime.config import from_json
 from dreamteacher.runtime.download.http import alternatives
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.teachers import known
 from dreamteacher.teachers.biggan.convert import BigGanSettings
 from dreamteacher.teachers.biggan.teacher import BigGanSpec
+from dreamteacher.teachers.cost import measure
 from dreamteacher.teachers.diffusion.adm import AdmFlags, DiffusersFlags, _spec
-from dreamteacher.teachers.diffusion.adm_keys import Layout
+from dreamteacher.teachers.diffusion.adm_keys import AdmNetwork
 from dreamteacher.teachers.diffusion.teacher import DiffusionSpec, build_unet
-from dreamteacher.teachers.known import ALIASES, KNOWN, Known
+from dreamteacher.teachers.published import known
 from dreamteacher.teachers.published.config import GetTeacherConfig
-from dreamteacher.teachers.published.cost import measure, stylegan2_macs
-from dreamteacher.teachers.registry import EMBEDDED, SPECS, save_teacher
+from dreamteacher.teachers.published.known import ALIASES, KNOWN, Known
+from dreamteacher.teachers.registry import EMBEDDED, families_by_kind, save_teacher
 from dreamteacher.teachers.stable_diffusion.teacher import StableDiffusionSettings, StableDiffusionSpec
 from dreamteacher.teachers.stylegan2.convert import StyleGan2Settings
+from dreamteacher.teachers.stylegan2.family import macs as stylegan2_macs
 from dreamteacher.teachers.stylegan2.teacher import Generator, StyleGan2Spec
 from dreamteacher.teachers.vae import VaeSettings, VaeSpec
 from tests.places import ROOT
@@ -78,7 +79,7 @@ def adm_spec(entry: Known) -> DiffusionSpec:
     assert flags.model_channels
     assert flags.channel_mult
     assert flags.attention_resolutions
-    layout = Layout(
+    layout = AdmNetwork(
         model_channels=flags.model_channels,
         time_width=4 * flags.model_channels,
         widths=tuple(int(m * flags.model_channels) for m in flags.channel_mult),
@@ -149,7 +150,7 @@ MEASURED = (
 def test_levels_and_cost_are_those_of_the_network(name: str) -> None:
     """Networks without weights on the meta device, operations counted; within 1 %."""
     entry, spec = KNOWN[name], published(name)
-    found = measure(entry.family, spec)
+    found = measure(families_by_kind()[entry.kind], spec)
     assert (found.levels, found.modes) == (entry.shape.levels, entry.modes)
     assert found.full == pytest.approx(entry.shape.gmacs_full, rel=0.01)
     assert found.needed == pytest.approx(entry.shape.gmacs_levels, rel=0.01)
@@ -217,7 +218,7 @@ def test_an_entry_is_whole(name: str) -> None:
     entry = KNOWN[name]
     assert re.fullmatch(known.NAME, name)
     assert name not in EMBEDDED
-    assert entry.family in SPECS
+    assert entry.kind in families_by_kind()
     assert bool(entry.url) + bool(entry.hub) + bool(entry.page) == 1
     assert entry.files
     assert entry.licence
@@ -233,7 +234,7 @@ def test_an_entry_is_whole(name: str) -> None:
     settings = from_json(SETTINGS[entry.kind], dict(entry.settings))
     t = getattr(settings, "timestep", None)
     assert entry.timestep == (261 if entry.other_unet else t)
-    assert (entry.timestep is not None) == (entry.family in ("diffusion", "stable-diffusion"))
+    assert (entry.timestep is not None) == (entry.kind in ("adm", "ddpm", "stable-diffusion"))
     assert list(entry.shape.levels) == sorted(set(entry.shape.levels) & {4, 8, 16, 32})
     assert entry.sha256 is None  # nobody has published one; never a guess
 

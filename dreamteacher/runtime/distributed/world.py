@@ -13,14 +13,14 @@ from dreamteacher.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
-class Share:
+class World:
     """The part of every batch that one of several processes works on: rows rank, rank + ranks, rank + 2 ranks ...
 
     Rows are taken at intervals, so that a batch norm or a deviation over groups of images n, n + N / 4 ... meets the
     same groups in one process and in several.
 
     Example:
-        >>> list(range(8))[Share(1, 2).rows]
+        >>> list(range(8))[World(1, 2).rows]
         [1, 3, 5, 7]
     """
 
@@ -42,26 +42,26 @@ class Share:
         return count // self.ranks
 
 
-ALONE = Share()
+ALONE = World()
 
 
-def launched() -> Share:
+def launched() -> World:
     """This process among those that torchrun started (RANK and WORLD_SIZE), or alone."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    return Share(int(os.environ.get("RANK", "0")), ranks) if ranks > 1 else ALONE
+    return World(int(os.environ.get("RANK", "0")), ranks) if ranks > 1 else ALONE
 
 
-def check_batch(what: str, batch: int, share: Share, *, together: int = 1) -> None:
+def check_batch(what: str, batch: int, world: World, *, together: int = 1) -> None:
     """Raises UserError when a batch (or a part of one) cannot be split evenly over the processes.
 
     Args:
         together: images that belong in one process, such as those of a group; one process alone may leave a rest.
     """
-    if share.ranks > 1 and batch % (together * share.ranks):
+    if world.ranks > 1 and batch % (together * world.ranks):
         raise UserError(
-            f"{what} has {batch} images, which {share.ranks} processes cannot share evenly"
+            f"{what} has {batch} images, which {world.ranks} processes cannot share evenly"
             + (f" in groups of {together}." if together > 1 else "."),
-            f"Use a multiple of {together * share.ranks}, or another number of processes.",
+            f"Use a multiple of {together * world.ranks}, or another number of processes.",
         )
 
 
@@ -72,18 +72,18 @@ class Draws(torch.Generator):
     generator, and would give the same numbers to every process.
     """
 
-    share: Share
+    world: World
 
-    def __new__(cls, device: torch.device | str, seed: int, share: Share = ALONE) -> Draws:
+    def __new__(cls, device: torch.device | str, seed: int, world: World = ALONE) -> Draws:
         self = super().__new__(cls, torch.device(device))  # type: ignore[call-arg]
         self.manual_seed(seed)
-        self.share = share
+        self.world = world
         return self
 
 
-def share_of(generator: torch.Generator | None) -> Share:
+def world_of(generator: torch.Generator | None) -> World:
     """Whose rows a generator draws."""
-    return generator.share if isinstance(generator, Draws) else ALONE
+    return generator.world if isinstance(generator, Draws) else ALONE
 
 
 def randn(shape: Sequence[int], generator: torch.Generator, **where: Any) -> torch.Tensor:
@@ -91,7 +91,7 @@ def randn(shape: Sequence[int], generator: torch.Generator, **where: Any) -> tor
 
     Example:
         >>> whole = randn((4, 2), Draws("cpu", 0))
-        >>> bool((whole[1::2] == randn((2, 2), Draws("cpu", 0, Share(1, 2)))).all())
+        >>> bool((whole[1::2] == randn((2, 2), Draws("cpu", 0, World(1, 2)))).all())
         True
     """
     return _own(torch.randn(_whole(shape, generator), generator=generator, **where), generator)
@@ -108,9 +108,9 @@ def randint(high: int, shape: Sequence[int], generator: torch.Generator, **where
 
 
 def _whole(shape: Sequence[int], generator: torch.Generator) -> tuple[int, ...]:
-    return (shape[0] * share_of(generator).ranks, *shape[1:])
+    return (shape[0] * world_of(generator).ranks, *shape[1:])
 
 
 def _own(drawn: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    share = share_of(generator)
-    return drawn if share.ranks == 1 else drawn[share.rows].clone()
+    world = world_of(generator)
+    return drawn if world.ranks == 1 else drawn[world.rows].clone()

@@ -1,0 +1,70 @@
+"""The data of the segmentation tasks: read once, in memory or from the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dreamteacher.data.draws import check_draw
+from dreamteacher.downstream.segmentation.crops import SemanticData, load_files
+from dreamteacher.downstream.segmentation.few_masks import SegmentationData
+from dreamteacher.downstream.sources import check_masks, load_masks
+from dreamteacher.downstream.task import Budgets, Group
+
+if TYPE_CHECKING:
+    from dreamteacher.downstream.config import EvaluateConfig
+
+_PLACES = ("images", "masks", "test_images", "test_masks")
+_SETTINGS = ("binary_masks", "ignore_index")
+
+
+def _places(config: EvaluateConfig) -> tuple[Path | None, Path | None, Path | None, Path | None]:
+    return config.images, config.masks, config.test_images, config.test_masks
+
+
+def _given(config: EvaluateConfig) -> bool:
+    return config.masks is not None or (config.images is not None and config.instances is None)
+
+
+def _check(config: EvaluateConfig, _budgets: Budgets) -> None:
+    check_masks(*_places(config))
+
+
+def _load(config: EvaluateConfig, budgets: Budgets) -> SegmentationData:
+    data = load_masks(
+        *_places(config), config.size, ignore_index=config.ignore_index, binary=config.binary_masks
+    )
+    check_draw(len(data.pool.images), budgets)
+    return data
+
+
+def _load_streamed(config: EvaluateConfig, budgets: Budgets) -> SemanticData:
+    data = load_files(
+        *_places(config),
+        ignore_index=config.ignore_index,
+        binary=config.binary_masks,
+        workers=config.workers,
+    )
+    check_draw(len(data.train), budgets)
+    return data
+
+
+IN_MEMORY = Group(
+    name="segmentation",
+    needs=("The segmentation tasks need masks.", "Give --images and --masks."),
+    places=_PLACES,
+    settings=_SETTINGS,
+    given=_given,
+    check=_check,
+    load=_load,
+)
+
+STREAMED = Group(
+    name="streamed",
+    needs=("semantic and readout need masks in folders.", "Give --images and --masks."),
+    places=_PLACES,
+    settings=_SETTINGS,
+    given=_given,
+    check=_check,
+    load=_load_streamed,
+)

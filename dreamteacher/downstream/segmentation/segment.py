@@ -1,0 +1,115 @@
+"""Segmentation with a few masks and a light UPerNet head: the backbone frozen, or fine-tuned with it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from dreamteacher.data.draws import draw_images
+from dreamteacher.downstream.segmentation.config import SegmentConfig
+from dreamteacher.downstream.segmentation.data import IN_MEMORY
+from dreamteacher.downstream.segmentation.few_masks import SegmentationData, score_segmenter, train_segmenter
+from dreamteacher.downstream.task import Bench, Task, always
+from dreamteacher.downstream.tasks import Metric
+from dreamteacher.models.distilled import REGRESSOR, neck_weights
+from dreamteacher.models.student import Student
+from dreamteacher.runtime.settings import Precision
+
+if TYPE_CHECKING:
+    from dreamteacher.downstream.config import EvaluateConfig
+
+
+def segment(
+    student: Student,
+    data: SegmentationData,
+    config: SegmentConfig,
+    *,
+    masks: int,
+    freeze: bool,
+    seed: int,
+    ignore_index: int = 255,
+    precision: Precision = "auto",
+    batch_size: int = 64,
+    neck: Mapping[str, Tensor] | None = None,
+) -> Iterator[Metric]:
+    """mIoU and per-class IoU on the test set after training with `masks` masks of the pool.
+
+    Args:
+        student: left as it is.
+        data: see `SegmentationData`.
+        config: see `SegmentConfig`.
+        masks: labelled images to train on.
+        freeze: train the head alone.
+        seed: of the draw and of the training.
+        ignore_index: mask id that is neither learned nor scored.
+        precision: of the matrix products.
+        batch_size: test images at once.
+        neck: see `train_segmenter`.
+    """
+    pool, test = data.pool, data.test
+    drawn = draw_images(len(pool.images), masks, seed)
+    model = train_segmenter(
+        student,
+        pool.images[drawn],
+        pool.targets[drawn],
+        config,
+        classes=len(pool.classes),
+        freeze=freeze,
+        seed=seed,
+        ignore_index=ignore_index,
+        precision=precision,
+        neck=neck,
+    )
+    yield from score_segmenter(model, test, ignore_index, precision=precision, batch_size=batch_size)
+
+
+def _run(bench: Bench, masks: int | None, seed: int, *, freeze: bool) -> Iterator[Metric]:
+    config = bench.config
+    assert masks is not None
+    return segment(
+        bench.student,
+        bench.data,
+        config.segment,
+        masks=masks,
+        freeze=freeze,
+        seed=seed,
+        ignore_index=config.ignore_index,
+        precision=config.precision,
+        batch_size=config.batch_size,
+        neck=neck_weights(bench.run_folder()) if config.neck else None,
+    )
+
+
+def _neck(config: EvaluateConfig) -> tuple[Path, ...]:
+    return (Path(config.init).expanduser() / REGRESSOR,) if config.neck else ()
+
+
+FROZEN = Task(
+    name="segment-frozen",
+    what="segmentation, frozen backbone",
+    group=IN_MEMORY,
+    headline="miou",
+    unit="masks",
+    settings=("segment",),
+    budgets=lambda config: config.mask_counts,
+    default=always,
+    files=_neck,
+    run=functools.partial(_run, freeze=True),
+)
+
+TASK = Task(
+    name="segment-finetune",
+    what="segmentation, fine-tuned",
+    group=IN_MEMORY,
+    headline="miou",
+    unit="masks",
+    settings=("segment",),
+    budgets=lambda config: config.mask_counts,
+    default=always,
+    files=_neck,
+    run=functools.partial(_run, freeze=False),
+)

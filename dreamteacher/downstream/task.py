@@ -1,0 +1,189 @@
+"""What a task of `evaluate` is: a `Task` at the end of a file, and its line in `dreamteacher.downstream.tasks`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor
+
+from dreamteacher.downstream.features import ClassificationData, extract_features
+from dreamteacher.downstream.loop import Saved
+from dreamteacher.downstream.tasks import TASKS, Metric
+from dreamteacher.models.student import Student
+from dreamteacher.runtime.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:  # an added task is imported by the module of the config: see `added_settings` there
+    from dreamteacher.downstream.config import EvaluateConfig
+
+# How many labels, masks or images a training is drawn from; None: all there are.
+Budgets: TypeAlias = Sequence[int | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Data that several tasks share: they are checked and read once for all of them.
+
+    Args:
+        name: of the group.
+        needs: what is said where the data are missing: the problem, and what to give.
+        places: the settings of `EvaluateConfig` that say where the data are.
+        settings: those that decide how they are read.
+        given: config -> whether the places were named.
+        check: (config, budgets of the tasks that draw) -> None; a UserError for what paths and headers show. It reads
+            no image.
+        load: (config, budgets of the tasks that draw) -> the data; a UserError where they are too few.
+    """
+
+    name: str
+    needs: tuple[str, str]
+    places: tuple[str, ...]
+    settings: tuple[str, ...] = ()
+    given: Callable[[EvaluateConfig], bool]
+    check: Callable[[EvaluateConfig, Budgets], None]
+    load: Callable[[EvaluateConfig, Budgets], Any]
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _never(_config: EvaluateConfig) -> bool:
+    return False
+
+
+def _none(_config: EvaluateConfig) -> tuple[Any, ...]:
+    return ()
+
+
+def always(_config: EvaluateConfig) -> bool:
+    """For `Task.default`."""
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One way to measure a backbone.
+
+    Args:
+        name: on the command line, in rows and tables.
+        what: in words, for reports.
+        group: the data that it needs.
+        headline: the metric that stands for it in tables.
+        unit: what a budget counts: labels per class, masks, images; "" where nothing is drawn.
+        whole: what a row says that has no budget.
+        config: class of its settings, a frozen dataclass whose fields have defaults: --NAME.setting; none: it has none
+            of its own.
+        settings: fields of `EvaluateConfig` that decide its numbers, beside its own.
+        budgets: config -> the numbers of labels, masks or images that it runs with; none: once, with all.
+        default: config -> whether it runs where no task is named and its data are given.
+        long: it trains for long: a checkpoint of it is kept.
+        seeded: seeds change its numbers for one and the same backbone.
+        files: config -> files beside the backbone's weights that decide its numbers.
+        check: config -> None; a UserError for settings that do not fit. It reads no weight and no image.
+        fits: (backbone, config) -> None; a UserError where the backbone does not fit. It reads no image.
+        run: (bench, budget, seed) -> (metric, value) pairs; it leaves the backbone as it is.
+    """
+
+    name: str
+    what: str
+    group: Group
+    headline: str
+    unit: str = ""
+    whole: str = "all labels"
+    config: type | None = None
+    settings: tuple[str, ...] = ()
+    budgets: Callable[[EvaluateConfig], tuple[int, ...]] = _none
+    default: Callable[[EvaluateConfig], bool] = _never
+    long: bool = False
+    seeded: bool = True
+    files: Callable[[EvaluateConfig], Sequence[Path]] = _none
+    check: Callable[[EvaluateConfig], None] = _nothing
+    fits: Callable[[Student, EvaluateConfig], None] = _nothing
+    run: Callable[[Bench, int | None, int], Iterator[Metric]]
+
+    @property
+    def field(self) -> str:
+        """The field of `EvaluateConfig` with its own settings."""
+        return self.name.replace("-", "_")
+
+    def all_budgets(self, config: EvaluateConfig) -> Budgets:
+        """Labels per class, masks or images that it runs with; None: all there are."""
+        return self.budgets(config) or (None,)
+
+    def amount(self, budget: int | None) -> str:
+        """A budget in words."""
+        return self.whole if budget is None else f"{budget} {self.unit}"
+
+
+@dataclass
+class Bench:
+    """One backbone with the data; its frozen features are extracted when first asked for.
+
+    Args:
+        student: the backbone.
+        config: the evaluation.
+        loaded: name of a group -> its data.
+        run: the run folder that the backbone is from.
+    """
+
+    student: Student
+    config: EvaluateConfig
+    loaded: Mapping[str, Any]
+    run: Path | None = None
+    task: Task | None = None  # the present one
+    saved: Saved | None = None  # where its training is kept
+    _extracted: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def data(self) -> Any:
+        """The data of the present task's group, or a UserError."""
+        assert self.task is not None
+        group = self.task.group
+        if self.loaded.get(group.name) is None:
+            raise UserError(*group.needs)
+        return self.loaded[group.name]
+
+    @property
+    def settings(self) -> Any:
+        """The present task's own settings."""
+        assert self.task is not None
+        return getattr(self.config, self.task.field)
+
+    def run_folder(self) -> Path:
+        """The run that the backbone is from, or a UserError."""
+        if self.run is None:
+            raise UserError("--neck and the task distilled need a run.", "Give its folder as --init.")
+        return self.run
+
+    def features(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Training features and labels, test features and labels, of images with classes."""
+        data: ClassificationData = self.data
+        size, precision = self.config.batch_size, self.config.precision
+        if self._extracted is None:
+            train = extract_features(self.student, data.train, batch_size=size, precision=precision)
+            test = extract_features(self.student, data.test, batch_size=size, precision=precision)
+            self._extracted = train, test
+        return self._extracted[0], data.train_labels, self._extracted[1], data.test_labels
+
+
+def find_task(name: str) -> Task:
+    """The task of this name, from its module.
+
+    Raises:
+        UserError: there is none.
+
+    Example:
+        >>> find_task("knn").headline
+        'accuracy'
+    """
+    if name not in TASKS:
+        raise UserError(
+            f"There is no task '{name}'.{did_you_mean(name, TASKS)}", f"Tasks: {', '.join(TASKS)}."
+        )
+    module, _, attribute = TASKS[name].partition(":")
+    task: Task = getattr(importlib.import_module(module), attribute)
+    return task
