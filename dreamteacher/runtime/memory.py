@@ -14,7 +14,7 @@ import torch
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import parse_json
 from dreamteacher.runtime.distributed.world import World
-from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.errors import UserError, first_line
 
 PARTS = "parts.json"  # in a run folder
 # cuBLAS, cuDNN and Triton say it in errors that are no torch.OutOfMemoryError.
@@ -35,7 +35,7 @@ def ran_out(error: RuntimeError) -> bool:
 
 def reason(error: RuntimeError) -> str:
     """What such an error says, in a few words."""
-    return next(iter(str(error).splitlines()), type(error).__name__)[:80]
+    return first_line(error, 80)
 
 
 @contextlib.contextmanager

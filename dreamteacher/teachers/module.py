@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from dreamteacher.runtime.distributed.world import world_of
-from dreamteacher.runtime.errors import UserError, did_you_mean, shorten
+from dreamteacher.runtime.errors import UserError, did_you_mean, first_line, shorten
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import STRIDES, Teacher
 
@@ -257,8 +257,9 @@ def _traced(module: nn.Module, places: Mapping[int, str], name: str, *, whole: b
     try:
         _, nodes = get_graph_node_names(named, suppress_diff_warning=True)
     except Exception as error:  # torch.fx runs the module's own code, which may raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"'{name}' cannot be traced by torch.fx: {reason[:120]}", _AS_FUNCTION) from error
+        raise UserError(
+            f"'{name}' cannot be traced by torch.fx: {first_line(error)}", _AS_FUNCTION
+        ) from error
     parts = [n.split(".")[1:] for n in nodes if n.startswith("module.")]
     known = dict.fromkeys(".".join(p[:i]) for p in parts for i in range(1, len(p) + 1))
     for place in places.values():
@@ -365,7 +366,7 @@ def _failed(file: str, path: Path, error: Exception) -> UserError:
     if isinstance(error, SyntaxError) and error.filename == str(path):
         lines.append(error.lineno)
     place = f" in line {lines[-1]}" if lines else ""
-    words = str(error).splitlines()[0][:120] if str(error) else ""
+    words = first_line(error) if str(error) else ""
     return UserError(
         f"'{file}' stopped{place} with {type(error).__name__}{f': {words}' if words else ''}.",
         "Mend the file; with DREAMTEACHER_TRACEBACK=1 the whole trace is shown.",
