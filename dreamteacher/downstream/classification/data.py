@@ -62,10 +62,6 @@ def _load(config: EvaluateConfig, _budgets: Budgets) -> ClassificationData:
 
 
 CLASSIFICATION = Group(
-    name="classification",
-    needs=_NEEDS,
-    places=("train", "test"),
-    given=_given,
-    check=_check,
-    load=_load,
-)
+    name="classification", needs=_NEEDS, headline="accuracy", places=("train", "test"),
+    given=_given, check=_check, load=_load,
+)  # fmt: skip

@@ -357,18 +357,8 @@ def finetune_full(
 
 
 def _run(bench: Bench, _budget: int | None, seed: int) -> Iterator[Metric]:
-    config = bench.config
-    return finetune_full(
-        bench.student,
-        bench.data,
-        config.finetune_full,
-        size=config.size,
-        seed=seed,
-        precision=config.precision,
-        batch_size=config.batch_size,
-        workers=config.workers,
-        saved=bench.saved,
-    )
+    how = {"batch_size": bench.config.batch_size, **bench.training()}
+    return finetune_full(bench.student, bench.data, bench.settings, size=bench.config.size, seed=seed, **how)
 
 
 def _check(config: EvaluateConfig) -> None:
@@ -383,13 +373,6 @@ def _fits(student: Student, config: EvaluateConfig) -> None:
 
 
 TASK = Task(
-    name="finetune-full",
-    what="fine-tuning, published recipe",
-    group=CLASSIFICATION,
-    headline="accuracy",
-    config=FinetuneFullConfig,
-    long=True,
-    check=_check,
-    fits=_fits,
-    run=_run,
-)
+    name="finetune-full", what="fine-tuning, published recipe", group=CLASSIFICATION, config=FinetuneFullConfig,
+    long=True, check=_check, fits=_fits, run=_run,
+)  # fmt: skip

@@ -44,12 +44,6 @@ def _run(bench: Bench, _budget: int | None, _seed: int) -> Iterator[Metric]:
 
 
 TASK = Task(
-    name="knn",
-    what="nearest neighbours",
-    group=CLASSIFICATION,
-    headline="accuracy",
-    settings=("knn_k",),
-    default=always,
-    seeded=False,
-    run=_run,
-)
+    name="knn", what="nearest neighbours", group=CLASSIFICATION, settings=("knn_k",), default=always,
+    seeded=False, run=_run,
+)  # fmt: skip

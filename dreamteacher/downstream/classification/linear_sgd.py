@@ -189,26 +189,12 @@ def _run(bench: Bench, _budget: int | None, seed: int) -> Iterator[Metric]:
     config = bench.config
     train_x, _, test_x, _ = bench.features()
     return linear_sgd(
-        bench.student,
-        bench.data,
-        config.linear_sgd,
-        train_x=train_x,
-        test_x=test_x,
-        size=config.size,
-        seed=seed,
-        precision=config.precision,
-        batch_size=config.batch_size,
-        workers=config.workers,
-        saved=bench.saved,
-    )
+        bench.student, bench.data, bench.settings, train_x=train_x, test_x=test_x, size=config.size, seed=seed,
+        batch_size=config.batch_size, **bench.training(),
+    )  # fmt: skip
 
 
 TASK = Task(
-    name="linear-sgd",
-    what="linear probe, LARS",
-    group=CLASSIFICATION,
-    headline="accuracy",
-    config=LinearSgdConfig,
-    long=True,
+    name="linear-sgd", what="linear probe, LARS", group=CLASSIFICATION, config=LinearSgdConfig, long=True,
     run=_run,
-)
+)  # fmt: skip

@@ -80,17 +80,7 @@ def readout(
 
 
 def _run(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
-    config = bench.config
-    return readout(
-        bench.student,
-        bench.data,
-        config.readout,
-        masks=masks,
-        seed=seed,
-        precision=config.precision,
-        workers=config.workers,
-        saved=bench.saved,
-    )
+    return readout(bench.student, bench.data, bench.settings, masks=masks, seed=seed, **bench.training())
 
 
 def _fits(student: Student, config: EvaluateConfig) -> None:
@@ -98,14 +88,6 @@ def _fits(student: Student, config: EvaluateConfig) -> None:
 
 
 TASK = Task(
-    name="readout",
-    what="read-out, frozen backbone",
-    group=STREAMED,
-    headline="miou",
-    unit="masks",
-    config=ReadoutConfig,
-    budgets=lambda config: config.readout.mask_counts,
-    long=True,
-    fits=_fits,
-    run=_run,
-)
+    name="readout", what="read-out, frozen backbone", group=STREAMED, unit="masks", config=ReadoutConfig,
+    budgets=lambda config: config.readout.mask_counts, long=True, fits=_fits, run=_run,
+)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -70,46 +71,26 @@ def segment(
 def _run(bench: Bench, masks: int | None, seed: int, *, freeze: bool) -> Iterator[Metric]:
     config = bench.config
     assert masks is not None
+    neck = neck_weights(bench.run_folder()) if config.neck else None
     return segment(
-        bench.student,
-        bench.data,
-        config.segment,
-        masks=masks,
-        freeze=freeze,
-        seed=seed,
-        ignore_index=config.ignore_index,
-        precision=config.precision,
-        batch_size=config.batch_size,
-        neck=neck_weights(bench.run_folder()) if config.neck else None,
-    )
+        bench.student, bench.data, config.segment, masks=masks, freeze=freeze, seed=seed,
+        ignore_index=config.ignore_index, neck=neck, **bench.passes(),
+    )  # fmt: skip
 
 
 def _neck(config: EvaluateConfig) -> tuple[Path, ...]:
     return (Path(config.init).expanduser() / REGRESSOR,) if config.neck else ()
 
 
-FROZEN = Task(
+TASK = Task(
+    name="segment-finetune", what="segmentation, fine-tuned", group=IN_MEMORY, unit="masks",
+    settings=("segment",), budgets=lambda config: config.mask_counts, default=always, files=_neck,
+    run=functools.partial(_run, freeze=False),
+)  # fmt: skip
+
+FROZEN = dataclasses.replace(
+    TASK,
     name="segment-frozen",
     what="segmentation, frozen backbone",
-    group=IN_MEMORY,
-    headline="miou",
-    unit="masks",
-    settings=("segment",),
-    budgets=lambda config: config.mask_counts,
-    default=always,
-    files=_neck,
     run=functools.partial(_run, freeze=True),
-)
-
-TASK = Task(
-    name="segment-finetune",
-    what="segmentation, fine-tuned",
-    group=IN_MEMORY,
-    headline="miou",
-    unit="masks",
-    settings=("segment",),
-    budgets=lambda config: config.mask_counts,
-    default=always,
-    files=_neck,
-    run=functools.partial(_run, freeze=False),
 )

@@ -290,27 +290,10 @@ def semantic(
 
 
 def _run(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
-    config = bench.config
-    return semantic(
-        bench.student,
-        bench.data,
-        config.semantic,
-        masks=masks,
-        seed=seed,
-        precision=config.precision,
-        workers=config.workers,
-        saved=bench.saved,
-    )
+    return semantic(bench.student, bench.data, bench.settings, masks=masks, seed=seed, **bench.training())
 
 
 TASK = Task(
-    name="semantic",
-    what="segmentation, full size",
-    group=STREAMED,
-    headline="miou",
-    unit="masks",
-    config=SemanticConfig,
-    budgets=lambda config: config.semantic.mask_counts,
-    long=True,
-    run=_run,
-)
+    name="semantic", what="segmentation, full size", group=STREAMED, unit="masks", config=SemanticConfig,
+    budgets=lambda config: config.semantic.mask_counts, long=True, run=_run,
+)  # fmt: skip
