@@ -78,6 +78,13 @@ def _run(bench: Bench, _budget: int | None, _seed: int) -> Iterator[Metric]:
 
 
 TASK = Task(
-    name="distilled-classes", what="classification, as distilled", group=CLASSIFICATION, whole="as pretrained",
-    default=_of_images, seeded=False, files=run_files, fits=check_run, run=_run,
-)  # fmt: skip
+    name="distilled-classes",
+    what="classification, as distilled",
+    group=CLASSIFICATION,
+    whole="as pretrained",
+    default=_of_images,
+    seeded=False,
+    files=run_files,
+    fits=check_run,
+    run=_run,
+)

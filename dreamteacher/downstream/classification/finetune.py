@@ -276,6 +276,12 @@ def _run(bench: Bench, labels: int | None, seed: int) -> Iterator[Metric]:
 
 
 TASK = Task(
-    name="finetune", what="fine-tuning", group=CLASSIFICATION, unit="labels per class", config=FinetuneConfig,
-    budgets=lambda config: config.labels, default=always, run=_run,
-)  # fmt: skip
+    name="finetune",
+    what="fine-tuning",
+    group=CLASSIFICATION,
+    unit="labels per class",
+    config=FinetuneConfig,
+    budgets=lambda config: config.labels,
+    default=always,
+    run=_run,
+)

@@ -373,6 +373,12 @@ def _fits(student: Student, config: EvaluateConfig) -> None:
 
 
 TASK = Task(
-    name="finetune-full", what="fine-tuning, published recipe", group=CLASSIFICATION, config=FinetuneFullConfig,
-    long=True, check=_check, fits=_fits, run=_run,
-)  # fmt: skip
+    name="finetune-full",
+    what="fine-tuning, published recipe",
+    group=CLASSIFICATION,
+    config=FinetuneFullConfig,
+    long=True,
+    check=_check,
+    fits=_fits,
+    run=_run,
+)

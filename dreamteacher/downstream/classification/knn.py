@@ -44,6 +44,11 @@ def _run(bench: Bench, _budget: int | None, _seed: int) -> Iterator[Metric]:
 
 
 TASK = Task(
-    name="knn", what="nearest neighbours", group=CLASSIFICATION, settings=("knn_k",), default=always,
-    seeded=False, run=_run,
-)  # fmt: skip
+    name="knn",
+    what="nearest neighbours",
+    group=CLASSIFICATION,
+    settings=("knn_k",),
+    default=always,
+    seeded=False,
+    run=_run,
+)

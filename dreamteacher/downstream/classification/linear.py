@@ -162,6 +162,11 @@ def _run(bench: Bench, labels: int | None, seed: int) -> Iterator[Metric]:
 
 
 TASK = Task(
-    name="linear", what="linear probe", group=CLASSIFICATION, unit="labels per class",
-    budgets=lambda config: config.labels, default=always, run=_run,
-)  # fmt: skip
+    name="linear",
+    what="linear probe",
+    group=CLASSIFICATION,
+    unit="labels per class",
+    budgets=lambda config: config.labels,
+    default=always,
+    run=_run,
+)

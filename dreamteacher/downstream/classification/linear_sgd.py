@@ -189,12 +189,23 @@ def _run(bench: Bench, _budget: int | None, seed: int) -> Iterator[Metric]:
     config = bench.config
     train_x, _, test_x, _ = bench.features()
     return linear_sgd(
-        bench.student, bench.data, bench.settings, train_x=train_x, test_x=test_x, size=config.size, seed=seed,
-        batch_size=config.batch_size, **bench.training(),
-    )  # fmt: skip
+        bench.student,
+        bench.data,
+        bench.settings,
+        train_x=train_x,
+        test_x=test_x,
+        size=config.size,
+        seed=seed,
+        batch_size=config.batch_size,
+        **bench.training(),
+    )
 
 
 TASK = Task(
-    name="linear-sgd", what="linear probe, LARS", group=CLASSIFICATION, config=LinearSgdConfig, long=True,
+    name="linear-sgd",
+    what="linear probe, LARS",
+    group=CLASSIFICATION,
+    config=LinearSgdConfig,
+    long=True,
     run=_run,
-)  # fmt: skip
+)

@@ -282,22 +282,39 @@ def _check(config: EvaluateConfig) -> None:
 def _run(bench: Bench, images: int | None, seed: int, *, cascade: bool) -> Iterator[Metric]:
     config, saved = bench.config, bench.saved
     return detect(
-        bench.student, bench.data, config.detect, images=images, cascade=cascade, seed=seed,
-        precision=config.precision, saved=saved,
-    )  # fmt: skip
+        bench.student,
+        bench.data,
+        config.detect,
+        images=images,
+        cascade=cascade,
+        seed=seed,
+        precision=config.precision,
+        saved=saved,
+    )
 
 
 INSTANCES = Group(
-    name="detection", needs=_NEEDS, headline="mask_ap",
+    name="detection",
+    needs=_NEEDS,
+    headline="mask_ap",
     places=("images", "instances", "test_images", "test_instances"),
-    given=_given, check=_check_places, load=_load,
-)  # fmt: skip
+    given=_given,
+    check=_check_places,
+    load=_load,
+)
 
 TASK = Task(
-    name="detect", what="Mask R-CNN", group=INSTANCES, unit="images", config=DetectConfig,
-    budgets=lambda config: config.detect.image_counts, default=always, long=True, check=_check,
+    name="detect",
+    what="Mask R-CNN",
+    group=INSTANCES,
+    unit="images",
+    config=DetectConfig,
+    budgets=lambda config: config.detect.image_counts,
+    default=always,
+    long=True,
+    check=_check,
     run=functools.partial(_run, cascade=False),
-)  # fmt: skip
+)
 
 CASCADE = dataclasses.replace(
     TASK,

@@ -439,12 +439,23 @@ def _run(bench: Bench, images: int | None, seed: int) -> Iterator[Metric]:
 
 
 SEGMENTS = Group(
-    name="panoptic", needs=_NEEDS, headline="pq",
+    name="panoptic",
+    needs=_NEEDS,
+    headline="pq",
     places=("images", "masks", "test_images", "test_masks", "segments", "test_segments"),
-    given=_given, check=_check_places, load=_load,
-)  # fmt: skip
+    given=_given,
+    check=_check_places,
+    load=_load,
+)
 
 TASK = Task(
-    name="panoptic", what="panoptic segmentation", group=SEGMENTS, unit="images", config=PanopticConfig,
-    budgets=lambda config: config.panoptic.detect.image_counts, long=True, check=_check, run=_run,
-)  # fmt: skip
+    name="panoptic",
+    what="panoptic segmentation",
+    group=SEGMENTS,
+    unit="images",
+    config=PanopticConfig,
+    budgets=lambda config: config.panoptic.detect.image_counts,
+    long=True,
+    check=_check,
+    run=_run,
+)

@@ -76,6 +76,13 @@ def _run(bench: Bench, _budget: int | None, _seed: int) -> Iterator[Metric]:
 
 
 TASK = Task(
-    name="distilled", what="segmentation, as distilled", group=IN_MEMORY, whole="as pretrained",
-    default=_of_pixels, seeded=False, files=run_files, fits=check_run, run=_run,
-)  # fmt: skip
+    name="distilled",
+    what="segmentation, as distilled",
+    group=IN_MEMORY,
+    whole="as pretrained",
+    default=_of_pixels,
+    seeded=False,
+    files=run_files,
+    fits=check_run,
+    run=_run,
+)

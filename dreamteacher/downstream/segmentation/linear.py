@@ -102,6 +102,11 @@ def _run(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
 
 
 TASK = Task(
-    name="segment-linear", what="segmentation, linear per pixel", group=IN_MEMORY, unit="masks",
-    budgets=lambda config: config.mask_counts, default=always, run=_run,
-)  # fmt: skip
+    name="segment-linear",
+    what="segmentation, linear per pixel",
+    group=IN_MEMORY,
+    unit="masks",
+    budgets=lambda config: config.mask_counts,
+    default=always,
+    run=_run,
+)

@@ -88,6 +88,13 @@ def _fits(student: Student, config: EvaluateConfig) -> None:
 
 
 TASK = Task(
-    name="readout", what="read-out, frozen backbone", group=STREAMED, unit="masks", config=ReadoutConfig,
-    budgets=lambda config: config.readout.mask_counts, long=True, fits=_fits, run=_run,
-)  # fmt: skip
+    name="readout",
+    what="read-out, frozen backbone",
+    group=STREAMED,
+    unit="masks",
+    config=ReadoutConfig,
+    budgets=lambda config: config.readout.mask_counts,
+    long=True,
+    fits=_fits,
+    run=_run,
+)

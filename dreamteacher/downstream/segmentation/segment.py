@@ -73,9 +73,16 @@ def _run(bench: Bench, masks: int | None, seed: int, *, freeze: bool) -> Iterato
     assert masks is not None
     neck = neck_weights(bench.run_folder()) if config.neck else None
     return segment(
-        bench.student, bench.data, config.segment, masks=masks, freeze=freeze, seed=seed,
-        ignore_index=config.ignore_index, neck=neck, **bench.passes(),
-    )  # fmt: skip
+        bench.student,
+        bench.data,
+        config.segment,
+        masks=masks,
+        freeze=freeze,
+        seed=seed,
+        ignore_index=config.ignore_index,
+        neck=neck,
+        **bench.passes(),
+    )
 
 
 def _neck(config: EvaluateConfig) -> tuple[Path, ...]:
@@ -83,10 +90,16 @@ def _neck(config: EvaluateConfig) -> tuple[Path, ...]:
 
 
 TASK = Task(
-    name="segment-finetune", what="segmentation, fine-tuned", group=IN_MEMORY, unit="masks",
-    settings=("segment",), budgets=lambda config: config.mask_counts, default=always, files=_neck,
+    name="segment-finetune",
+    what="segmentation, fine-tuned",
+    group=IN_MEMORY,
+    unit="masks",
+    settings=("segment",),
+    budgets=lambda config: config.mask_counts,
+    default=always,
+    files=_neck,
     run=functools.partial(_run, freeze=False),
-)  # fmt: skip
+)
 
 FROZEN = dataclasses.replace(
     TASK,

@@ -294,6 +294,12 @@ def _run(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
 
 
 TASK = Task(
-    name="semantic", what="segmentation, full size", group=STREAMED, unit="masks", config=SemanticConfig,
-    budgets=lambda config: config.semantic.mask_counts, long=True, run=_run,
-)  # fmt: skip
+    name="semantic",
+    what="segmentation, full size",
+    group=STREAMED,
+    unit="masks",
+    config=SemanticConfig,
+    budgets=lambda config: config.semantic.mask_counts,
+    long=True,
+    run=_run,
+)
