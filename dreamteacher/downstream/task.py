@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import Tensor
 
 from dreamteacher.downstream.features import ClassificationData, extract_features
-from dreamteacher.downstream.loop import Saved
+from dreamteacher.downstream.loop import LongRun, Saved
 from dreamteacher.downstream.tasks import TASKS, Metric
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.errors import UserError, did_you_mean
@@ -162,10 +162,10 @@ class Bench:
         """How the test images go through a network: arguments of every task that has them in memory."""
         return {"precision": self.config.precision, "batch_size": self.config.batch_size}
 
-    def training(self) -> dict[str, Any]:
-        """How a long training runs, and where it is kept: arguments of every task that is long."""
+    def long_run(self, seed: int) -> LongRun:
+        """How a long training runs, and where it is kept."""
         config = self.config
-        return {"precision": config.precision, "workers": config.workers, "saved": self.saved}
+        return LongRun(seed=seed, precision=config.precision, workers=config.workers, saved=self.saved)
 
     def run_folder(self) -> Path:
         """The run that the backbone is from, or a UserError."""

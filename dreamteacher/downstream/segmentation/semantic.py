@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dreamteacher.data.masks.reader import MaskedImages
 from dreamteacher.downstream.classification.finetune import train
 from dreamteacher.downstream.features import device_of, frozen, to_input
-from dreamteacher.downstream.loop import Saved
+from dreamteacher.downstream.loop import UNKEPT, LongRun
 from dreamteacher.downstream.segmentation.config import SemanticConfig
 from dreamteacher.downstream.segmentation.crops import FILL, SemanticData, crops, drawn_files, whole_images
 from dreamteacher.downstream.segmentation.data import STREAMED
@@ -88,10 +88,7 @@ def train_dense(
     make_head: Callable[[], nn.Module],
     *,
     freeze: bool,
-    seed: int,
-    precision: Precision = "auto",
-    workers: int = 0,
-    saved: Saved | None = None,
+    run: LongRun = UNKEPT,
 ) -> DenseModel:
     """A head trained on crops with a copy of the backbone, frozen or fine-tuned; in evaluation mode.
 
@@ -101,14 +98,11 @@ def train_dense(
         config: see `SemanticConfig`.
         make_head: makes the head, within the seed's random numbers.
         freeze: train the head alone: the backbone stays in evaluation mode.
-        seed: of the heads, the crops, dropout.
-        precision: of the matrix products.
-        workers: processes that decode; changes no number.
-        saved: where the training is kept; None: it is not.
+        run: see `LongRun`.
     """
     device = device_of(student)
     ignored = files.ignore_index
-    with seeded(seed, device):
+    with seeded(run.seed, device):
         head = make_head()
         second = None
         if config.auxiliary and not freeze:
@@ -120,9 +114,9 @@ def train_dense(
             config.crops,
             steps=config.steps,
             batch_size=config.batch_size,
-            seed=seed,
-            workers=workers,
-            first=saved.step if saved else 0,
+            seed=run.seed,
+            workers=run.workers,
+            first=run.saved.step if run.saved else 0,
         )
 
         def maps_of(images: Tensor) -> list[Tensor]:
@@ -134,7 +128,7 @@ def train_dense(
         def loss_at(step: int) -> Tensor:
             images, masks = next(batches)
             target = masks.to(device)
-            with autocast(device, precision):
+            with autocast(device, run.precision):
                 maps = maps_of(to_input(images, device))
                 logits = head(maps, config.crops.size)
                 extra = None if second is None else second(maps, config.crops.size)
@@ -152,7 +146,7 @@ def train_dense(
             warmup=config.warmup,
             optimizer=config.optimizer,
             power=config.power,
-            saved=saved,
+            saved=run.saved,
             title="training",
         )
         next(batches, None)  # lets it say what was damaged
@@ -256,10 +250,7 @@ def semantic(
     config: SemanticConfig,
     *,
     masks: int | None = None,
-    seed: int = 0,
-    precision: Precision = "auto",
-    workers: int = 0,
-    saved: Saved | None = None,
+    run: LongRun = UNKEPT,
 ) -> Iterator[Metric]:
     """Metrics of `score_files` after fine-tuning a UPerNet on streamed crops.
 
@@ -267,13 +258,10 @@ def semantic(
         student: left as it is.
         data: see `SemanticData`.
         config: see `SemanticConfig`.
-        masks: labelled images to train on, drawn by the seed; None: all.
-        seed: of the draw and of the training.
-        precision: of the matrix products.
-        workers: processes that decode; changes no number.
-        saved: where the training is kept; None: it is not.
+        masks: labelled images to train on, drawn by the run's seed; None: all.
+        run: see `LongRun`.
     """
-    files = drawn_files(data.train, masks, seed)
+    files = drawn_files(data.train, masks, run.seed)
     norm, width, dropout = config.norm, config.width, config.dropout
     model = train_dense(
         student,
@@ -281,16 +269,13 @@ def semantic(
         config,
         lambda: SegmentationHead(student.specs, len(files.classes), width, dropout, norm=norm),
         freeze=False,
-        seed=seed,
-        precision=precision,
-        workers=workers,
-        saved=saved,
+        run=run,
     )
-    yield from score_files(model, data.test, config, precision=precision, workers=workers)
+    yield from score_files(model, data.test, config, precision=run.precision, workers=run.workers)
 
 
 def _run(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
-    return semantic(bench.student, bench.data, bench.settings, masks=masks, seed=seed, **bench.training())
+    return semantic(bench.student, bench.data, bench.settings, masks=masks, run=bench.long_run(seed))
 
 
 TASK = Task(
