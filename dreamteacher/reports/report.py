@@ -42,7 +42,7 @@ def report_after(run: Path) -> Path | None:
     try:
         path = write_report(run, own_code=True)  # what it names was named just now
     except UserError as error:
-        print(f"No report: {first_line(error, 300)}")
+        print(f"No report: {first_line(error, 300)}.")
         return None
     print(f"Report: {path}")
     return path
