@@ -352,7 +352,8 @@ def test_no_code_asks_the_clock_of_the_wall() -> None:
     words = {"time.time", "datetime.now", "datetime.datetime.now", "datetime.today", "os.path.getmtime"}
     for path in Path(dreamteacher.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            assert not (isinstance(node, ast.Attribute) and ast.unparse(node) in words), path
+            asks = isinstance(node, ast.Attribute) and ast.unparse(node) in words
+            assert not asks or path.name == "loggers.py", path  # a service wants the time of each number
             stamp = isinstance(node, ast.Attribute) and node.attr.startswith("st_mtime")
             # There a time only says whether a file is the same, and is never compared with another time.
             assert not stamp or path.name == "results.py", path

@@ -370,7 +370,7 @@ def test_classes_are_distilled_too(image_folder: Path, tiny_teacher: Path, tmp_p
         config = EvaluateConfig(
             init=str(out), train=image_folder, test=image_folder, size=(64, 64), labels=(2,)
         )
-        assert check_config(config) == ("knn", "linear", "finetune", "distilled-classes")
+        assert check_config(config) == ("linear", "finetune", "knn", "distilled-classes")
 
 
 # --- datasets that a model labels ------------------------------------------------------------------------

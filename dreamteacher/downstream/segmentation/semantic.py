@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from dreamteacher.data.masks.reader import MaskedImages
+from dreamteacher.data.split import Split
 from dreamteacher.downstream.classification.finetune import train
 from dreamteacher.downstream.features import device_of, frozen, to_input
 from dreamteacher.downstream.loop import Saved
 from dreamteacher.downstream.segmentation.config import SemanticConfig
-from dreamteacher.downstream.segmentation.crops import FILL, SemanticData, crops, drawn_files, whole_images
+from dreamteacher.downstream.segmentation.crops import FILL, crops, drawn_files, whole_images
 from dreamteacher.downstream.segmentation.data import STREAMED
 from dreamteacher.downstream.segmentation.few_masks import SegmentationHead, pixel_loss
 from dreamteacher.downstream.task import Bench, Task
@@ -252,7 +253,7 @@ def score_files(
 
 def semantic(
     student: Student,
-    data: SemanticData,
+    data: Split[MaskedImages],
     config: SemanticConfig,
     *,
     masks: int | None = None,
@@ -265,7 +266,7 @@ def semantic(
 
     Args:
         student: left as it is.
-        data: see `SemanticData`.
+        data: images with masks that stay on the disk; those to train on are drawn from its pool.
         config: see `SemanticConfig`.
         masks: labelled images to train on, drawn by the seed; None: all.
         seed: of the draw and of the training.
@@ -273,7 +274,7 @@ def semantic(
         workers: processes that decode; changes no number.
         saved: where the training is kept; None: it is not.
     """
-    files = drawn_files(data.train, masks, seed)
+    files = drawn_files(data.pool, masks, seed)
     norm, width, dropout = config.norm, config.width, config.dropout
     model = train_dense(
         student,
