@@ -184,6 +184,7 @@ def test_importing_the_package_imports_no_torch() -> None:
 IMPORT_NAMES = {
     "pillow": "PIL",
     "huggingface-hub": "huggingface_hub",
+    "mlflow-skinny": "mlflow",
     "faster-coco-eval": "faster_coco_eval",
 }
 

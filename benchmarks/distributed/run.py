@@ -37,16 +37,16 @@ import torch
 from dreamteacher import __version__
 from dreamteacher.data import batches as data_batches
 from dreamteacher.distill import dataset
-from dreamteacher.distill.pretrain import PretrainConfig, Training
+from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.distributed.group import all_gather_text, broadcast, join
 from dreamteacher.runtime.distributed.world import ALONE, World
-from dreamteacher.runtime.run_folder import Progress
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.registry import load_teacher
 
+Stepper = runpy.run_path(str(Path(__file__).parent.parent / "stepper.py"))["Stepper"]
 BUSY = os.getloadavg()[0]  # of other processes: these have just begun
 BENCHMARKS = Path(__file__).parent.parent
 # Real files of random pixels, decoded as a user's are.
@@ -126,19 +126,18 @@ def stepper(
     device = next(teacher.parameters()).device
     student = create_student(args.student).to(device)
     regressor = FeatureRegressor(student.specs, teacher.specs, width=args.width).to(device)
-    training = Training(config, student, regressor, steps=10**6, world=who)
+    training = Stepper(config, student, regressor, steps=10**6, world=who)
     images = noise_images(teacher.size, 2 * config.batch_size)
     batches = data_batches.batches(
         images, batch_size=config.batch_size, seed=0, first_step=0, last_step=10**6, flip=True, world=who
     )
     stream = dataset.encoded(teacher, batches, seed=0, device=device, precision="auto", world=who)
-    progress = Progress(10**6, 0, config.batch_size, "benchmark")
     index = iter(range(10**6))
 
     def act() -> None:
-        training.step(next(index), stream, progress)
+        training.step(next(index), stream)
 
-    return act, sum(p.numel() for p in training.trained.parameters() if p.requires_grad)
+    return act, sum(p.numel() for p in training.network.parameters() if p.requires_grad)
 
 
 def exchanger(together: Callable[[], None], trained: int, device: torch.device) -> Callable[[], None]:

@@ -39,7 +39,7 @@ from safetensors.torch import load_file
 from dreamteacher import __version__
 from dreamteacher.distill import config, pretrain
 from dreamteacher.distill import config as distill_config
-from dreamteacher.distill import step as distill_step
+from dreamteacher.distill.dataset import PartStream
 from dreamteacher.distill.store import make
 from dreamteacher.distill.store import writer as store_writer
 from dreamteacher.runtime import checkpoint
@@ -226,7 +226,7 @@ def life(verb: Verb, out: Path, board: Board) -> int:
 
 def observe(board: Board) -> None:
     """Makes the steps and saves of this process known on the board."""
-    write_one, step_one = checkpoint.atomic_write, distill_step.Training.step
+    write_one, step_one = checkpoint.atomic_write, PartStream.of
     teach_one, shard_one = diffusion.DiffusionObjective.step, store_writer.Writer._write_shard
 
     def atomic_write(path: Path, write: Any) -> None:
@@ -245,7 +245,7 @@ def observe(board: Board) -> None:
         board.begin(index)
         shard_one(self, index, *rest)
 
-    checkpoint.atomic_write, distill_step.Training.step = atomic_write, step  # type: ignore[method-assign]
+    checkpoint.atomic_write, PartStream.of = atomic_write, step  # type: ignore[method-assign]
     diffusion.DiffusionObjective.step = teach  # type: ignore[method-assign]
     store_writer.Writer._write_shard = shard  # type: ignore[method-assign]
 

@@ -22,6 +22,7 @@ import csv
 import itertools
 import os
 import platform
+import runpy
 import statistics
 import sys
 import tempfile
@@ -37,20 +38,19 @@ from torchvision.transforms.v2.functional import to_pil_image
 from dreamteacher import __version__
 from dreamteacher.data import image_set
 from dreamteacher.distill import dataset
-from dreamteacher.distill.config import MakeFeaturesConfig
+from dreamteacher.distill.config import MakeFeaturesConfig, PretrainConfig
 from dreamteacher.distill.dataset import FeatureBatch
-from dreamteacher.distill.pretrain import PretrainConfig, Training
 from dreamteacher.distill.store.items import layout
 from dreamteacher.distill.store.make import make_features
 from dreamteacher.distill.store.reader import FeatureStore
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
-from dreamteacher.runtime.run_folder import Progress
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.registry import load_teacher
 
+Stepper = runpy.run_path(str(Path(__file__).parent.parent / "stepper.py"))["Stepper"]
 BUSY = os.getloadavg()[0]  # of other processes: this one has just begun
 ADM = f"{__file__}:adm_shapes"
 FORMATS: dict[str, dict[str, Any]] = {
@@ -176,7 +176,7 @@ def timed_steps(
     )
     student = create_student(args.student).to(device)
     regressor = FeatureRegressor(student.specs, store.plan.specs, width=args.width).to(device)
-    training = Training(config, student, regressor, steps=10**6)
+    training = Stepper(config, student, regressor, steps=10**6)
 
     window = args.steps + 2  # the first and the last are not timed
 
@@ -187,10 +187,9 @@ def timed_steps(
         )  # fmt: skip
 
     fixed = itertools.repeat(next(stream(0)))
-    progress = Progress(10**6, 0, args.batch_size, "benchmark")
     kinds = {
-        "stored": lambda i, batches: training.step(i, batches, progress),
-        "student": lambda i, _: training.step(i, fixed, progress),
+        "stored": lambda i, batches: training.step(i, batches),
+        "student": lambda i, _: training.step(i, fixed),
         "read": lambda _, batches: next(batches),
     }
     times: dict[str, list[float]] = {kind: [] for kind in kinds}

@@ -35,15 +35,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from dreamteacher import __version__
 from dreamteacher.data import batches, image_set
 from dreamteacher.distill import dataset
-from dreamteacher.distill.pretrain import PretrainConfig, Training
+from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime import compile as runtime_compile
 from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.runtime.run_folder import Progress
 from dreamteacher.teachers.in_parts import InParts
 
+Stepper = runpy.run_path(str(Path(__file__).parent.parent / "stepper.py"))["Stepper"]
 ROOT = Path(__file__).parent
 NETWORKS = runpy.run_path(str(ROOT.parent / "teachers" / "run.py"))["NETWORKS"]
 CONFIGURATIONS = runpy.run_path(str(ROOT / "configurations.py"))["CONFIGURATIONS"]
@@ -191,7 +191,7 @@ def measure(name: str, batch: int, compile: str, args: argparse.Namespace) -> di
     regressor = FeatureRegressor(student.specs, teacher.specs, width=args.width)
     for module in (teacher, student, regressor):
         module.to(device)
-    training = Training(config, student, regressor, steps=10**6)
+    training = Stepper(config, student, regressor, steps=10**6)
     common = {"seed": 0, "device": device, "precision": args.precision}
 
     def stream_of(size: int) -> dataset.Stream:
@@ -203,15 +203,13 @@ def measure(name: str, batch: int, compile: str, args: argparse.Namespace) -> di
             InParts(teacher), batches.batches(images, seed=0, flip=True, raw=True, **steps), **common
         )
 
-    progress = Progress(10**6, 0, batch, "benchmark")
     row = {
         "teacher": name, "mode": mode, "size": args.size, "student": args.student, "batch": batch, "compile": compile,
         "status": "measured",
     }  # fmt: skip
 
     def step(stream: dataset.Stream) -> None:
-        if training.step(0, stream, progress) is None:
-            raise torch.OutOfMemoryError("a step has too little memory")
+        training.step(0, stream)
 
     try:
         few = stream_of(2)
@@ -223,7 +221,7 @@ def measure(name: str, batch: int, compile: str, args: argparse.Namespace) -> di
         stream, begin = stream_of(batch), time.perf_counter()
         if compile == "on":
             teacher.wrap_compile_targets(partial(runtime_compile.compiled, strict=True))
-            training.compile()
+            training.distillation.compile()
         step(stream)
         wait(device)
         first = time.perf_counter() - begin

@@ -25,7 +25,7 @@ from dreamteacher.data.images import Size, below, find_images
 from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.data.seeds import step_generator
-from dreamteacher.downstream.segmentation.few_masks import split_masks
+from dreamteacher.data.split import halved
 from dreamteacher.metrics import confusion
 from dreamteacher.runtime.errors import UserError, shorten
 
@@ -145,7 +145,7 @@ def load_benchmark(
         return published_benchmark(name, root, unlabelled=unlabelled, split=split)
     if name == "lungs":
         train, _, images, masks = xray_folders(root)
-        halves = split_masks(read_masks(images, masks, (64, 64), binary=True).load())
+        halves = halved(read_masks(images, masks, (64, 64), binary=True).load())
         return Benchmark(
             name=name,
             classes=2,

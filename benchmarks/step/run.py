@@ -16,6 +16,7 @@ import csv
 import itertools
 import os
 import platform
+import runpy
 import statistics
 import sys
 import tempfile
@@ -28,13 +29,13 @@ from torchvision.transforms.v2.functional import to_pil_image
 from dreamteacher import __version__
 from dreamteacher.data import batches, image_set
 from dreamteacher.distill import dataset
-from dreamteacher.distill.pretrain import PretrainConfig, Training
+from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime.distributed.device import autocast, pick_device, resolve_precision
-from dreamteacher.runtime.run_folder import Progress
 from dreamteacher.teachers.registry import load_teacher
 
+Stepper = runpy.run_path(str(Path(__file__).parent.parent / "stepper.py"))["Stepper"]
 BUSY = os.getloadavg()[0]  # of other processes: this one has just begun
 
 
@@ -57,14 +58,13 @@ def main() -> None:
     teacher = load_teacher(args.teacher, device=device)
     student = create_student(args.student).to(device)
     regressor = FeatureRegressor(student.specs, teacher.specs, width=args.width).to(device)
-    training = Training(config, student, regressor, steps=10**6)
+    training = Stepper(config, student, regressor, steps=10**6)
     images = noise_images(teacher.size, 4 * args.batch_size)
     stream = dataset.encoded(
         teacher,
         batches.batches(images, batch_size=args.batch_size, seed=0, first_step=0, last_step=10**6, flip=True),
         seed=0, device=device, precision="auto",
     )  # fmt: skip
-    progress = Progress(10**6, 0, args.batch_size, "benchmark")
     batch = next(stream)
     fixed = itertools.repeat(batch)
     generator = torch.Generator(device).manual_seed(0)
@@ -74,9 +74,9 @@ def main() -> None:
             teacher.encode(batch.images, generator=generator)
 
     kinds = {
-        "step": lambda i: training.step(i, stream, progress),
+        "step": lambda i: training.step(i, stream),
         "teacher": lambda i: teacher_alone(),
-        "student": lambda i: training.step(i, fixed, progress),
+        "student": lambda i: training.step(i, fixed),
     }
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for round_ in range(args.rounds + 2):

@@ -18,10 +18,10 @@ from pathlib import Path
 from dreamteacher.cli.demo import DemoConfig, demo_recipe, xray_folders
 from dreamteacher.data import image_set
 from dreamteacher.data.masks.reader import read_masks
+from dreamteacher.data.split import halved
 from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.downstream.evaluate import EvaluateConfig, evaluate_student
 from dreamteacher.downstream.features import labelled_data
-from dreamteacher.downstream.segmentation.few_masks import split_masks
 from dreamteacher.downstream.tables import summary_table
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime import checkpoint
@@ -57,7 +57,7 @@ def main() -> None:
             method="DreamTeacher, StyleGAN2",
             data={
                 "classification": labelled_data(real, image_set.load_images(test, (64, 64))),
-                "segmentation": split_masks(read_masks(lungs, masks, (64, 64), binary=True).load()),
+                "segmentation": halved(read_masks(lungs, masks, (64, 64), binary=True).load()),
             },
         )
     )  # fmt: skip

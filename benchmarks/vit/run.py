@@ -25,11 +25,11 @@ from timm.models import VisionTransformer, register_model
 from dreamteacher.cli.demo import DemoConfig, demo_recipe, xray_folders
 from dreamteacher.data import image_set
 from dreamteacher.data.masks.reader import read_masks
+from dreamteacher.data.split import halved
 from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.evaluate import evaluate_student
 from dreamteacher.downstream.features import labelled_data
-from dreamteacher.downstream.segmentation.few_masks import split_masks
 from dreamteacher.downstream.tables import summary_table
 from dreamteacher.downstream.tasks import Row
 from dreamteacher.models.student import Student, create_student, load_weights, read_weights, weight_file
@@ -80,7 +80,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         return
     real = image_set.load_images(train, (64, 64))
     labelled = labelled_data(real, image_set.load_images(test, (64, 64)))
-    segments = split_masks(read_masks(lungs, masks, (64, 64), binary=True).load())
+    segments = halved(read_masks(lungs, masks, (64, 64), binary=True).load())
     everything = EvaluateConfig(
         student=MEAN, train=train, test=test, images=lungs, masks=masks, binary_masks=True, size=(64, 64),
         labels=tuple(args.labels), mask_counts=tuple(args.masks), seeds=demo.seeds,

@@ -17,10 +17,10 @@ from typing import Any
 
 from dreamteacher.data import image_set
 from dreamteacher.data.masks.reader import read_masks
+from dreamteacher.data.split import halved
 from dreamteacher.distill.pretrain import PretrainConfig, pretrain
 from dreamteacher.downstream.evaluate import EvaluateConfig, check_config, evaluate_student
 from dreamteacher.downstream.features import labelled_data
-from dreamteacher.downstream.segmentation.few_masks import split_masks
 from dreamteacher.downstream.tables import summary_table
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.reports.report import write_report
@@ -94,7 +94,7 @@ def demo(config: DemoConfig) -> Path:
     classification = labelled_data(
         image_set.load_images(train, (64, 64)), image_set.load_images(test, (64, 64))
     )
-    segmentation = split_masks(read_masks(lungs, masks, (64, 64), binary=True).load())
+    segmentation = halved(read_masks(lungs, masks, (64, 64), binary=True).load())
 
     runs = {}
     for seed in config.seeds:

@@ -53,9 +53,9 @@ class PanopticSet:
             if any(self.things[c] and number not in scene.crowds for number, c in scene.classes.items())
         ]
 
-    def subset(self, indices: Sequence[int]) -> PanopticSet:
-        """These images, in this order."""
-        return replace(self, scenes=tuple(self.scenes[i] for i in indices))
+    def take(self, index: Tensor) -> PanopticSet:
+        """Some of them (int64 K), in this order."""
+        return replace(self, scenes=tuple(self.scenes[i] for i in index.tolist()))
 
 
 def _of_layout(files: PanopticFiles, scene: Scene) -> Segments:

@@ -11,13 +11,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dreamteacher.data.seeds import step_generator
-from dreamteacher.distill.plan import PretrainPlan
+from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.models.interpreter import Interpreter
 from dreamteacher.models.regressor import FeatureRegressor, LabelHead
 from dreamteacher.models.student import Student
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.distributed.batch_norm import make_global
 from dreamteacher.runtime.distributed.sharding import replicate, shard, whole_on_first
+from dreamteacher.runtime.distributed.world import World
 from dreamteacher.runtime.optim import Ema
 
 
@@ -57,51 +58,56 @@ def look(network: nn.Module) -> Tensor:
     return sum((m.sum() for m in maps), torch.zeros(())) + (0 if logits is None else logits.sum())
 
 
-def build_network(plan: PretrainPlan, interpreter: Interpreter | None) -> DistillationNetwork:
-    """The network of a plan, ready for its optimizer: in its memory layout, and cut over processes where asked."""
-    c = plan.config
+def build_network(
+    config: PretrainConfig, student: Student, regressor: FeatureRegressor, interpreter: Interpreter | None,
+    device: torch.device, world: World,
+) -> DistillationNetwork:  # fmt: skip
+    """The network, ready for its optimizer: in its memory layout, and cut over processes where that is asked for."""
     head = None
     if interpreter is not None:
-        head = label_head(c.seed, c.width, plan.regressor, interpreter)
-        head.to(next(plan.student.parameters()).device)
-    if c.distill == "label":
-        plan.regressor.projections.requires_grad_(False)  # nothing is asked of them
-    network = DistillationNetwork(plan.student, plan.regressor, head, project=c.distill != "label")
-    if plan.world.ranks > 1 and c.batch_norm == "global":
-        make_global(network, plan.device)
+        head = label_head(config.seed, config.width, regressor, interpreter)
+        head.to(next(student.parameters()).device)
+    if config.distill == "label":
+        regressor.projections.requires_grad_(False)  # nothing is asked of them
+    network = DistillationNetwork(student, regressor, head, project=config.distill != "label")
+    if world.ranks > 1 and config.batch_norm == "global":
+        make_global(network, device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if _cut(plan):
-        shard(network, plan.device, lambda: look(network), whole=True, also=("pooled",))
+    if _cut(config, world):
+        shard(network, device, lambda: look(network), whole=True, also=("pooled",))
     return network
 
 
-def spread(network: DistillationNetwork, plan: PretrainPlan) -> nn.Module:
+def spread(
+    network: DistillationNetwork, config: PretrainConfig, device: torch.device, world: World
+) -> nn.Module:
     """The network as it is called: replicated over the processes, or itself. After its optimizer is made."""
-    if plan.world.ranks == 1 or _cut(plan):
+    if world.ranks == 1 or _cut(config, world):
         return network
-    return replicate(network, plan.device, look)
+    return replicate(network, device, look)
 
 
-def _cut(plan: PretrainPlan) -> bool:
-    return plan.world.ranks > 1 and plan.config.sharding in ("student", "both")
+def _cut(config: PretrainConfig, world: World) -> bool:
+    return world.ranks > 1 and config.sharding in ("student", "both")
 
 
 def write_weights(
-    folder: Path, network: DistillationNetwork, average: Ema | None, plan: PretrainPlan
-) -> None:
+    folder: Path, network: DistillationNetwork, average: Ema | None, teacher: str, classes: Sequence[str], world: World
+) -> None:  # fmt: skip
     """backbone.safetensors (native timm names), regressor.safetensors (its neck), and head.safetensors.
 
     Args:
         average: of the network, whose weights are then written.
+        teacher, classes: for the files' metadata: its name, and what the head tells apart.
     """
     state = whole_on_first(average.tensors if average else network.state_dict())
-    if not plan.world.first:
+    if not world.first:
         return
-    about = {"format": "dreamteacher-backbone", "student": network.student.name, "teacher": plan.teacher.name}
+    about = {"format": "dreamteacher-backbone", "student": network.student.name, "teacher": teacher}
     files = {"backbone": "student.model.", "regressor": "regressor."}
     if network.head is not None:
         files["head"] = "head."
-        about |= {"classes": json.dumps(list(plan.classes)), "pooled": "yes" if network.head.pooled else "no"}
+        about |= {"classes": json.dumps(list(classes)), "pooled": "yes" if network.head.pooled else "no"}
     for name, prefix in files.items():
         tensors = {k: v.contiguous() for k, v in checkpoint.under(prefix, state).items()}
         checkpoint.atomic_write(

@@ -49,17 +49,22 @@ def pretrain(config: PretrainConfig) -> Path | None:
         resume = run.open(plan.resolved)
         _list_skipped(run.path, plan)
         interpreter = plan.interpreter(run.path)  # the one named, or one that is trained now
-        network = build_network(plan, interpreter)
+        device, world = plan.device, plan.world
+        network = build_network(config, plan.student, plan.regressor, interpreter, device, world)
         groups = optim.parameter_groups([network], config.weight_decay)
         optimizer = optim.build_optimizer(config.optimizer, groups, config.lr, config.betas)
         average = optim.Ema(network, config.ema) if config.ema else None
         distillation = Distillation(
-            config, network, plan.levels, spread=spread(network, plan), interpreter=interpreter
+            config,
+            network,
+            plan.levels,
+            spread=spread(network, config, device, world),
+            interpreter=interpreter,
         )
         _make_fast(plan, distillation)
         weights = loss_weights(config)  # of each term: eq. 3, 5 and 6
         warmup = round(plan.steps * config.warmup_epochs / config.epochs)
-        parts = memory.Parts(plan.part_rows, config.accumulate, plan.world, config.batch_norm, config.out)
+        parts = memory.Parts(plan.part_rows, config.accumulate, world, config.batch_norm, config.out)
         parts.follow(int(broadcast(lambda: str(memory.told_parts(run.path)))))
 
         def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -79,7 +84,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
             run, title="pretrain", steps=plan.steps, batch=config.batch_size, state=state, restore=restore,
             resume=resume, undo=memory.Undo(list(network.buffers())), save_every=config.save_every,
             save_minutes=config.save_minutes, keep=config.keep_checkpoints, advice=distillation.advice,
-            log_to=config.log_to, guard_each=plan.device.type == "cpu" and plan.world.ranks == 1,
+            log_to=config.log_to, guard_each=device.type == "cpu" and world.ranks == 1,
         )  # fmt: skip
 
         # --- the loop ------------------------------------------------------------------------------------
@@ -115,7 +120,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
 
         # --- what the user takes away --------------------------------------------------------------------
         _list_skipped(run.path, plan)  # again: a stream finds more of them on the way
-        write_weights(run.path, network, average, plan)
+        write_weights(run.path, network, average, plan.teacher.name, plan.classes, world)
     return config.out
 
 

@@ -142,4 +142,4 @@ class EvaluateConfig(OnDevice):
         if min(self.batch_size, self.knn_k) < 1:
             raise UserError("batch_size or knn_k is below 1.", "Give at least 1.")
         if self.save_minutes < 0:
-            raise UserError(f"save_minutes is {self.save_minutes}.", "Give 0 (after every step) or more.")
+            raise UserError(f"save_minutes is {self.save_minutes}.", "Give 0 (only at the end) or more.")

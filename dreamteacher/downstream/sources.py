@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from dreamteacher.data.images import IMAGE_SUFFIXES, Size, find_images
-from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.data.layouts.table import Part, check, layout_of
-from dreamteacher.data.masks.reader import read_masks
-from dreamteacher.downstream.segmentation.few_masks import SegmentationData, split_masks
+from dreamteacher.data.masks.reader import MaskedImages, read_masks
+from dreamteacher.data.split import Split, halved
 from dreamteacher.runtime.errors import UserError
 
 
@@ -47,36 +46,40 @@ def load_masks(
     masks: Path | None,
     test_images: Path | None,
     test_masks: Path | None,
-    size: Size,
+    size: Size | None = None,
     *,
     ignore_index: int,
     binary: bool,
-) -> SegmentationData:
+    workers: int = 2,
+) -> Split[MaskedImages]:
     """The images to draw labels from and those to score on: given ones, a layout's two parts, or two halves.
 
     Args:
-        size: (height, width) that images and masks are brought to.
+        images: to train on.
+        masks: of `images`; None for a layout.
+        test_images: to test on, or None.
+        test_masks: of `test_images`.
+        size: (height, width) at which images and masks will be loaded; None: they stay on the disk, and every test
+            image is decoded once, for none may be damaged.
         ignore_index: id in the masks that is no class.
         binary: masks are black and white.
+        workers: threads.
 
     Raises:
         UserError: see `data.masks.reader.read_masks`.
     """
 
-    def load(images: Path | None, masks: Path | None, part: Part) -> LabelledSet:
+    def read(images: Path | None, masks: Path | None, part: Part, tested: bool) -> MaskedImages:
         assert images is not None
         return read_masks(
-            images, masks, size, ignore_index=ignore_index, binary=binary, absent_ok=True, part=part
-        ).load()
+            images, masks, size, ignore_index=ignore_index, binary=binary, absent_ok=True, part=part,
+            whole=tested and size is None, workers=workers,
+        )  # fmt: skip
 
-    pool = load(images, masks, "train")
-    if test_images is not None:
-        data = SegmentationData(pool=pool, test=load(test_images, test_masks, "val"))
-    elif masks is None:
-        data = SegmentationData(pool=pool, test=load(images, None, "val"))
-    else:
-        data = split_masks(pool)
+    if test_images is None and masks is not None:
+        return halved(read(images, masks, "train", True))
+    pool = read(images, masks, "train", False)
+    test = read(test_images or images, test_masks if test_images else None, "val", True)
     # A small set may lack the last classes: both take the larger number.
-    classes = max(data.pool.classes, data.test.classes, key=len)
-    pool, test = (replace(part, classes=classes) for part in (data.pool, data.test))
-    return SegmentationData(pool=pool, test=test)
+    classes = max(pool.classes, test.classes, key=len)
+    return Split(pool=replace(pool, classes=classes), test=replace(test, classes=classes))

@@ -53,8 +53,8 @@ def feature_maps(run: Path, facts: Mapping[str, Any], count: int, own_code: bool
     student = create_student(str(config["student"])).to(device).eval()
     regressor = FeatureRegressor(student.specs, teacher.specs, width=int(config["width"])).to(device).eval()
     weights, source = _trained(run)
-    checkpoint.load_exactly(student.model, _under("student.model.", weights), source)
-    checkpoint.load_exactly(regressor, _under("regressor.", weights), source)
+    checkpoint.load_exactly(student.model, checkpoint.under("student.model.", weights), source)
+    checkpoint.load_exactly(regressor, checkpoint.under("regressor.", weights), source)
     generator = torch.Generator(device).manual_seed(0)
     if "encode" in teacher.modes and config.get("images"):
         images = _pick_images(facts, count)
@@ -146,7 +146,7 @@ def _trained(run: Path) -> tuple[dict[str, Tensor], Path]:
     if newest is None:
         raise UserError("The run has no weights yet.", "They come with its first checkpoint.")
     tensors, _ = checkpoint.load(newest)
-    return _under("ema/", tensors) or _under("trained/", tensors), newest
+    return checkpoint.under("ema/", tensors) or checkpoint.under("network/", tensors), newest
 
 
 def teacher_samples(run: Path, facts: Mapping[str, Any], own_code: bool = False) -> str:
@@ -210,7 +210,3 @@ def as_dict(value: Any) -> dict[str, Any]:
 def stride_name(level: str) -> str:
     """A level's name in words: "s8" -> "stride 8"."""
     return f"stride {level[1:]}"
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

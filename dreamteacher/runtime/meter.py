@@ -33,7 +33,7 @@ class Meter:
     Sums are replaced, not changed in place: so what `note` remembers costs nothing.
 
     Args:
-        dtype: of the sums.
+        dtype: of the sums; None: torch's default.
 
     Example:
         >>> meter = Meter()
@@ -43,8 +43,8 @@ class Meter:
         {'loss': 1.5}
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype or torch.get_default_dtype()
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self._counted: dict[str, int] = {}  # the last step that was counted

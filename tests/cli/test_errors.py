@@ -32,8 +32,8 @@ from safetensors.torch import load_file, save_file
 
 from dreamteacher.cli.main import main
 from dreamteacher.data.images import read_image
-from dreamteacher.distill import step as distill_step
-from dreamteacher.distill.step import Training
+from dreamteacher.distill.dataset import PartStream
+from dreamteacher.distill.step import Distillation
 from dreamteacher.reports import report
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.run_folder import RunDir, read_rows, take_lock
@@ -198,7 +198,7 @@ def out_of_memory(patch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    patch.setattr(Training, "_gradients", fail)
+    patch.setattr(Distillation, "losses", fail)
 
 
 def full_at_the_second_checkpoint(patch: pytest.MonkeyPatch) -> None:
@@ -222,15 +222,15 @@ def a_bad_block(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_worker_is_killed(patch: pytest.MonkeyPatch) -> None:
-    step = distill_step.Training.step
+    of = PartStream.of
 
-    def killing(self: distill_step.Training, index: int, *rest: Any) -> Any:
-        for worker in multiprocessing.active_children() if index == 2 else ():
+    def killing(self: PartStream, step: int) -> Any:
+        for worker in multiprocessing.active_children() if step == 2 else ():
             worker.kill()
             worker.join()
-        return step(self, index, *rest)
+        return of(self, step)
 
-    patch.setattr(distill_step.Training, "step", killing)
+    patch.setattr(PartStream, "of", killing)
 
 
 def nan_in_a_map(patch: pytest.MonkeyPatch) -> None:
@@ -494,7 +494,11 @@ SECTIONS: dict[str, list[Case]] = {
             "The loss becomes NaN", pretrain(), "The loss is not finite at step 1", patch=nan_loss, kept=False
         ),
         case(
-            "The same, another verb", train(), "The loss is nan at step 1", patch=nan_teacher_loss, kept=False
+            "The same, another verb",
+            train(),
+            "The loss is not finite at step 1",
+            patch=nan_teacher_loss,
+            kept=False,
         ),
         case(
             "Another process is writing to it",

@@ -20,24 +20,25 @@ from dreamteacher.data import batches as data_batches
 from dreamteacher.data import image_set, seeds
 from dreamteacher.data.images import to_float
 from dreamteacher.distill import dataset
-from dreamteacher.distill import pretrain as loop
+from dreamteacher.distill import plan as distill_plan
 from dreamteacher.distill import step as distill_step
 from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.pretrain import pretrain
-from dreamteacher.distill.step import Training
 from dreamteacher.losses import whitened_mse
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime import checkpoint, compile, memory, prefetch
 from dreamteacher.runtime.distributed.world import World
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.runtime.run_folder import Progress, read_rows
+from dreamteacher.runtime.loop import Loop
+from dreamteacher.runtime.run_folder import read_rows
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.diffusion import teacher as diffusion
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher, build_unet
 from dreamteacher.teachers.in_parts import InParts, RowsOfDraws
 from dreamteacher.teachers.registry import load_teacher
+from tests.builders.steps import Stepper
 from tests.builders.teachers import TINY, build
 from tests.distill.test_pretrain import assert_equal, everything
 from tests.runtime.distributed.worker import in_float64
@@ -180,17 +181,19 @@ def test_libraries_that_run_out_of_memory_in_their_own_words(message, monkeypatc
     InParts(teacher).encode(torch.rand(4, 3, 64, 64), generator=generator())
     assert teacher.seen == [4, 2, 2]
     trained, stream = small_training(Hungry(99))
-    forward = trained.forward
+    forward = trained.distillation.forward
 
     def forward_fails(images, sizes):
         if len(images) > 4:
             raise RuntimeError(message)
         return forward(images, sizes)
 
-    trained.forward = forward_fails
-    assert trained.step(0, stream, Progress(9, 0, 8, "test")) is None
+    trained.distillation.forward = forward_fails
+    with pytest.raises(RuntimeError) as caught:
+        trained.step(0, stream)
+    dataset.PartStream(small_stream, 1, trained.parts).shrink(0, caught.value)
     assert trained.parts.count == 2
-    assert trained.step(0, stream, Progress(9, 0, 8, "test")) is not None
+    trained.step(0, stream)
 
 
 def test_other_errors_of_torch_are_no_lack_of_memory(monkeypatch):
@@ -202,7 +205,7 @@ def test_other_errors_of_torch_are_no_lack_of_memory(monkeypatch):
         InParts(Hungry(1)).encode(torch.rand(4, 3, 64, 64), generator=generator())
     trained, _ = small_training(Hungry(1))
     with pytest.raises(RuntimeError, match="must match"):
-        trained.step(0, iter(fail, None), Progress(9, 0, 8, "test"))
+        trained.step(0, iter(fail, None))
 
 
 def test_a_teacher_cut_over_processes_does_not_try_by_itself():
@@ -241,19 +244,19 @@ def hungry_student(monkeypatch: pytest.MonkeyPatch, most: int, passes: int = 0) 
         last.register_forward_pre_hook(check)
         return student
 
-    monkeypatch.setattr(loop, "create_student", make)
+    monkeypatch.setattr(distill_plan, "create_student", make)
     return failures
 
 
 def test_a_step_out_of_memory_is_repeated_in_smaller_parts_as_if_it_had_begun_so(config, monkeypatch, capsys):
-    init = Training.__init__
+    init = memory.Parts.__init__
 
     def begun_in_parts(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        self.parts.count = 4
+        self.count = 4
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "__init__", begun_in_parts)
+        patch.setattr(memory.Parts, "__init__", begun_in_parts)
         expected = everything(pretrain(dataclasses.replace(config, out=config.out.with_name("whole"))))
     failures = hungry_student(monkeypatch, 2)
     found = everything(pretrain(config))
@@ -269,14 +272,14 @@ def test_the_parts_in_use_are_restored_when_a_run_resumes(config, monkeypatch):
     config = dataclasses.replace(config, batch_size=16, accumulate=2, epochs=4, ema=0.9)
     whole = everything(pretrain(dataclasses.replace(config, out=config.out.with_name("whole"))))
     assert failures == [8]
-    save, stop = Training.save, RuntimeError("stop")
+    save, stop = Loop._save, RuntimeError("stop")
 
-    def save_and_stop(self, step, folder):
-        save(self, step, folder)
+    def save_and_stop(self, done):
+        save(self, done)
         raise stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "save", save_and_stop)
+        patch.setattr(Loop, "_save", save_and_stop)
         with pytest.raises(RuntimeError, match="stop"):
             pretrain(config)
     assert failures == [8, 8]
@@ -422,20 +425,20 @@ def test_gradients_of_parts_add_up_to_those_of_the_batch(split, tiny_teacher):
     found = []
     for parts in (1, split):
         trained, stream = small_training(tiny_teacher)
-        for module in [*trained.trained.modules()]:
+        for module in [*trained.network.modules()]:
             for name, child in module.named_children():
                 if isinstance(child, nn.BatchNorm2d):
                     setattr(module, name, nn.Identity())
         trained.parts.count = parts
-        trained.undo = distill_step.Undo([trained.sums])
-        trained._gradients(stream, Progress(1, 0, 8, "test"))
-        found.append([p.grad for p in trained.trained.parameters() if p.grad is not None] + [trained.sums])
+        trained.gradients(0, stream)
+        sums = torch.stack(list(trained.meter.sums.values()))
+        found.append([p.grad for p in trained.network.parameters() if p.grad is not None] + [sums])
     for a, b in zip(*found, strict=True):
         assert a.dtype == torch.float64
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def small_training(teacher: Path | Teacher, precision: str = "float32") -> tuple[Training, dataset.Stream]:
+def small_training(teacher: Path | Teacher, precision: str = "float32") -> tuple[Stepper, dataset.Stream]:
     """One of 8 random images of 64 px, and its stream."""
     config = PretrainConfig(
         out=Path("-"), student="test_resnet", width=8, batch_size=8, precision=precision, device="cpu"
@@ -443,7 +446,7 @@ def small_training(teacher: Path | Teacher, precision: str = "float32") -> tuple
     loaded = load_teacher(str(teacher)) if isinstance(teacher, Path) else teacher
     student = create_student("test_resnet")
     regressor = FeatureRegressor(student.specs, loaded.specs, width=8)
-    return Training(config, student, regressor, steps=100), small_stream(InParts(loaded), precision)
+    return Stepper(config, student, regressor, steps=100), small_stream(InParts(loaded), precision)
 
 
 def small_stream(
@@ -716,7 +719,7 @@ def step_on_fake_gpu(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> set[t
     trained, _ = small_training(teacher)
 
     def backward(loss):  # autograd's engine asks the driver for its GPUs
-        for p in trained.trained.parameters():
+        for p in trained.network.parameters():
             p.grad = torch.zeros_like(p)
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
@@ -729,20 +732,22 @@ def step_on_fake_gpu(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> set[t
             module.register_forward_hook(lambda m, i, out: seen.add(out.dtype))
     with FakeTensorMode(allow_non_fake_inputs=True):
         on_fake_gpu(teacher)
-        on_fake_gpu(trained.trained)
+        on_fake_gpu(trained.network)
         config = dataclasses.replace(trained.config, ema=0.9, clip=1.0)
-        there = Training(config, trained.student, trained.regressor, steps=100)
+        there = Stepper(config, trained.network.student, trained.network.regressor, steps=100)
         monkeypatch.setattr(there.optimizer, "step", lambda: None)
         if "encode" in teacher.modes:
             stream = small_stream(InParts(teacher), device=cuda, size=teacher.size)
         else:
             common = {"seed": 0, "device": cuda, "precision": "float32"}
             stream = dataset.synthesized(InParts(teacher), batch_size=8, first_step=0, last_step=9, **common)
-        there.step(0, stream, Progress(9, 0, 8, "test"))  # fixed noise is made once, for all steps
+        there.step(0, stream)  # fixed noise is made once, for all steps
         with NoWaiting():
-            batch, maps = there.step(1, stream, Progress(9, 0, 8, "test"))
-    assert {m.device.type for m in [batch.images, *maps, *batch.maps, there.sums]} == {"cuda"}
-    assert {m.dtype for m in maps} == {torch.bfloat16}
+            part = there.step(1, stream)
+    assert {
+        m.device.type for m in [part.batch.images, *part.maps, *part.batch.maps, *there.meter.sums.values()]
+    } == {"cuda"}
+    assert {m.dtype for m in part.maps} == {torch.bfloat16}
     return seen
 
 
@@ -800,7 +805,7 @@ def test_a_run_on_a_gpu_resumes_up_to_rounding(config):
     states = [checkpoint.load(checkpoint.checkpoint_path(run, 4))[0] for run in (whole, resumed)]
     assert states[0].keys() == states[1].keys()
     for key, expected in states[0].items():
-        if key.startswith(("trained/", "ema/")):
+        if key.startswith(("network/", "ema/")):
             distance = float((states[1][key].double() - expected.double()).norm())
             assert distance <= 0.05 * max(1.0, float(expected.double().norm())), key
 

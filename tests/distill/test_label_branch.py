@@ -23,16 +23,16 @@ from dreamteacher.data.labelled import draw
 from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.distill.config import MakeLabelsConfig, PretrainConfig, TrainInterpreterConfig
-from dreamteacher.distill.dataset import FeatureBatch
+from dreamteacher.distill.dataset import FeatureBatch, Part
 from dreamteacher.distill.make_labels import make_labels
 from dreamteacher.distill.pretrain import pretrain
-from dreamteacher.distill.step import Training
+from dreamteacher.distill.step import loss_weights
 from dreamteacher.distill.train_interpreter import prepare, train_interpreter
 from dreamteacher.downstream.check import check_config
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.evaluate import evaluate
 from dreamteacher.downstream.segmentation.config import SegmentConfig
-from dreamteacher.losses import feature_loss, interpreter_loss, label_distillation
+from dreamteacher.losses import feature_loss, interpreter_loss, label_distillation, total_loss
 from dreamteacher.models import distilled
 from dreamteacher.models.distilled import load_distilled
 from dreamteacher.models.interpreter import load_interpreter, read_interpreter_spec
@@ -41,8 +41,10 @@ from dreamteacher.models.student import create_student
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import to_json
 from dreamteacher.runtime.run_folder import read_rows
+from dreamteacher.runtime.signals import signals_handled
 from dreamteacher.teachers.registry import load_teacher
 from tests.builders.pictures import refused
+from tests.builders.steps import Stepper
 from tests.test_docs import masked
 
 GAN = "chest-xray-gan-64"
@@ -51,6 +53,7 @@ import sys, json
 from dreamteacher.runtime.config import from_json
 from dreamteacher.distill.config import TrainInterpreterConfig
 from dreamteacher.distill.train_interpreter import train_interpreter
+from tests.builders.steps import Stepper
 import torch
 torch.set_num_threads(1)
 train_interpreter(from_json(TrainInterpreterConfig, json.loads(sys.argv[1])))
@@ -249,24 +252,26 @@ def test_the_loss_of_a_step_is_equation_3_5_or_6(
     teacher, student = load_teacher(str(tiny_teacher)), create_student("test_resnet")
     regressor = FeatureRegressor(student.specs, teacher.specs, width=8)
     interpreter = load_interpreter(trained)[0] if mode != "feature" else None
-    training = Training(config, student, regressor, 10, interpreter)
+    training = Stepper(config, student, regressor, 10, interpreter)
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     maps = teacher.encode(images, generator=torch.Generator().manual_seed(1))
-    total, parts, own = training._loss(FeatureBatch(images, maps, 0.0, 0))
+    part = Part(FeatureBatch(images, maps, 0.0, 0), 1.0, last=True)
+    losses = training.distillation.losses(part)
+    total = total_loss(losses, loss_weights(config))
     fused = regressor.fused(student(images))
     feature = feature_loss(regressor.project(fused), maps).total.double()
     if interpreter is None:
         assert total.item() == pytest.approx(feature.item(), rel=1e-5)
         return
-    assert training.head is not None
-    label = label_distillation(training.head(fused).double(), interpreter(maps).double(), tau=2.0)
+    assert training.network.head is not None
+    label = label_distillation(training.network.head(fused).double(), interpreter(maps).double(), tau=2.0)
     expected = label if mode == "label" else feature + 0.7 * label
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert parts[0].item() == pytest.approx(label.item(), rel=1e-5)
-    assert parts[1].item() <= parts[0].item()
-    assert bool(own) == (mode == "mixed")
+    assert losses["label"].item() == pytest.approx(label.item(), rel=1e-5)
+    assert losses["entropy"].item() <= losses["label"].item()
+    assert bool(part.maps) == (mode == "mixed")
     total.backward()
-    assert all(p.grad is not None for p in training.head.parameters())
+    assert all(p.grad is not None for p in training.network.head.parameters())
     assert all(p.grad is None for p in interpreter.parameters())
     projected = [p.grad is not None for p in regressor.projections.parameters()]
     assert all(projected) if mode == "mixed" else not any(projected)
@@ -328,7 +333,7 @@ def test_a_mixed_run_resumes_bitwise(
             yield batch
 
     monkeypatch.setattr(batches, "batches", stopped)
-    with pytest.raises(SystemExit) as stop:
+    with signals_handled(), pytest.raises(SystemExit) as stop:
         pretrain(config)
     assert stop.value.code == 128 + signal.SIGTERM
     monkeypatch.setattr(batches, "batches", original)
@@ -365,7 +370,7 @@ def test_classes_are_distilled_too(image_folder: Path, tiny_teacher: Path, tmp_p
         config = EvaluateConfig(
             init=str(out), train=image_folder, test=image_folder, size=(64, 64), labels=(2,)
         )
-        assert check_config(config) == ("knn", "linear", "finetune", "distilled-classes")
+        assert check_config(config) == ("linear", "finetune", "knn", "distilled-classes")
 
 
 # --- datasets that a model labels ------------------------------------------------------------------------

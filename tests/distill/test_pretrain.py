@@ -24,6 +24,7 @@ from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import to_json
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import read_rows
+from dreamteacher.runtime.signals import signals_handled
 from dreamteacher.teachers.registry import load_teacher
 
 RUN = """
@@ -100,7 +101,7 @@ def test_signals_save_and_exit_with_128_plus_n(config, number, monkeypatch):
             yield batch
 
     monkeypatch.setattr(batches, "batches", signalled)
-    with pytest.raises(SystemExit) as stop:
+    with signals_handled(), pytest.raises(SystemExit) as stop:
         pretrain(config)
     assert stop.value.code == 128 + number
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 6)

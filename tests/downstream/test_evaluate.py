@@ -19,6 +19,7 @@ from dreamteacher import metrics
 from dreamteacher.data.draws import draw_images, draw_labels
 from dreamteacher.data.image_set import ImageSet
 from dreamteacher.data.labelled_set import LabelledSet
+from dreamteacher.data.split import Split, halved
 from dreamteacher.downstream import evaluate, features
 from dreamteacher.downstream import task as task_module
 from dreamteacher.downstream.classification import finetune, linear
@@ -31,7 +32,6 @@ from dreamteacher.downstream.segmentation import few_masks
 from dreamteacher.downstream.segmentation.config import SegmentConfig
 from dreamteacher.downstream.segmentation.data import IN_MEMORY
 from dreamteacher.downstream.segmentation.distilled import run_files
-from dreamteacher.downstream.segmentation.few_masks import SegmentationData
 from dreamteacher.downstream.segmentation.linear import segment_linear
 from dreamteacher.downstream.segmentation.segment import segment
 from dreamteacher.downstream.task import Bench, Task, find_task
@@ -96,8 +96,8 @@ def data() -> ClassificationData:
 
 
 @pytest.fixture(scope="module")
-def masked() -> SegmentationData:
-    return SegmentationData(pool=squares(12, 1), test=squares(8, 2))
+def masked() -> Split[LabelledSet]:
+    return Split(pool=squares(12, 1), test=squares(8, 2))
 
 
 @pytest.fixture(autouse=True)
@@ -372,19 +372,19 @@ def test_the_head_gives_logits_of_the_image_size(student: Student) -> None:
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_segmentation_solves_the_toy(student: Student, masked: SegmentationData, freeze: bool) -> None:
+def test_segmentation_solves_the_toy(student: Student, masked: Split[LabelledSet], freeze: bool) -> None:
     config = SegmentConfig(steps=40, batch_size=6, width=16)
     found = dict(segment(student, masked, config, masks=8, freeze=freeze, seed=0, precision="float32"))
     assert found["miou"] > 0.78  # 0.83 to 0.86 over seeds; images and masks mirrored apart give less
     assert found["miou"] == pytest.approx((found["iou/ground"] + found["iou/square"]) / 2)
 
 
-def test_linear_segmentation_solves_the_toy(student: Student, masked: SegmentationData) -> None:
+def test_linear_segmentation_solves_the_toy(student: Student, masked: Split[LabelledSet]) -> None:
     found = dict(segment_linear(student, masked, masks=6, seed=0, grid=(0.1, 0.01)))
     assert found["miou"] > 0.7
 
 
-def test_only_finetuning_moves_the_backbone(student: Student, masked: SegmentationData) -> None:
+def test_only_finetuning_moves_the_backbone(student: Student, masked: Split[LabelledSet]) -> None:
     def backbone_moved(freeze: bool) -> bool:
         model = few_masks.train_segmenter(
             student,
@@ -452,7 +452,7 @@ def test_ignored_pixels_teach_nothing_and_are_not_scored(student: Student) -> No
 
 def test_mask_splits_and_draws() -> None:
     everything = squares(9, 0)
-    parts = few_masks.split_masks(everything)
+    parts = halved(everything)
     assert (len(parts.pool.images), len(parts.test.images)) == (4, 5)
     rows = {tuple(image.flatten().tolist()) for part in (parts.pool, parts.test) for image in part.images}
     assert len(rows) == 9
@@ -488,7 +488,9 @@ def counted(rows: list[dict[str, object]], task: str, metric: str) -> list[tuple
     return [(row["labels"], row["seed"]) for row in rows if (row["task"], row["metric"]) == (task, metric)]
 
 
-def test_every_task_gives_rows(student: Student, data: ClassificationData, masked: SegmentationData) -> None:
+def test_every_task_gives_rows(
+    student: Student, data: ClassificationData, masked: Split[LabelledSet]
+) -> None:
     rows = list(
         evaluate.evaluate_student(
             lambda seed: student, QUICK, method="fixed", data={"classification": data, "segmentation": masked}
@@ -507,7 +509,7 @@ def test_every_task_gives_rows(student: Student, data: ClassificationData, maske
 
 @pytest.mark.parametrize("task", HERE, ids=lambda task: task.name)
 def test_tasks_keep_their_contract(
-    student: Student, data: ClassificationData, masked: SegmentationData, task: Task
+    student: Student, data: ClassificationData, masked: Split[LabelledSet], task: Task
 ) -> None:
     def run(backbone: Student) -> Iterator[tuple[str, float]]:
         bench = Bench(backbone, QUICK, {"classification": data, "segmentation": masked}, task=task)

@@ -18,18 +18,18 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from dreamteacher.data.layouts.table import panoptic_files
 from dreamteacher.data.panoptic_set import PanopticSet, read_panoptic
+from dreamteacher.data.split import Split
 from dreamteacher.downstream import evaluate
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.detection.config import DetectConfig
 from dreamteacher.downstream.detection.data import Draw
-from dreamteacher.downstream.panoptic.config import PanopticConfig
+from dreamteacher.downstream.panoptic.config import PRESETS, PanopticConfig
 from dreamteacher.downstream.panoptic.merge import merge
 from dreamteacher.downstream.panoptic.train import (
-    PRESETS,
     TASK,
-    PanopticData,
     PanopticFPN,
     SemanticBranch,
+    checked,
     load_panoptic,
     panoptic,
     panoptic_example,
@@ -105,8 +105,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data(root: Path) -> PanopticData:
-    return PanopticData(pool=read(root / "train"), test=read(root / "test", whole=True))
+def data(root: Path) -> Split[PanopticSet]:
+    return Split(pool=read(root / "train"), test=read(root / "test", whole=True))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def untouched(student: Student) -> Iterator[None]:
 # --- files --------------------------------------------------------------------------------------------------
 
 
-def test_the_format_is_read(data: PanopticData) -> None:
+def test_the_format_is_read(data: Split[PanopticSet]) -> None:
     pool = data.pool
     assert (len(pool), pool.names, pool.things) == (8, ("ground", "square", "sky"), (False, True, False))
     image, segments = pool.read(3)
@@ -189,7 +189,7 @@ def test_layouts_are_read(make: Callable[[Path], object], tmp_path: Path) -> Non
     for part, files in ((found.pool, panoptic_files(source)), (found.test, panoptic_files(source, "val"))):
         assert (part.names, part.things) == (files.names, files.things)
         assert len(part) == len(files.images) > 0
-        kept = part.subset([len(part) - 1])
+        kept = part.take(torch.tensor([len(part) - 1]))
         image, segments = kept.read(0)
         ids, listed = files.read(len(part) - 1)
         assert image.shape[1:] == segments.ids.shape
@@ -277,7 +277,7 @@ def test_the_semantic_branch_against_a_composition() -> None:
 
 
 @pytest.mark.parametrize("mirror", [False, True])
-def test_examples_show_things_and_stuff(data: PanopticData, mirror: bool) -> None:
+def test_examples_show_things_and_stuff(data: Split[PanopticSet], mirror: bool) -> None:
     image, segments = data.pool.read(2)
     example = panoptic_example(data.pool, Draw(2, 64, mirror), 96)
     assert example.image.shape == image.shape
@@ -295,7 +295,7 @@ def test_examples_show_things_and_stuff(data: PanopticData, mirror: bool) -> Non
     assert torch.equal(target["semantic"], expected)
 
 
-def test_crowds_are_no_examples(data: PanopticData) -> None:
+def test_crowds_are_no_examples(data: Split[PanopticSet]) -> None:
     crowd = data.pool.scenes[0]._replace(crowds=frozenset({1, 257}))
     changed = dataclasses.replace(data.pool, scenes=(crowd, *data.pool.scenes[1:]))
     assert changed.shown() == list(range(1, 8))
@@ -305,7 +305,7 @@ def test_crowds_are_no_examples(data: PanopticData) -> None:
     assert (example.target["semantic"] == 0).any()
 
 
-def test_panoptic_solves_the_toy(student: Student, data: PanopticData) -> None:
+def test_panoptic_solves_the_toy(student: Student, data: Split[PanopticSet]) -> None:
     detect = dataclasses.replace(TINY.detect, steps=60, batch_size=4)
     config = dataclasses.replace(TINY, detect=detect, semantic_weight=1.0)
     found = dict(panoptic(student, data, config, precision="float32"))
@@ -314,12 +314,12 @@ def test_panoptic_solves_the_toy(student: Student, data: PanopticData) -> None:
     assert found["pq"] == pytest.approx((2 * found["pq_stuff"] + found["pq_things"]) / 3)
 
 
-def test_a_perfect_prediction_has_quality_one(data: PanopticData) -> None:
+def test_a_perfect_prediction_has_quality_one(data: Split[PanopticSet]) -> None:
     counts = sum(panoptic_counts(s, s, 3) for _, s in map(data.test.read, range(4)))
     assert set(panoptic_quality(counts, data.test.things).values()) == {1.0}
 
 
-def test_training_is_reproducible(student: Student, data: PanopticData) -> None:
+def test_training_is_reproducible(student: Student, data: Split[PanopticSet]) -> None:
     def weights(seed: int) -> Tensor:
         model: PanopticFPN = train_panoptic(student, data.pool, TINY, seed=seed, precision="float32")
         assert not any(part.training for part in model.modules())
@@ -353,7 +353,7 @@ def on_disk(root: Path, **changes: Any) -> EvaluateConfig:
     )
 
 
-def test_the_task_keeps_its_contract(student: Student, data: PanopticData, root: Path) -> None:
+def test_the_task_keeps_its_contract(student: Student, data: Split[PanopticSet], root: Path) -> None:
     config = on_disk(root)
     # Stuff comes out of any network, so that there is a number after two steps.
     check_task(
@@ -403,11 +403,11 @@ def test_wrong_settings_fail_before_anything_is_made(
     assert not (tmp_path / "out").exists()
 
 
-def test_categories_must_agree_and_have_both_kinds(data: PanopticData) -> None:
+def test_categories_must_agree_and_have_both_kinds(data: Split[PanopticSet]) -> None:
     other = dataclasses.replace(data.test, names=("ground", "circle", "sky"))
-    refused(lambda: PanopticData(pool=data.pool, test=other), "differ")
+    refused(lambda: checked(Split(pool=data.pool, test=other)), "differ")
     stuff = dataclasses.replace(data.pool, things=(False,) * 3)
-    refused(lambda: PanopticData(pool=stuff, test=stuff), "things and of stuff")
+    refused(lambda: checked(Split(pool=stuff, test=stuff)), "things and of stuff")
 
 
 @pytest.mark.parametrize("change", [{"width": 12}, {"stuff_area": -1}, {"score": 1.5}])

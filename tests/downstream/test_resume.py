@@ -22,7 +22,9 @@ from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.segmentation.config import ReadoutConfig, SemanticConfig
 from dreamteacher.downstream.task import Bench, Task, find_task
 from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime.loop import Loop
 from dreamteacher.runtime.run_folder import read_rows
+from dreamteacher.runtime.signals import signals_handled
 from tests.builders.pictures import refused
 from tests.builders.squares import TINY as DETECT
 from tests.builders.squares import save_folder
@@ -65,7 +67,7 @@ def config_of(root: Path, task: str, **changes: object) -> EvaluateConfig:
     data["readout"], data["finetune-full"] = data["semantic"], data["linear-sgd"]
     settings = {
         "student": "test_resnet", "tasks": (task,), "seeds": (0,), "size": (32, 32), "device": "cpu",
-        "precision": "float32", "workers": 0, "save_minutes": 0.0,
+        "precision": "float32", "workers": 0, "save_minutes": 60.0,
         "semantic": SemanticConfig(steps=4, batch_size=2, lr=1e-3, width=8, crops=SMALL, dropout=0.5),
         "readout": ReadoutConfig(steps=4, batch_size=2, crops=SMALL, dropout=0.5),
         "detect": dataclasses.replace(DETECT, steps=4),
@@ -116,7 +118,7 @@ def test_a_killed_training_goes_on_bitwise(
 
     asked: list[int] = []
 
-    def due(self: loop.Saved) -> bool:
+    def due(self: Loop) -> bool:
         asked.append(len(asked))
         if len(asked) == 3:
             raise KilledError
@@ -124,7 +126,7 @@ def test_a_killed_training_goes_on_bitwise(
 
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Saved, "due", due)
+        patch.setattr(Loop, "late", due)
         with pytest.raises(KilledError):
             quiet(dataclasses.replace(config, out=out))
     (folder,) = out.glob(f"training-{task}-all-seed0-*")
@@ -153,14 +155,14 @@ def test_a_signal_saves_and_ends(
     whole = quiet(dataclasses.replace(config, out=tmp_path / "whole"))
     config = dataclasses.replace(config, out=tmp_path / "stopped")
 
-    def due(self: loop.Saved) -> bool:
+    def due(self: Loop) -> bool:
         os.kill(os.getpid(), signal.SIGTERM)  # seen after the next step
         return False
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Saved, "due", due)
-        with pytest.raises(SystemExit) as stop:
+        patch.setattr(Loop, "late", due)
+        with signals_handled(), pytest.raises(SystemExit) as stop:
             quiet(config)
     assert stop.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before

@@ -22,7 +22,9 @@ from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.runtime import checkpoint, run_folder
 from dreamteacher.runtime.config import to_json
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.runtime.run_folder import FREE_TO_CHANGE, Progress, RunDir, Signals, read_rows
+from dreamteacher.runtime.progress import Progress
+from dreamteacher.runtime.run_folder import FREE_TO_CHANGE, RunDir, read_rows
+from dreamteacher.runtime.signals import Signals, signals_handled
 
 
 def resolved(verb: str = "pretrain", **config: Any) -> dict[str, Any]:
@@ -351,7 +353,7 @@ def test_the_first_signal_is_noted_and_the_second_acts(number: signal.Signals) -
 
     before = signal.signal(number, act)
     try:
-        with Signals() as signals:
+        with signals_handled(), Signals() as signals:
             assert signals.number == 0
             os.kill(os.getpid(), number)
             assert signals.number == number
@@ -366,7 +368,7 @@ def test_handlers_are_restored_after_an_error() -> None:
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
     def fail() -> None:
-        with Signals():
+        with signals_handled(), Signals():
             assert signal.getsignal(signal.SIGINT) != before[0]
             raise ZeroDivisionError
 
@@ -379,7 +381,7 @@ def test_progress_rates_and_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [100.0]
-    monkeypatch.setattr("dreamteacher.runtime.run_folder.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("dreamteacher.runtime.progress.time.perf_counter", lambda: clock[0])
     progress = Progress(total=40, first=20, batch=8, title="pretrain", every=30.0)
     clock[0] += 10
     progress.wait(2.5)

@@ -18,7 +18,6 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from dreamteacher.data.coco.annotations import CocoImage, Rle, instance_mask, read_coco
-from dreamteacher.data.draws import halves
 from dreamteacher.data.images import (
     BadImageError,
     Size,
@@ -31,6 +30,7 @@ from dreamteacher.data.images import (
 )
 from dreamteacher.data.layouts.table import InstanceFiles, instance_files, layout_of
 from dreamteacher.data.masks.pairs import find_pairs
+from dreamteacher.data.split import Split, halved
 from dreamteacher.runtime.errors import UserError, shorten
 from dreamteacher.runtime.threads import helpers, in_threads
 
@@ -109,55 +109,41 @@ class InstanceSet:
         except BadImageError as error:
             raise UserError(f"The image '{image}' cannot be read: {error.reason}.", "Replace it.") from error
 
-    def subset(self, indices: Tensor) -> InstanceSet:
-        """These images, in this order."""
-        chosen = indices.tolist()
+    def take(self, index: Tensor) -> InstanceSet:
+        """Some of them (int64 K), in this order."""
+        chosen = index.tolist()
         return replace(
             self,
             images=[self.images[i] for i in chosen],
             sizes=[self.sizes[i] for i in chosen],
             counts=[self.counts[i] for i in chosen],
-            truth=lambda index: self.truth(chosen[index]),
+            truth=lambda i: self.truth(chosen[i]),
         )
 
     def shown(self) -> InstanceSet:
         """The images that show an object; nothing is learned from a batch without any."""
-        return self.subset(
-            torch.tensor([i for i, count in enumerate(self.counts) if count], dtype=torch.int64)
-        )
+        return self.take(torch.tensor([i for i, count in enumerate(self.counts) if count], dtype=torch.int64))
 
 
-@dataclass(frozen=True, kw_only=True)
-class DetectionData:
-    """Images with instances in two parts that share their classes.
+def checked(data: Split[InstanceSet]) -> Split[InstanceSet]:
+    """The same, if both parts have the same classes and show objects.
 
-    Args:
-        pool: where the training images are drawn from.
-        test: seen by nothing but the final score.
+    Raises:
+        UserError: they do not.
     """
-
-    pool: InstanceSet
-    test: InstanceSet
-
-    def __post_init__(self) -> None:
-        if self.pool.classes != self.test.classes:
-            differ = sorted(set(self.pool.classes) ^ set(self.test.classes)) or ["their order"]
+    if data.pool.classes != data.test.classes:
+        differ = sorted(set(data.pool.classes) ^ set(data.test.classes)) or ["their order"]
+        raise UserError(
+            f"The classes of the training and the test instances differ: {shorten(differ)}.",
+            "Give both files the same categories.",
+        )
+    for part, name in ((data.pool, "training"), (data.test, "test")):
+        if not any(part.counts):
             raise UserError(
-                f"The classes of the training and the test instances differ: {shorten(differ)}.",
-                "Give both files the same categories.",
+                f"None of the {len(part)} {name} images shows an object.",
+                "Give images with instances: without them there is nothing to learn or to score.",
             )
-        for part, name in ((self.pool, "training"), (self.test, "test")):
-            if not any(part.counts):
-                raise UserError(
-                    f"None of the {len(part)} {name} images shows an object.",
-                    "Give images with instances: without them there is nothing to learn or to score.",
-                )
-
-
-def split_instances(everything: InstanceSet, seed: int = 0) -> DetectionData:
-    """One half of the images to draw training images from, and one to test on (the larger, of an odd number)."""
-    pool, test = (everything.subset(index) for index in halves(len(everything), seed))
-    return DetectionData(pool=pool, test=test)
+    return data
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -187,7 +173,7 @@ def load_instances(images: Path, instances: Path) -> InstanceSet:
 
 def load_detection(
     images: Path, instances: Path | None, test_images: Path | None, test_instances: Path | None
-) -> DetectionData:
+) -> Split[InstanceSet]:
     """Training and test images with instances; see `load_instances`.
 
     Args:
@@ -201,11 +187,11 @@ def load_detection(
     """
     if layout_of(images) is not None or instances is None:
         test = instance_files(test_images or images, "val")
-        return DetectionData(pool=_of_layout(instance_files(images)), test=_of_layout(test))
+        return checked(Split(pool=_of_layout(instance_files(images)), test=_of_layout(test)))
     pool = load_instances(images, instances)
     if test_instances is None:
-        return split_instances(pool)
-    return DetectionData(pool=pool, test=load_instances(test_images or images, test_instances))
+        return checked(halved(pool))
+    return checked(Split(pool=pool, test=load_instances(test_images or images, test_instances)))
 
 
 def _of_layout(files: InstanceFiles) -> InstanceSet:

@@ -17,10 +17,10 @@ from dreamteacher.data.draws import check_draw, draw_images
 from dreamteacher.data.images import Size
 from dreamteacher.data.layouts.table import check, layout_of
 from dreamteacher.data.seeds import step_generator
+from dreamteacher.data.split import Split
 from dreamteacher.downstream.classification.finetune import recalibrate, shuffled_batches
 from dreamteacher.downstream.detection.config import DetectConfig, check_detect
 from dreamteacher.downstream.detection.data import (
-    DetectionData,
     Draw,
     Example,
     Instances,
@@ -217,7 +217,7 @@ def _at_size(found: dict[str, Tensor], scaled: Size, size: Size) -> Instances:
 
 def detect(
     student: Student,
-    data: DetectionData,
+    data: Split[InstanceSet],
     config: DetectConfig,
     *,
     images: int | None,
@@ -230,7 +230,7 @@ def detect(
 
     Args:
         student: where training starts; left as it is.
-        data: see `DetectionData`.
+        data: images with instances; those to train on are drawn from its pool.
         config: see `DetectConfig`.
         images: images with objects to train on, drawn from the pool; none: all of them.
         cascade: Cascade Mask R-CNN instead of Mask R-CNN.
@@ -245,7 +245,7 @@ def detect(
     pool, test = data.pool.shown(), data.test
     drawn = draw_images(len(pool), len(pool) if images is None else images, seed)
     model = train_detector(
-        student, pool.subset(drawn), config, cascade=cascade, seed=seed, precision=precision, saved=saved
+        student, pool.take(drawn), config, cascade=cascade, seed=seed, precision=precision, saved=saved
     )
     found = list(predict(model, test, config))
     truth = [test.truth(i) for i in range(len(test))]
@@ -267,7 +267,7 @@ def _check_places(config: EvaluateConfig, _budgets: Budgets) -> None:
         raise UserError("The test images have no instances.", "Give --test-instances too.")
 
 
-def _load(config: EvaluateConfig, budgets: Budgets) -> DetectionData:
+def _load(config: EvaluateConfig, budgets: Budgets) -> Split[InstanceSet]:
     assert config.images is not None
     data = load_detection(config.images, config.instances, config.test_images, config.test_instances)
     check_draw(len(data.pool.shown()), budgets)

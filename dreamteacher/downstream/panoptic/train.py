@@ -9,7 +9,6 @@ import copy
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +19,13 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from tqdm import tqdm
 
-from dreamteacher.data.draws import check_draw, draw_images, halves
+from dreamteacher.data.draws import check_draw, draw_images
 from dreamteacher.data.images import BadImageError, Size
 from dreamteacher.data.layouts.table import Part, check, layout_of, panoptic_files
 from dreamteacher.data.loader import load_ahead
 from dreamteacher.data.panoptic_set import PanopticSet, of_layout, read_panoptic
 from dreamteacher.data.seeds import step_generator
+from dreamteacher.data.split import Split, halved
 from dreamteacher.downstream.detection.config import DetectConfig, check_detect
 from dreamteacher.downstream.detection.data import Draw, Example, instances_of_ids, scaled_image, scaled_size
 from dreamteacher.downstream.detection.model import build_detector
@@ -62,32 +62,23 @@ _IGNORED = 255
 _NEEDS = "panoptic needs segments.", "Give --images, --masks and --segments."
 
 
-@dataclass(frozen=True, kw_only=True)
-class PanopticData:
-    """Images with segments in two parts that share their classes.
-
-    Args:
-        pool: where the training images are drawn from.
-        test: seen by nothing but the final score.
+def checked(data: Split[PanopticSet]) -> Split[PanopticSet]:
+    """The same, if both parts have the same classes, of both kinds, and the pool shows a thing.
 
     Raises:
-        UserError: the classes differ, or the pool shows no thing.
+        UserError: they do not.
     """
-
-    pool: PanopticSet
-    test: PanopticSet
-
-    def __post_init__(self) -> None:
-        if (self.pool.names, self.pool.things) != (self.test.names, self.test.things):
-            raise UserError(
-                "The categories of the training and the test segments differ.",
-                "Give both files the same ones.",
-            )
-        if len(set(self.pool.things)) < 2 or not self.pool.shown():
-            raise UserError(
-                "Panoptic segmentation needs classes of things and of stuff, and images that show things.",
-                "Say so with isthing in the categories; without things, use the task semantic.",
-            )
+    if (data.pool.names, data.pool.things) != (data.test.names, data.test.things):
+        raise UserError(
+            "The categories of the training and the test segments differ.",
+            "Give both files the same ones.",
+        )
+    if len(set(data.pool.things)) < 2 or not data.pool.shown():
+        raise UserError(
+            "Panoptic segmentation needs classes of things and of stuff, and images that show things.",
+            "Say so with isthing in the categories; without things, use the task semantic.",
+        )
+    return data
 
 
 def load_panoptic(
@@ -99,7 +90,7 @@ def load_panoptic(
     test_segments: Path | None = None,
     *,
     workers: int = 2,
-) -> PanopticData:
+) -> Split[PanopticSet]:
     """Both parts from their files; see `dreamteacher.data.panoptic_set.read_panoptic`.
 
     Args:
@@ -117,7 +108,7 @@ def load_panoptic(
     if layout_of(images) is not None:
         parts: tuple[Part, Part] = "train", "val"
         pool, test = (of_layout(panoptic_files(images, part), workers=workers) for part in parts)
-        return PanopticData(pool=pool, test=test)
+        return checked(Split(pool=pool, test=test))
     if masks is None or segments is None:
         raise UserError(*_NEEDS)
     alone = test_segments is None
@@ -125,9 +116,8 @@ def load_panoptic(
     if test_segments is not None:
         places = test_images or images, test_masks or masks
         test = read_panoptic(test_segments, *places, whole=True, workers=workers)
-        return PanopticData(pool=pool, test=test)
-    first, second = (pool.subset(index.tolist()) for index in halves(len(pool)))
-    return PanopticData(pool=first, test=second)
+        return checked(Split(pool=pool, test=test))
+    return checked(halved(pool))
 
 
 # --- model ----------------------------------------------------------------------------------------------------
@@ -372,7 +362,7 @@ def predict_segments(model: PanopticFPN, image: Tensor, config: PanopticConfig) 
 
 def panoptic(
     student: Student,
-    data: PanopticData,
+    data: Split[PanopticSet],
     config: PanopticConfig,
     *,
     images: int | None = None,
@@ -384,18 +374,16 @@ def panoptic(
 
     Args:
         student: left as it is.
-        data: see `PanopticData`; training images without a thing are left out.
+        data: images with segments; training images without a thing are left out.
         config: see `PanopticConfig`.
         images: images to train on, drawn by the seed; none: all.
         seed: of the draw and of the training.
         precision: of the matrix products of the backbone and the FPN.
         saved: where the training is kept; None: it is not.
     """
-    shown = data.pool.subset(data.pool.shown())
+    shown = data.pool.take(torch.tensor(data.pool.shown()))
     drawn = draw_images(len(shown), images or len(shown), seed)
-    model = train_panoptic(
-        student, shown.subset(drawn.tolist()), config, seed=seed, precision=precision, saved=saved
-    )
+    model = train_panoptic(student, shown.take(drawn), config, seed=seed, precision=precision, saved=saved)
     counts = torch.zeros(len(data.test.names), 4, dtype=torch.float64)
     for i in tqdm(range(len(data.test)), desc="testing", disable=not sys.stderr.isatty()):
         try:
@@ -420,7 +408,7 @@ def _check_places(config: EvaluateConfig, _budgets: Budgets) -> None:
         raise UserError(*_NEEDS)
 
 
-def _load(config: EvaluateConfig, budgets: Budgets) -> PanopticData:
+def _load(config: EvaluateConfig, budgets: Budgets) -> Split[PanopticSet]:
     assert config.images is not None
     train = config.images, config.masks, config.segments
     test = config.test_images, config.test_masks, config.test_segments

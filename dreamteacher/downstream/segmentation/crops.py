@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +14,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from dreamteacher.data.draws import draw_images, halves
+from dreamteacher.data.draws import draw_images
 from dreamteacher.data.images import BadImage, BadImageError, nearest
-from dreamteacher.data.layouts.table import Part
 from dreamteacher.data.loader import load_ahead
-from dreamteacher.data.masks.reader import MaskedImages, read_masks
+from dreamteacher.data.masks.reader import MaskedImages
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.finetune import shuffled_batches
 from dreamteacher.downstream.segmentation.config import CropConfig
@@ -32,72 +29,9 @@ FILL = (124, 116, 104)
 _TRIES = 10
 
 
-@dataclass(frozen=True, kw_only=True)
-class SemanticData:
-    """Streamed images with masks, in two parts that share their classes.
-
-    Args:
-        train: to train on, or to draw from.
-        test: seen by nothing but the final score.
-    """
-
-    train: MaskedImages
-    test: MaskedImages
-
-
-def split_files(everything: MaskedImages, seed: int = 0) -> SemanticData:
-    """One half to train on and one to test on (the larger, of an odd number)."""
-    train, test = (everything.take(index) for index in halves(len(everything), seed))
-    return SemanticData(train=train, test=test)
-
-
 def drawn_files(files: MaskedImages, masks: int | None, seed: int) -> MaskedImages:
     """Those of `masks` labelled images drawn by the seed; all for None."""
     return files.take(draw_images(len(files), masks or len(files), seed))
-
-
-def load_files(
-    images: Path | None,
-    masks: Path | None,
-    test_images: Path | None,
-    test_masks: Path | None,
-    *,
-    ignore_index: int,
-    binary: bool,
-    workers: int,
-) -> SemanticData:
-    """Both parts, every mask and test image decoded once; see `data.masks.reader.read_masks`.
-
-    Args:
-        images: to train on; without test images, a layout's validation part or a half of them is the test.
-        masks: of `images`; none for a layout.
-        test_images: to test on, or None.
-        test_masks: of `test_images`.
-        ignore_index: id in the masks that is no class.
-        binary: masks are black and white.
-        workers: threads.
-
-    Raises:
-        UserError: for anything wrong with the files.
-    """
-
-    def find(images: Path | None, masks: Path | None, part: Part, whole: bool) -> MaskedImages:
-        assert images is not None
-        return read_masks(
-            images, masks, ignore_index=ignore_index, binary=binary, absent_ok=True, part=part, whole=whole,
-            workers=workers,
-        )  # fmt: skip
-
-    if test_images is None and masks is not None:
-        data = split_files(find(images, masks, "train", True))
-    else:
-        pool = find(images, masks, "train", False)
-        test = find(test_images or images, test_masks if test_images else None, "val", True)
-        # A small set may lack the last classes: both take the larger number.
-        classes = max(pool.classes, test.classes, key=len)
-        train, test = (replace(part, classes=classes) for part in (pool, test))
-        data = SemanticData(train=train, test=test)
-    return data
 
 
 # --- crops ----------------------------------------------------------------------------------------------------

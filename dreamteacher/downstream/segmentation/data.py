@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dreamteacher.data.draws import check_draw
-from dreamteacher.downstream.segmentation.crops import SemanticData, load_files
-from dreamteacher.downstream.segmentation.few_masks import SegmentationData
+from dreamteacher.data.labelled_set import LabelledSet
+from dreamteacher.data.masks.reader import MaskedImages
+from dreamteacher.data.split import Split
 from dreamteacher.downstream.sources import check_masks, load_masks
 from dreamteacher.downstream.task import Budgets, Group
 
@@ -28,22 +29,22 @@ def _check(config: EvaluateConfig, _budgets: Budgets) -> None:
     check_masks(*_places(config))
 
 
-def _load(config: EvaluateConfig, budgets: Budgets) -> SegmentationData:
-    data = load_masks(
+def _load(config: EvaluateConfig, budgets: Budgets) -> Split[LabelledSet]:
+    found = load_masks(
         *_places(config), config.size, ignore_index=config.ignore_index, binary=config.binary_masks
     )
-    check_draw(len(data.pool.images), budgets)
-    return data
+    check_draw(len(found.pool), budgets)
+    return Split(pool=found.pool.load(), test=found.test.load())
 
 
-def _load_streamed(config: EvaluateConfig, budgets: Budgets) -> SemanticData:
-    data = load_files(
+def _load_streamed(config: EvaluateConfig, budgets: Budgets) -> Split[MaskedImages]:
+    data = load_masks(
         *_places(config),
         ignore_index=config.ignore_index,
         binary=config.binary_masks,
         workers=config.workers,
     )
-    check_draw(len(data.train), budgets)
+    check_draw(len(data.pool), budgets)
     return data
 
 

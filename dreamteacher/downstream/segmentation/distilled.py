@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dreamteacher.data.labelled_set import LabelledSet
+from dreamteacher.data.split import Split
 from dreamteacher.downstream.features import device_of
 from dreamteacher.downstream.segmentation.data import IN_MEMORY
-from dreamteacher.downstream.segmentation.few_masks import SegmentationData, score_segmenter
+from dreamteacher.downstream.segmentation.few_masks import score_segmenter
 from dreamteacher.downstream.task import Bench, Task
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.distilled import HEAD, REGRESSOR, Distilled, has_head, is_pooled, load_distilled
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 def distilled(
     model: Distilled,
-    data: SegmentationData,
+    data: Split[LabelledSet],
     *,
     ignore_index: int = 255,
     precision: Precision = "auto",

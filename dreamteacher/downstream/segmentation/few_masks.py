@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from dreamteacher.data.draws import halves
 from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.finetune import recalibrate, shuffled_batches, train
@@ -28,25 +26,6 @@ from dreamteacher.spec import FeatureSpec
 
 # The maps of the labelled images are kept when they take less than this; else they are computed each step.
 _MAPS_BYTES = 2 << 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class SegmentationData:
-    """Images with masks in two parts that share their classes.
-
-    Args:
-        pool: where the training masks are drawn from.
-        test: seen by nothing but the final score.
-    """
-
-    pool: LabelledSet
-    test: LabelledSet
-
-
-def split_masks(everything: LabelledSet, seed: int = 0) -> SegmentationData:
-    """One half to draw training masks from and one to test on (the larger, of an odd number)."""
-    pool, test = (everything.take(index) for index in halves(len(everything), seed))
-    return SegmentationData(pool=pool, test=test)
 
 
 class SegmentationHead(nn.Module):

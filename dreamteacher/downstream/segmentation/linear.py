@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamteacher.data.draws import draw_images
+from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.data.seeds import step_generator
+from dreamteacher.data.split import Split
 from dreamteacher.downstream.classification.linear import choose_l2, fit_logistic, standardisation
 from dreamteacher.downstream.features import device_of, frozen, to_input
 from dreamteacher.downstream.segmentation.data import IN_MEMORY
-from dreamteacher.downstream.segmentation.few_masks import SegmentationData, score
+from dreamteacher.downstream.segmentation.few_masks import score
 from dreamteacher.downstream.task import Bench, Task, always
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.regressor import resize
@@ -27,7 +29,7 @@ _LINEAR_PIXELS = 20_000
 
 def segment_linear(
     student: Student,
-    data: SegmentationData,
+    data: Split[LabelledSet],
     *,
     masks: int,
     seed: int,
@@ -44,7 +46,7 @@ def segment_linear(
 
     Args:
         student: left as it is.
-        data: see `SegmentationData`.
+        data: images with masks; those to train on are drawn from its pool.
         masks: labelled images.
         seed: of the draw.
         ignore_index: mask id that is neither learned nor scored.

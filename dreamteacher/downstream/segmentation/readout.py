@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from dreamteacher.data.masks.reader import MaskedImages
+from dreamteacher.data.split import Split
 from dreamteacher.downstream.loop import UNKEPT, LongRun
 from dreamteacher.downstream.segmentation.config import ReadoutConfig
-from dreamteacher.downstream.segmentation.crops import SemanticData, drawn_files
+from dreamteacher.downstream.segmentation.crops import drawn_files
 from dreamteacher.downstream.segmentation.data import STREAMED
 from dreamteacher.downstream.segmentation.semantic import FCNHead, score_files, train_dense
 from dreamteacher.downstream.task import Bench, Task
@@ -36,7 +38,7 @@ def level_of(student: Student, config: ReadoutConfig) -> int:
 
 def readout(
     student: Student,
-    data: SemanticData,
+    data: Split[MaskedImages],
     config: ReadoutConfig,
     *,
     masks: int | None = None,
@@ -57,7 +59,7 @@ def readout(
     Source: section 8 of arXiv 2307.07487: frozen backbone, FCN, SGD 0.01, poly 0.9, 20k iterations. Neither the
     head's layers nor the map are stated: torchvision's FCN head on the coarsest map, not dilated.
     """
-    level, files, training = level_of(student, config), data.train, config.training()
+    level, files, training = level_of(student, config), data.pool, config.training()
     model = train_dense(
         student,
         drawn_files(files, masks, run.seed),

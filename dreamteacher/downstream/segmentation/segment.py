@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from dreamteacher.data.draws import draw_images
+from dreamteacher.data.labelled_set import LabelledSet
+from dreamteacher.data.split import Split
 from dreamteacher.downstream.segmentation.config import SegmentConfig
 from dreamteacher.downstream.segmentation.data import IN_MEMORY
-from dreamteacher.downstream.segmentation.few_masks import SegmentationData, score_segmenter, train_segmenter
+from dreamteacher.downstream.segmentation.few_masks import score_segmenter, train_segmenter
 from dreamteacher.downstream.task import Bench, Task, always
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.distilled import REGRESSOR, neck_weights
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 def segment(
     student: Student,
-    data: SegmentationData,
+    data: Split[LabelledSet],
     config: SegmentConfig,
     *,
     masks: int,
@@ -41,7 +43,7 @@ def segment(
 
     Args:
         student: left as it is.
-        data: see `SegmentationData`.
+        data: images with masks; those to train on are drawn from its pool.
         config: see `SegmentConfig`.
         masks: labelled images to train on.
         freeze: train the head alone.

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from dreamteacher.data.masks.reader import MaskedImages
+from dreamteacher.data.split import Split
 from dreamteacher.downstream.classification.finetune import train
 from dreamteacher.downstream.features import device_of, frozen, to_input
 from dreamteacher.downstream.loop import UNKEPT, LongRun
 from dreamteacher.downstream.segmentation.config import SemanticConfig
-from dreamteacher.downstream.segmentation.crops import FILL, SemanticData, crops, drawn_files, whole_images
+from dreamteacher.downstream.segmentation.crops import FILL, crops, drawn_files, whole_images
 from dreamteacher.downstream.segmentation.data import STREAMED
 from dreamteacher.downstream.segmentation.few_masks import SegmentationHead, pixel_loss
 from dreamteacher.downstream.task import Bench, Task
@@ -246,7 +247,7 @@ def score_files(
 
 def semantic(
     student: Student,
-    data: SemanticData,
+    data: Split[MaskedImages],
     config: SemanticConfig,
     *,
     masks: int | None = None,
@@ -256,12 +257,12 @@ def semantic(
 
     Args:
         student: left as it is.
-        data: see `SemanticData`.
+        data: images with masks that stay on the disk; those to train on are drawn from its pool.
         config: see `SemanticConfig`.
         masks: labelled images to train on, drawn by the run's seed; None: all.
         run: see `LongRun`.
     """
-    files = drawn_files(data.train, masks, run.seed)
+    files = drawn_files(data.pool, masks, run.seed)
     norm, width, dropout = config.norm, config.width, config.dropout
     model = train_dense(
         student,

@@ -23,6 +23,7 @@ from dreamteacher.distill.store import reader, writer
 from dreamteacher.distill.store.files import BASIS, IMAGES, MANIFEST, claim, shard_name
 from dreamteacher.distill.store.items import layout, noise_device
 from dreamteacher.distill.store.reader import FeatureStore
+from dreamteacher.runtime.signals import signals_handled
 from dreamteacher.teachers.registry import fingerprint, load_teacher
 from tests.builders.pictures import refused
 from tests.distill.store.test_store import CPU, alter, asked_in, files, images_of, made, remove, truncate
@@ -327,7 +328,7 @@ def test_signals_are_heard_while_the_basis_is_fitted(asked, monkeypatch, capsys)
         return original(*args)
 
     monkeypatch.setattr(writer, "whiten", signalled)
-    with pytest.raises(SystemExit) as stop:
+    with signals_handled(), pytest.raises(SystemExit) as stop:
         make(asked)
     assert stop.value.code == 128 + signal.SIGTERM
     assert len(fitted) == 4
@@ -347,7 +348,7 @@ def test_signals_are_heard_while_another_writer_is_waited_for(asked, name, monke
 
     asked.out.mkdir()
     monkeypatch.setattr(writer.time, "sleep", sleep)
-    with claim(asked.out, name), pytest.raises(SystemExit) as stop:
+    with signals_handled(), claim(asked.out, name), pytest.raises(SystemExit) as stop:
         make(asked)
     assert stop.value.code == 128 + signal.SIGTERM
     assert len(list(asked.out.glob("shard-*.safetensors"))) == (3 if name == shard_name(1) else 0)

@@ -45,6 +45,7 @@ from dreamteacher.distill.store.items import (
 from dreamteacher.distill.store.reader import FeatureStore
 from dreamteacher.losses import feature_loss, projected_loss, whiten
 from dreamteacher.runtime import run_folder
+from dreamteacher.runtime.signals import signals_handled
 from dreamteacher.teachers.registry import fingerprint, load_teacher
 from tests.builders.disks import fill_disk
 from tests.builders.pictures import refused
@@ -473,7 +474,7 @@ def test_pretraining_from_projected_maps_learns_stops_and_resumes_bitwise(run, m
             yield batch
 
     monkeypatch.setattr(data_batches, "batches", signalled)
-    with pytest.raises(SystemExit) as stop:
+    with signals_handled(), pytest.raises(SystemExit) as stop:
         pretrain(config)
     assert stop.value.code == 128 + signal.SIGTERM
     monkeypatch.undo()
@@ -664,7 +665,7 @@ def test_signals_keep_finished_shards(asked, number, monkeypatch, capsys):
 
     stopped: list[int] = []
     monkeypatch.setattr(writer, "pack", signalled)
-    with pytest.raises(SystemExit) as stop:
+    with signals_handled(), pytest.raises(SystemExit) as stop:
         make.make_features(asked)
     assert stop.value.code == 128 + number
     assert "The same command resumes" in capsys.readouterr().out

@@ -470,7 +470,7 @@ def test_evaluate_runs_them_when_they_are_named(folders: Path) -> None:
     assert any("linear-sgd, all labels, accuracy" in line for line in lines)
     assert len((folders / "out" / "results.jsonl").read_text().splitlines()) == len(rows)
     named = evaluate.check_config(dataclasses.replace(config, tasks=(), labels=(2,)))
-    assert named == ("knn", "linear", "finetune")  # they take hours: never by themselves
+    assert named == ("linear", "finetune", "knn")  # they take hours: never by themselves
 
 
 def test_evaluate_refuses_a_wrong_recipe_before_it_reads_anything(folders: Path) -> None:

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
+from dreamteacher.data.split import Split
 from dreamteacher.downstream.detection.data import (
-    DetectionData,
     Instances,
     Mask,
     cut_mask,
@@ -140,7 +140,7 @@ def test_average_precision_against_pycocotools(kind):
 
 def test_missing_library_is_named(monkeypatch, student):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
-    data = DetectionData(pool=scenes(0, 1), test=scenes(2))
+    data = Split(pool=scenes(0, 1), test=scenes(2))
     refused(
         lambda: list(detect(student, data, TINY, images=None, cascade=False, seed=0)), "dreamteacher[coco]"
     )

@@ -18,13 +18,14 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
+from dreamteacher.data.split import Split, halved
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.detection.cascade import CascadeHeads, box_losses
 from dreamteacher.downstream.detection.config import PRESETS, check_detect
 from dreamteacher.downstream.detection.data import (
-    DetectionData,
     Draw,
     Instances,
+    checked,
     cut_mask,
     example,
     instances_of_ids,
@@ -32,7 +33,6 @@ from dreamteacher.downstream.detection.data import (
     load_instances,
     scaled_masks,
     scaled_size,
-    split_instances,
 )
 from dreamteacher.downstream.detection.model import Batcher, build_detector, roi_pool
 from dreamteacher.downstream.detection.scores import average_precision
@@ -115,10 +115,10 @@ def test_a_folder_of_instances_of_mixed_sizes(tmp_path):
         assert torch.equal(data.image(i), image)
         assert torch.equal(data.truth(i).boxes, instances_of_ids(ids).boxes)
         assert data.counts[i] == len(data.truth(i).masks)
-    part = data.subset(torch.tensor([2, 0]))
+    part = data.take(torch.tensor([2, 0]))
     assert torch.equal(part.image(0), data.image(2))
     assert torch.equal(part.truth(1).boxes, data.truth(0).boxes)
-    halves = split_instances(data)
+    halves = halved(data)
     assert (len(halves.pool), len(halves.test)) == (1, 2)
 
 
@@ -188,7 +188,7 @@ def test_bad_instances_are_found_before_training(tmp_path):
         spoilt("jpeg", lambda p: (noise(0).convert("L").save(p.with_suffix(".jpg")), p.unlink())), "JPEG, L"
     )
     empty = spoilt("empty", lambda p: [resave(q, lambda i: i.point(lambda _: 0)) for q in p.parent.iterdir()])
-    refused(lambda: split_instances(empty()), "None of the 1 training images shows an object")
+    refused(lambda: checked(halved(empty())), "None of the 1 training images shows an object")
     images, path = save_coco(tmp_path / "coco", 1, 2)
     others, other = save_coco(tmp_path / "other", 1, 2, names=("square", "circle"))
     refused(lambda: load_detection(images, path, others, other), "differ: circle")
@@ -396,11 +396,13 @@ def test_the_seed_decides_everything_and_nothing_else_is_touched(student, cascad
 
 
 def test_detection_keeps_the_contract_of_tasks(student):
-    data = DetectionData(pool=scenes(0, 1, 2, 3), test=scenes(4, 5))
+    data = Split(pool=scenes(0, 1, 2, 3), test=scenes(4, 5))
     for cascade in (False, True):
         check_task(lambda s, c=cascade: detect(s, data, TINY, images=2, cascade=c, seed=0), student)
     refused(
-        lambda: list(detect(student, data, TINY, images=5, cascade=False, seed=0)), "5 masks", "4 are there"
+        lambda: list(detect(student, data, TINY, images=5, cascade=False, seed=0)),
+        "5 labelled images",
+        "2 to 4",
     )
 
 
@@ -502,7 +504,7 @@ def test_learning_rates():
     [
         ({"short_side": (96, 64)}, "Sides of 96 to 64"), ({"test_side": 999}, "test 999"), ({"steps": 0}, "steps"),
         ({"layer_decay": 0.0}, "layer_decay"), ({"cut": 1.5}, "cut"), ({"milestones": (1.2,)}, "milestones"),
-        ({"warmup": -1.0}, "warmup"), ({"rois": 0, "width": 0}, "width, rois"), ({"images": (1,)}, "images"),
+        ({"warmup": -1.0}, "warmup"), ({"rois": 0, "width": 0}, "width, rois"), ({"image_counts": (1,)}, "image_counts"),
     ],
 )  # fmt: skip
 def test_settings_are_checked(settings, word):

@@ -18,6 +18,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from dreamteacher.data.masks.reader import MaskedImages, read_masks
 from dreamteacher.data.seeds import step_generator
+from dreamteacher.data.split import Split
 from dreamteacher.downstream import evaluate
 from dreamteacher.downstream.classification import config as classification_config
 from dreamteacher.downstream.classification import finetune
@@ -25,8 +26,9 @@ from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.loop import LongRun
 from dreamteacher.downstream.segmentation import crops, few_masks, semantic
 from dreamteacher.downstream.segmentation.config import PRESETS, CropConfig, ReadoutConfig, SemanticConfig
-from dreamteacher.downstream.segmentation.crops import SemanticData, random_crop
+from dreamteacher.downstream.segmentation.crops import random_crop
 from dreamteacher.downstream.segmentation.readout import readout
+from dreamteacher.downstream.sources import load_masks
 from dreamteacher.downstream.task import Bench, find_task
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.distributed.device import seeded
@@ -73,9 +75,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data(root: Path) -> SemanticData:
+def data(root: Path) -> Split[MaskedImages]:
     train, test = (read_masks(root / part / "images", root / part / "masks") for part in ("train", "test"))
-    return SemanticData(train=train, test=test)
+    return Split(pool=train, test=test)
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +88,9 @@ def student() -> Student:
 # ---- masks on the disk
 
 
-def test_images_and_masks_are_read_as_they_are(data: SemanticData, root: Path) -> None:
-    assert (len(data.train), data.train.classes) == (8, ("class 0", "class 1"))
-    image, mask = data.train.read(2)
+def test_images_and_masks_are_read_as_they_are(data: Split[MaskedImages], root: Path) -> None:
+    assert (len(data.pool), data.pool.classes) == (8, ("class 0", "class 1"))
+    image, mask = data.pool.read(2)
     assert torch.equal(image, pil_to_tensor(Image.open(root / "train" / "images" / "2.png")))
     assert torch.equal(mask, pil_to_tensor(Image.open(root / "train" / "masks" / "2.png"))[0].long())
     assert mask.unique().tolist() == [0, 1, 255]
@@ -119,9 +121,9 @@ def test_layouts_are_streamed(
 ) -> None:
     make(tmp_path)
     source = Path(f"{name}:{tmp_path}")
-    found = crops.load_files(source, None, None, None, ignore_index=255, binary=False, workers=1)
-    assert (len(found.train.classes), len(found.test.classes)) == (classes, classes)
-    for files, part in ((found.train, "train"), (found.test, "val")):
+    found = load_masks(source, None, None, None, ignore_index=255, binary=False, workers=1)
+    assert (len(found.pool.classes), len(found.test.classes)) == (classes, classes)
+    for files, part in ((found.pool, "train"), (found.test, "val")):
         whole = read_masks(source, None, (H, W), part=part).load()
         assert files.classes == whole.classes
         read = [files.read(i) for i in range(len(files))]
@@ -129,7 +131,7 @@ def test_layouts_are_streamed(
         assert torch.equal(torch.stack([mask for _, mask in read]), whole.targets)
     refused(lambda: read_masks(source, None, binary=True), f"{classes} classes of their own")
     refused(lambda: read_masks(source, None, ignore_index=0), f"{classes} classes of their own")
-    path = found.train.labels[0]
+    path = found.pool.labels[0]
     to_pil_image(torch.full((1, H, W), 200, dtype=torch.uint8)).save(path)
     refused(lambda: read_masks(source, None), path.name, "200")
 
@@ -219,9 +221,9 @@ def test_crops_of_one_class_are_drawn_again() -> None:
     assert both[0.9] > 3 * both[1.0]
 
 
-def test_the_stream_depends_on_the_seed_alone(data: SemanticData) -> None:
+def test_the_stream_depends_on_the_seed_alone(data: Split[MaskedImages]) -> None:
     def batches(seed: int, workers: int) -> Tensor:
-        stream = crops.crops(data.train, SMALL, steps=5, batch_size=3, seed=seed, workers=workers)
+        stream = crops.crops(data.pool, SMALL, steps=5, batch_size=3, seed=seed, workers=workers)
         found = list(stream)
         assert [tuple(images.shape) for images, _ in found] == [(3, 3, 64, 64)] * 5
         assert all(masks.shape == (3, 64, 64) for _, masks in found)
@@ -396,7 +398,7 @@ def test_classes_in_parts_are_those_of_all() -> None:
     assert not (whole == 20).any()
 
 
-def test_scores_against_scikit_learn(data: SemanticData) -> None:
+def test_scores_against_scikit_learn(data: Split[MaskedImages]) -> None:
     model = Painter(2)
     config = dataclasses.replace(QUICK, crops=CropConfig(short_side=32, size=(32, 32)))
     found = dict(semantic.score_files(model, data.test, config, precision="float32"))
@@ -429,24 +431,26 @@ def untouched(student: Student) -> Iterator[None]:
         yield
 
 
-def test_semantic_solves_the_toy(student: Student, data: SemanticData) -> None:
+def test_semantic_solves_the_toy(student: Student, data: Split[MaskedImages]) -> None:
     config = dataclasses.replace(QUICK, steps=40, batch_size=4, lr=0.02, width=16)
     found = dict(semantic.semantic(student, data, config, run=LongRun(precision="float32")))
     assert found["miou"] > 0.8
     assert found["accuracy"] > found["miou"]
 
 
-def test_readout_solves_the_toy(student: Student, data: SemanticData) -> None:
+def test_readout_solves_the_toy(student: Student, data: Split[MaskedImages]) -> None:
     config = ReadoutConfig(steps=60, batch_size=4, lr=0.05, stride=8, crops=SMALL)
     found = dict(readout(student, data, config, run=LongRun(precision="float32")))
     assert found["miou"] > 0.6
     refused(lambda: ReadoutConfig(stride=7), "stride is 7")
 
 
-def head_weights(student: Student, data: SemanticData, seed: int, *, freeze: bool, steps: int = 2) -> Tensor:
+def head_weights(
+    student: Student, data: Split[MaskedImages], seed: int, *, freeze: bool, steps: int = 2
+) -> Tensor:
     model = semantic.train_dense(
         student,
-        data.train,
+        data.pool,
         dataclasses.replace(QUICK, steps=steps),
         lambda: semantic.FCNHead(student.specs, 2),
         freeze=freeze,
@@ -460,7 +464,7 @@ def head_weights(student: Student, data: SemanticData, seed: int, *, freeze: boo
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_training_is_reproducible(student: Student, data: SemanticData, freeze: bool) -> None:
+def test_training_is_reproducible(student: Student, data: Split[MaskedImages], freeze: bool) -> None:
     first = head_weights(student, data, 0, freeze=freeze)
     assert torch.equal(first, head_weights(student, data, 0, freeze=freeze))
     assert not torch.equal(first, head_weights(student, data, 1, freeze=freeze))
@@ -490,7 +494,7 @@ def on_disk(root: Path, **changes: object) -> EvaluateConfig:
 
 
 @pytest.mark.parametrize("task", ["semantic", "readout"])
-def test_tasks_keep_their_contract(student: Student, data: SemanticData, task: str) -> None:
+def test_tasks_keep_their_contract(student: Student, data: Split[MaskedImages], task: str) -> None:
     found = find_task(task)
     check_task(lambda s: found.run(Bench(s, CONFIG, {"streamed": data}, task=found), 4, 0), student)
     with pytest.raises(UserError, match="need masks in folders"):
@@ -512,26 +516,25 @@ def test_without_a_test_set_half_is_set_aside(root: Path) -> None:
     config = on_disk(root, test_images=None, test_masks=None, tasks=("readout",), seeds=(0,))
     assert evaluate.evaluate(config, log=lambda line: None)
     places = config.images, config.masks, None, None
-    found = crops.load_files(*places, ignore_index=255, binary=False, workers=0)
-    assert (len(found.train), len(found.test)) == (4, 4)
-    assert not set(found.train.images) & set(found.test.images)
+    found = load_masks(*places, ignore_index=255, binary=False, workers=0)
+    assert (len(found.pool), len(found.test)) == (4, 4)
+    assert not set(found.pool.images) & set(found.test.images)
 
 
 def test_both_parts_have_the_larger_number_of_classes(root: Path, tmp_path: Path) -> None:
     (tmp_path / "masks").mkdir()
     for i in range(50, 54):
         Image.new("L", (64 + 16 * (i % 3), 64), 9 * (i % 2)).save(tmp_path / "masks" / f"{i}.png")
-    found = crops.load_files(
+    found = load_masks(
         root / "train" / "images",
         root / "train" / "masks",
         root / "test" / "images",
         tmp_path / "masks",
         ignore_index=255,
         binary=False,
-        most=0,
         workers=1,
     )
-    assert (len(found.train.classes), len(found.test.classes)) == (10, 10)
+    assert (len(found.pool.classes), len(found.test.classes)) == (10, 10)
 
 
 @pytest.mark.parametrize(
@@ -558,7 +561,7 @@ def test_wrong_settings_fail_before_anything_is_made(
         ({"warmup": 1.0}, "warmup"),
         ({"overlap": -0.1}, "overlap"),
         ({"auxiliary": -1.0}, "auxiliary"),
-        ({"masks": (1,)}, "at least 2"),
+        ({"mask_counts": (1,)}, "at least 2"),
     ],
 )
 def test_settings_are_checked(change: dict[str, object], message: str) -> None:
@@ -572,8 +575,8 @@ def test_crop_settings_are_checked(change: dict[str, object]) -> None:
     refused(lambda: CropConfig(**change), "Give")
 
 
-def test_draws_are_nested(data: SemanticData) -> None:
-    files: MaskedImages = data.train
+def test_draws_are_nested(data: Split[MaskedImages]) -> None:
+    files: MaskedImages = data.pool
     assert set(crops.drawn_files(files, 3, 0).images) < set(crops.drawn_files(files, 6, 0).images)
     assert crops.drawn_files(files, None, 5).images == files.images
     assert step_generator(0, 1, "crop/0").initial_seed() != step_generator(0, 1, "crop/1").initial_seed()

@@ -28,7 +28,6 @@ from dreamteacher.distill import step as distill_step
 from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.dataset import FeatureBatch
 from dreamteacher.distill.pretrain import pretrain
-from dreamteacher.distill.step import Training
 from dreamteacher.downstream.classification.config import FinetuneConfig
 from dreamteacher.downstream.segmentation.config import SegmentConfig
 from dreamteacher.models.regressor import FeatureRegressor
@@ -38,12 +37,13 @@ from dreamteacher.runtime.distributed.batch_norm import make_global
 from dreamteacher.runtime.distributed.group import broadcast, join
 from dreamteacher.runtime.distributed.sharding import gradients_stay, shard, whole_on_first
 from dreamteacher.runtime.distributed.world import ALONE, World, launched
-from dreamteacher.runtime.run_folder import Progress, RunDir
+from dreamteacher.runtime.run_folder import RunDir
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher
 from dreamteacher.teachers.training import config as training_config
 from dreamteacher.teachers.training import train
 from dreamteacher.teachers.training.diffusion import DiffusionPreset
 from dreamteacher.teachers.training.stylegan2 import StyleGan2Preset
+from tests.builders.steps import Stepper
 
 # Strides 2 to 32 as in cpu-64, in a network that takes milliseconds.
 TINY = DiffusionPreset(
@@ -133,7 +133,7 @@ def check_steps(world: World, base: PretrainConfig) -> None:
         student.mean, student.std = student.mean.double(), student.std.double()
         regressor = FeatureRegressor(student.specs, student.specs, width=8).double()
         torch.set_default_dtype(torch.float64)
-        training = Training(config, student, regressor, 4, world=who)
+        training = Stepper(config, student, regressor, 4, world=who)
         generator.manual_seed(0)
         parts: list[FeatureBatch] = []
         seen: dict[str, torch.Tensor | None] = {}
@@ -143,11 +143,11 @@ def check_steps(world: World, base: PretrainConfig) -> None:
             parts.append(FeatureBatch(images[who.rows], [m[who.rows] for m in maps], 0.0, step))
         stream = iter(parts)
         for step in range(3):
-            training.step(step, stream, Progress(4, 0, 16, "test"))
-            for name, parameter in training.trained.named_parameters():
+            training.step(step, stream)
+            for name, parameter in training.network.named_parameters():
                 gradient = parameter.grad
                 seen[f"gradient {step} {name}"] = None if gradient is None else gradient.clone()
-        found.append(seen | {k: v.clone() for k, v in training.trained.state_dict().items()})
+        found.append(seen | {k: v.clone() for k, v in training.network.state_dict().items()})
         torch.set_default_dtype(torch.float32)
     alone, together = found
     assert alone.keys() == together.keys()
@@ -288,7 +288,7 @@ def spoil(call: int) -> None:
     def spoiled(*args: Any, **options: Any) -> Any:
         found = original(*args, **options)
         ruined = launched().rank == 1 and next(calls) == call
-        return found._replace(total=found.total * float("nan")) if ruined else found
+        return found._replace(mse=found.mse * float("nan")) if ruined else found
 
     distill_step.batch_loss = spoiled
 

@@ -21,6 +21,7 @@ from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.distributed.world import World
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import RunDir, read_rows
+from dreamteacher.runtime.signals import signals_handled
 from dreamteacher.teachers.registry import load_teacher, read_card
 from dreamteacher.teachers.stylegan2.teacher import Generator, StyleGan2Spec, StyleGan2Teacher
 from dreamteacher.teachers.training import config as training_config
@@ -477,7 +478,7 @@ def test_stop_and_resume_is_bitwise(
 
     with monkeypatch.context() as patch:
         patch.setattr(batches, "batches", signalled)
-        with pytest.raises(SystemExit) as stop:
+        with signals_handled(), pytest.raises(SystemExit) as stop:
             train_teacher(config)
     assert stop.value.code == 128 + signal.SIGTERM
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 7)
@@ -560,7 +561,7 @@ def test_nan_stops_and_keeps_the_checkpoint(
         return original(real, fake) * (math.nan if len(calls) == 6 else 1)
 
     monkeypatch.setattr(stylegan2, "discriminator_loss", poisoned)
-    with pytest.raises(UserError, match="loss/d is nan at step 6"):
+    with pytest.raises(UserError, match="loss/d is not finite at step 6"):
         train_teacher(config)
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 4)
 
@@ -580,7 +581,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(
         return loss + (loss * 0).sqrt() if next(count) == calls else loss
 
     monkeypatch.setattr(stylegan2, name, poisoned)
-    with pytest.raises(UserError, match=f"grad_norm/{norm} is nan at step {calls}"):
+    with pytest.raises(UserError, match=f"grad_norm/{norm} is not finite at step {calls}"):
         train_teacher(config)
     assert checkpoint.latest(config.out) is None
 
@@ -632,8 +633,8 @@ def test_losses_on_a_device_are_read_before_a_save_only(config: TrainTeacherConf
     images = image_set.load_images(config.images, (64, 64))
     objective, run = Elsewhere(), RunDir(config.out)
     elsewhere = plan(device=torch.device("meta"), batch_size=8, steps=20)
-    with pytest.raises(UserError, match="The loss is inf at step 7"):
-        train._Loop(config, elsewhere, objective, images, run, {"config": {}}).run_all()
+    with pytest.raises(UserError, match="The loss is not finite at step 7"):
+        train._train(config, elsewhere, objective, images, run, {"config": {}})
     run.close()
     assert objective.steps == 8
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 4)

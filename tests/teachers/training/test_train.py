@@ -26,6 +26,7 @@ from dreamteacher.runtime.config import from_json, to_json
 from dreamteacher.runtime.distributed.world import World
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import read_rows
+from dreamteacher.runtime.signals import signals_handled
 from dreamteacher.teachers.diffusion.teacher import (
     DiffusionSpec,
     DiffusionTeacher,
@@ -231,7 +232,7 @@ def test_signals_save_and_exit_with_128_plus_n(
     config: TrainTeacherConfig, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signalled_at(5, number, monkeypatch)
-    with pytest.raises(SystemExit) as stop:
+    with signals_handled(), pytest.raises(SystemExit) as stop:
         train_teacher(config)
     assert stop.value.code == 128 + number
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 6)
@@ -327,12 +328,14 @@ def test_nan_stops_and_keeps_the_checkpoint(
 
     poisoned.calls = 0  # type: ignore[attr-defined]
     monkeypatch.setattr(diffusion, "epsilon_loss", poisoned)
-    with pytest.raises(UserError, match=r"loss is nan at step 7\.\n.*The last checkpoint is from before"):
+    with pytest.raises(
+        UserError, match=r"loss is not finite at step 7\.\n.*The last checkpoint is from before"
+    ):
         train_teacher(config)
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 4)
     poisoned.calls = 4  # type: ignore[attr-defined]
     none = dataclasses.replace(config, out=config.out.with_name("none"))
-    with pytest.raises(UserError, match=r"loss is nan at step 3\.\n.*No checkpoint was written"):
+    with pytest.raises(UserError, match=r"loss is not finite at step 3\.\n.*No checkpoint was written"):
         train_teacher(none)
     assert checkpoint.latest(none.out) is None
 
@@ -349,7 +352,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(
         return loss + (loss * 0).sqrt() if next(count) == last else loss
 
     monkeypatch.setattr(diffusion, "epsilon_loss", poisoned)
-    with pytest.raises(UserError, match=f"grad_norm is nan at step {last}"):
+    with pytest.raises(UserError, match=f"grad_norm is not finite at step {last}"):
         train_teacher(config)
     assert not (config.out / f"checkpoint-{last:08}.safetensors").exists()
     assert not (config.out / "teacher.safetensors").exists()
@@ -363,7 +366,7 @@ def test_dropout_depends_on_the_seed_the_step_and_the_process_alone(
     with torch.random.fork_rng(devices=[]):
         whole = train_teacher(dataclasses.replace(config, out=config.out.with_name("whole")))
         signalled_at(5, signal.SIGTERM, monkeypatch)
-        with pytest.raises(SystemExit):
+        with signals_handled(), pytest.raises(SystemExit):
             train_teacher(config)
         torch.manual_seed(1)
         before = torch.get_rng_state()
