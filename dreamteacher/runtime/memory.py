@@ -46,7 +46,7 @@ def needed(problem: str, way_out: str) -> Iterator[None]:
     except RuntimeError as error:
         if not ran_out(error):
             raise
-        raise UserError(f"{problem}: {reason(error)}", way_out) from None
+        raise UserError(f"{problem}: {reason(error)}.", way_out) from None
 
 
 class Undo:
