@@ -11,7 +11,4 @@
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 
-first pretrain-bdd100k-resnet50-stylegan2-at
-dreamteacher evaluate --preset bdd100k-instance --student resnet50 \
-  --init "$RUNS/pretrain-bdd100k-resnet50-stylegan2-at" --images "bdd100k:$DATA/bdd100k" --workers 16 \
-  --out "$RUNS/ablation-at" "$@"
+bdd100k_instances pretrain-bdd100k-resnet50-stylegan2-at "$@"

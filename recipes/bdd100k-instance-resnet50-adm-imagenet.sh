@@ -9,7 +9,4 @@
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 
-first pretrain-imagenet-resnet50-adm
-dreamteacher evaluate --preset bdd100k-instance --student resnet50 \
-  --init "$RUNS/pretrain-imagenet-resnet50-adm" --images "bdd100k:$DATA/bdd100k" --workers 16 \
-  --out "$RUNS/bdd100k-instance-resnet50-adm-imagenet" "$@"
+bdd100k_instances pretrain-imagenet-resnet50-adm "$@"

@@ -9,7 +9,4 @@
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 
-first pretrain-bdd100k-resnet50-stylegan2
-dreamteacher evaluate --preset bdd100k-instance --student resnet50 \
-  --init "$RUNS/pretrain-bdd100k-resnet50-stylegan2" --images "bdd100k:$DATA/bdd100k" --workers 16 \
-  --out "$RUNS/bdd100k-instance-resnet50-stylegan2" "$@"
+bdd100k_instances pretrain-bdd100k-resnet50-stylegan2 "$@"

@@ -142,7 +142,7 @@ def _evaluation(config: EvaluateConfig) -> float:
             return c.steps * c.batch_size * _backbone(student, c.crops.size, "backbone")
         case "semantic":
             s = config.semantic
-            images = s.steps * s.batch_size * max(1, len(s.masks))
+            images = s.steps * s.batch_size * max(1, len(s.mask_counts))
             return images * TRAINING * _backbone(student, s.crops.size, "backbone", "upernet")
         case "segment-finetune":
             images = config.segment.steps * config.segment.batch_size * len(config.mask_counts)

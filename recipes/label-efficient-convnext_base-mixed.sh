@@ -15,7 +15,4 @@ source "$(dirname "$0")/steps.sh"
 
 label_efficient "$@"
 shift
-first pretrain-label-efficient-convnext_base-mixed "$SET"
-dreamteacher evaluate --preset label-efficient --student convnext_base \
-  --init "$RUNS/pretrain-label-efficient-convnext_base-mixed-$SET" --images "$LABELLED" \
-  --mask-counts "$COUNT" --neck --workers 16 --out "$RUNS/label-efficient-convnext_base-mixed-$SET" "$@"
+few_masks convnext_base mixed "$@"

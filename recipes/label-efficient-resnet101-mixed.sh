@@ -15,7 +15,4 @@ source "$(dirname "$0")/steps.sh"
 
 label_efficient "$@"
 shift
-first pretrain-label-efficient-resnet101-mixed "$SET"
-dreamteacher evaluate --preset label-efficient --student resnet101 \
-  --init "$RUNS/pretrain-label-efficient-resnet101-mixed-$SET" --images "$LABELLED" --mask-counts "$COUNT" \
-  --neck --workers 16 --out "$RUNS/label-efficient-resnet101-mixed-$SET" "$@"
+few_masks resnet101 mixed "$@"

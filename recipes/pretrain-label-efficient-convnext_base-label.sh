@@ -13,8 +13,4 @@ source "$(dirname "$0")/steps.sh"
 
 label_efficient "$@"
 shift
-first interpreter-label-efficient "$SET"
-dreamteacher get-teacher "$TEACHER" $ONLY_CHECK
-dreamteacher pretrain --images "$IMAGES" --out "$RUNS/pretrain-label-efficient-convnext_base-label-$SET" \
-  --teacher "$TEACHER" --student convnext_base --distill label \
-  --interpreter "$RUNS/interpreter-label-efficient-$SET" --t 50 --accumulate 2 --workers 16 "$@"
+pretrain_with_labels convnext_base label "$@"

@@ -34,3 +34,31 @@ label_efficient() {
       ;;
   esac
 }
+
+# The name of the recipe that runs, under which its run lies.
+NAME=$(basename "$0" .sh)
+
+# bdd100k_instances PRETRAINED [SETTING ...]: instances of BDD100K from the backbone of a recipe, which comes first.
+bdd100k_instances() {
+  first "$1"
+  dreamteacher evaluate --preset bdd100k-instance --student resnet50 --init "$RUNS/$1" \
+    --images "bdd100k:$DATA/bdd100k" --workers 16 --out "$RUNS/$NAME" "${@:2}"
+}
+
+# pretrain_with_labels STUDENT KIND [SETTING ...]: label or mixed distillation on the set's images.
+pretrain_with_labels() {
+  first interpreter-label-efficient "$SET"
+  dreamteacher get-teacher "$TEACHER" $ONLY_CHECK
+  dreamteacher pretrain --images "$IMAGES" --out "$RUNS/$NAME-$SET" --teacher "$TEACHER" --student "$1" \
+    --distill "$2" --interpreter "$RUNS/interpreter-label-efficient-$SET" --t 50 --accumulate 2 --workers 16 "${@:3}"
+}
+
+# few_masks STUDENT KIND [SETTING ...]: segmentation with the set's masks, from the pretraining of the same name. Label
+# and mixed distillation hand their neck on, too.
+few_masks() {
+  local neck=--neck
+  if [[ $2 == feature ]]; then neck=; fi
+  first "pretrain-$NAME" "$SET"
+  dreamteacher evaluate --preset label-efficient --student "$1" --init "$RUNS/pretrain-$NAME-$SET" \
+    --images "$LABELLED" --mask-counts "$COUNT" $neck --workers 16 --out "$RUNS/$NAME-$SET" "${@:3}"
+}

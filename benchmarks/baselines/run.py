@@ -42,7 +42,7 @@ from dreamteacher.runtime.distributed.device import autocast, pick_device, seede
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.optim import lr_at, parameter_groups, set_lr
 from dreamteacher.runtime.run_folder import RunDir
-from dreamteacher.runtime.settings import Precision
+from dreamteacher.runtime.settings import OnDevice
 from dreamteacher.spec import FeatureSpec
 
 MethodName = Literal["simclr", "mocov2", "byol", "densecl", "ddep"]
@@ -71,7 +71,7 @@ SETTINGS: dict[str, Settings] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaselineConfig:
+class BaselineConfig(OnDevice):
     """Pretrain a backbone by a method to compare with."""
 
     images: Path
@@ -106,10 +106,6 @@ class BaselineConfig:
     """Channels of ddep's decoder."""
     seed: int = 0
     """Seeds weights, order, augmentation and noise."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 ..."""
-    precision: Precision = "auto"
-    """Autocast dtype."""
     workers: int = 2
     """Processes that augment."""
     cache_gb: float = 2.0

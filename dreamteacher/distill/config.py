@@ -6,7 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dreamteacher.runtime.settings import BatchNorm, Compile, LoggerName, OptimizerName, Precision, Sharding
+from dreamteacher.runtime.settings import (
+    BatchNorm,
+    Compile,
+    OnDevice,
+    OptimizerName,
+    Precision,
+    ReadsImages,
+    Resumable,
+    Sharding,
+)
 from dreamteacher.spec import AtReduction, Noise, WhitenAxes
 
 Distill = Literal["feature", "label", "mixed"]
@@ -17,7 +26,39 @@ DatasetKind = Literal["encoded", "synthesized", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterpreterTraining:
+class Decayed:
+    """Of the optimizer of every training here."""
+
+    weight_decay: float = 0.05
+    """For kernels and matrices; biases and norms do not decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of the optimizer's moments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadsTeacher:
+    """Whose maps are read, and at what size."""
+
+    teacher: str = "chest-xray-64"
+    """A name of `list teachers`, a folder made by `train-teacher` or `get-teacher`, or FILE.py:FUNCTION."""
+    size: tuple[int, int] | None = None
+    """Height and width in pixels; none: the teacher's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taught(ReadsTeacher):
+    """How a teacher's maps are made while something learns from them, and what the masks of labelled images are."""
+
+    noise: Noise = "stochastic"
+    """stochastic (fresh at every step), fixed (one for all), inversion (DDIM, deterministic) or none."""
+    psi: float = 1.0
+    """Truncation of a GAN teacher's samples; 1: none."""
+    binary_masks: bool = False
+    """Masks are black and white: class 0 and class 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpreterTraining(Decayed):
     """How an interpreter is trained. Defaults are the paper's, but for the batch, which it does not state."""
 
     epochs: int = 100
@@ -28,10 +69,6 @@ class InterpreterTraining:
     """Labelled images per step (at most as many as there are)."""
     lr: float = 4e-3
     """Peak learning rate (AdamW)."""
-    weight_decay: float = 0.05
-    """For kernels and matrices; biases and norms do not decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Of the optimizer's moments."""
     width: int = 256
     """Channels inside the interpreter, a multiple of 8."""
     dropout: float = 0.1
@@ -51,7 +88,7 @@ class InterpreterTraining:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(Taught, Decayed, Resumable, ReadsImages):
     """Pretrain a backbone on a folder of images, taught by a generative model. Defaults are the paper's."""
 
     images: Path | None = None
@@ -60,8 +97,6 @@ class PretrainConfig:
     May be left out when the dataset is synthesized."""
     out: Path
     """Run folder; the same command resumes a run that was stopped."""
-    teacher: str = "chest-xray-64"
-    """A name of `list teachers`, a folder made by `train-teacher` or `get-teacher`, or FILE.py:FUNCTION."""
     student: str = "resnet50"
     """timm name of the backbone: any family with a pyramid of maps, or a plain ViT (vit_*, deit_*, eva*)."""
     distill: Distill = "feature"
@@ -72,8 +107,6 @@ class PretrainConfig:
     """Instead of --interpreter: labelled images, on which one is trained first, in OUT/interpreter."""
     masks: Path | None = None
     """Their masks (see `train-interpreter --help`); none: subfolders are classes, one label an image."""
-    binary_masks: bool = False
-    """Masks are black and white: class 0 and class 1."""
     ignore_index: int = 255
     """Mask id that is no class."""
     label: InterpreterTraining = field(default_factory=InterpreterTraining)
@@ -92,16 +125,10 @@ class PretrainConfig:
     """Of a dataset that is both: the fraction of each batch that the teacher makes."""
     samples: int = 50_000
     """Images that make an epoch of a synthesized dataset."""
-    size: tuple[int, int] | None = None
-    """Height and width in pixels; none: the teacher's."""
     t: tuple[int, ...] = ()
     """Timesteps of a diffusion teacher; none: the interpreter's, else the one its card recommends."""
     blocks: tuple[int, ...] = ()
     """Decoder blocks of a diffusion U-Net to learn from; none: the interpreter's, else the paper's four levels."""
-    noise: Noise = "stochastic"
-    """stochastic (fresh at every step), fixed (one for all), inversion (DDIM, deterministic) or none."""
-    psi: float = 1.0
-    """Truncation of a GAN teacher's samples; 1: none."""
     whiten: WhitenAxes = "chw"
     """LayerNorm axes of eq. 1: chw (per image) or c (per position)."""
     at_weight: float = 10.0
@@ -114,10 +141,6 @@ class PretrainConfig:
     """adamw, or lamb (the paper's for ImageNet)."""
     lr: float = 4e-3
     """Peak learning rate at the given batch size."""
-    weight_decay: float = 0.05
-    """For kernels and matrices; biases and norms do not decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Of the optimizer's moments."""
     batch_size: int = 256
     """Images per optimizer step."""
     accumulate: int = 1
@@ -140,10 +163,6 @@ class PretrainConfig:
     """Horizontal flips (the teacher sees what the student sees)."""
     seed: int = 0
     """Seeds weights, order, flips and noise."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 ..."""
-    precision: Precision = "auto"
-    """Autocast dtype; auto: bfloat16 where the hardware has it."""
     compile: Compile = "auto"
     """torch.compile of teacher, student and losses; auto: on a GPU with Triton, for 1000 steps and more,
     in several processes with --batch-norm local. Moves last bits."""
@@ -151,34 +170,20 @@ class PretrainConfig:
     """Steps between lines in metrics.jsonl."""
     probe_every: int = 500
     """Steps between RankMe and kNN; 0: only at the end."""
-    save_every: int = 200
-    """Steps between checkpoints; 0: by minutes alone."""
-    save_minutes: float = 10.0
-    """Minutes between checkpoints, beside --save-every; 0: by steps alone."""
     keep_checkpoints: int = 2
     """Checkpoints kept."""
-    workers: int = 2
-    """Processes or threads that decode images."""
-    cache_gb: float = 2.0
-    """Images are kept decoded in memory up to this size, else streamed."""
-    strict: bool = False
-    """Stop before the first step when any image is damaged."""
     dry_run: bool = False
     """Only print parameters, steps, memory, time and disk."""
-    log_to: tuple[LoggerName, ...] = ()
-    """Services that the log also goes to; each is an extra of its name (pip install 'dreamteacher[wandb]')."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainInterpreterConfig(InterpreterTraining):
+class TrainInterpreterConfig(Taught, InterpreterTraining, Resumable):
     """Train an interpreter on a teacher's maps of a few labelled images."""
 
     images: Path
     """Labelled images; without masks: one subfolder per class. Also a folder of samples from `make-labels`."""
     masks: Path | None = None
     """Their masks: a folder of images of class ids, a COCO-style JSON file, or a folder of .npy files (DDPM-seg's)."""
-    binary_masks: bool = False
-    """Masks are black and white: class 0 and class 1."""
     class_count: int | None = None
     """Number of classes; ids beyond it are refused. None: the largest id that occurs."""
     ignore_index: int = 255
@@ -191,48 +196,26 @@ class TrainInterpreterConfig(InterpreterTraining):
     """Their masks."""
     out: Path
     """Folder for the interpreter; the same command resumes."""
-    teacher: str = "chest-xray-64"
-    """A name of `list teachers`, a folder made by `train-teacher` or `get-teacher`, or FILE.py:FUNCTION."""
     t: tuple[int, ...] = ()
     """Timesteps of a diffusion teacher, read side by side; none: the one its card recommends."""
     blocks: tuple[int, ...] = ()
     """Decoder blocks of a diffusion U-Net to read (DDPM-seg: 5 6 7 8 12); none: the paper's four levels."""
-    noise: Noise = "stochastic"
-    """stochastic (fresh at every step), fixed (one for all), inversion (DDIM, deterministic) or none."""
-    psi: float = 1.0
-    """Truncation of a GAN teacher's samples; 1: none."""
-    size: tuple[int, int] | None = None
-    """Height and width in pixels; none: the teacher's."""
     seed: int = 0
     """Seeds weights, draws, order, flips and noise."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 ..."""
-    precision: Precision = "auto"
-    """Autocast dtype; auto: bfloat16 where the hardware has it."""
-    save_every: int = 200
-    """Steps between checkpoints; 0: by minutes alone."""
-    save_minutes: float = 10.0
-    """Minutes between checkpoints, beside --save-every; 0: by steps alone."""
-    log_to: tuple[LoggerName, ...] = ()
-    """Services that the log also goes to; each is an extra of its name (pip install 'dreamteacher[wandb]')."""
     dry_run: bool = False
     """Only check and print what would be done."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeFeaturesConfig:
+class MakeFeaturesConfig(ReadsTeacher, OnDevice):
     """Keep a teacher's maps of a folder of images on disk, for `pretrain --features`."""
 
     images: Path
     """Folder of images, searched recursively."""
     out: Path
     """Folder of the features; the same command resumes, and may run several times at once."""
-    teacher: str = "chest-xray-64"
-    """A name of `list teachers`, a folder made by `train-teacher` or `get-teacher`, or FILE.py:FUNCTION."""
     what: What = "maps"
     """maps; or latents: only what Stable Diffusion's autoencoder gives, its U-Net runs while pretraining."""
-    size: tuple[int, int] | None = None
-    """Height and width in pixels; none: the teacher's."""
     t: tuple[int, ...] = ()
     """Timesteps of a diffusion teacher; none: the one its card recommends."""
     blocks: tuple[int, ...] = ()
@@ -261,8 +244,6 @@ class MakeFeaturesConfig:
     """Positions of each level that the PCA is fitted on; they come from at most 160 images, drawn by the seed."""
     shard_mb: float = 256.0
     """Size of a shard in 10^6 bytes, about; a writer needs up to three times that in memory."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 ..."""
     precision: Precision = "auto"
     """Autocast dtype of the teacher; auto: bfloat16 where the hardware has it."""
     workers: int = 2
@@ -276,7 +257,7 @@ class MakeFeaturesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeLabelsConfig:
+class MakeLabelsConfig(OnDevice):
     """Label a folder of images, or a teacher's own samples; or draw samples to annotate."""
 
     interpreter: Path | None = None
@@ -301,10 +282,6 @@ class MakeLabelsConfig:
     """Images a pass."""
     seed: int = 0
     """Seeds samples and noise."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 ..."""
-    precision: Precision = "auto"
-    """Autocast dtype; auto: bfloat16 where the hardware has it."""
 
 
 def steps_of(config: PretrainConfig, images: int) -> int:

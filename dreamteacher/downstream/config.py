@@ -13,7 +13,7 @@ from dreamteacher.downstream.panoptic.config import PanopticConfig
 from dreamteacher.downstream.segmentation.config import ReadoutConfig, SegmentConfig, SemanticConfig
 from dreamteacher.downstream.tasks import ADDED, TASKS
 from dreamteacher.runtime.errors import UserError, did_you_mean
-from dreamteacher.runtime.settings import LoggerName, Precision
+from dreamteacher.runtime.settings import LoggerName, OnDevice
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ def added_settings(cls: type[T]) -> type[T]:
 
 @added_settings
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(OnDevice):
     """Evaluate any backbone: kNN, linear probe, fine-tuning, segmentation, detection, with a few labels."""
 
     preset: str | None = None
@@ -104,10 +104,6 @@ class EvaluateConfig:
     """Model and training of panoptic."""
     batch_size: int = 128
     """Images at once where nothing is trained: changes speed and memory only."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 ..."""
-    precision: Precision = "auto"
-    """Autocast dtype; auto: bfloat16 where the hardware has it."""
     strict: bool = False
     """Stop at a damaged image instead of leaving it out."""
     cache_gb: float = 2.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from dreamteacher.runtime import checkpoint, memory
 from dreamteacher.runtime.loop import Loop
 from dreamteacher.runtime.optim import Ema
 from dreamteacher.runtime.run_folder import RunDir
-from dreamteacher.runtime.settings import LoggerName
+from dreamteacher.runtime.settings import LoggerName, Precision
 
 LOG_EVERY = 50  # steps between lines of the log of a training that is kept
 
@@ -48,6 +49,26 @@ class Saved:
             self.run.close()
             raise
         self.step = checkpoint.step_of(self.path) if self.path else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongRun:
+    """How a long training runs: what does not belong to its settings.
+
+    Args:
+        seed: of the draw and of all that is random in the training.
+        precision: of the matrix products.
+        workers: processes that decode and augment; changes no number.
+        saved: where the training is kept; None: it is not.
+    """
+
+    seed: int = 0
+    precision: Precision = "auto"
+    workers: int = 0
+    saved: Saved | None = None
+
+
+UNKEPT = LongRun()
 
 
 def _device(modules: Sequence[nn.Module]) -> torch.device:

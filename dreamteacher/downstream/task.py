@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import Tensor
 
 from dreamteacher.downstream.features import ClassificationData, extract_features
-from dreamteacher.downstream.loop import Saved
+from dreamteacher.downstream.loop import LongRun, Saved
 from dreamteacher.downstream.tasks import TASKS, Metric
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.errors import UserError, did_you_mean
@@ -30,6 +30,7 @@ class Group:
     Args:
         name: of the group.
         needs: what is said where the data are missing: the problem, and what to give.
+        headline: the metric that stands for its tasks in tables.
         places: the settings of `EvaluateConfig` that say where the data are.
         settings: those that decide how they are read.
         given: config -> whether the places were named.
@@ -40,6 +41,7 @@ class Group:
 
     name: str
     needs: tuple[str, str]
+    headline: str
     places: tuple[str, ...]
     settings: tuple[str, ...] = ()
     given: Callable[[EvaluateConfig], bool]
@@ -72,7 +74,7 @@ class Task:
         name: on the command line, in rows and tables.
         what: in words, for reports.
         group: the data that it needs.
-        headline: the metric that stands for it in tables.
+        headline: the metric that stands for it in tables; none: the group's.
         unit: what a budget counts: labels per class, masks, images; "" where nothing is drawn.
         whole: what a row says that has no budget.
         config: class of its settings, a frozen dataclass whose fields have defaults: --NAME.setting; none: it has none
@@ -91,7 +93,7 @@ class Task:
     name: str
     what: str
     group: Group
-    headline: str
+    headline: str = ""
     unit: str = ""
     whole: str = "all labels"
     config: type | None = None
@@ -104,6 +106,9 @@ class Task:
     check: Callable[[EvaluateConfig], None] = _nothing
     fits: Callable[[Student, EvaluateConfig], None] = _nothing
     run: Callable[[Bench, int | None, int], Iterator[Metric]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "headline", self.headline or self.group.headline)
 
     @property
     def field(self) -> str:
@@ -152,6 +157,15 @@ class Bench:
         """The present task's own settings."""
         assert self.task is not None
         return getattr(self.config, self.task.field)
+
+    def passes(self) -> dict[str, Any]:
+        """How the test images go through a network: arguments of every task that has them in memory."""
+        return {"precision": self.config.precision, "batch_size": self.config.batch_size}
+
+    def long_run(self, seed: int) -> LongRun:
+        """How a long training runs, and where it is kept."""
+        config = self.config
+        return LongRun(seed=seed, precision=config.precision, workers=config.workers, saved=self.saved)
 
     def run_folder(self) -> Path:
         """The run that the backbone is from, or a UserError."""

@@ -44,7 +44,7 @@ def load_teacher(
     Example:
         >>> teacher = load_teacher("chest-xray-64", t=50)
         >>> [tuple(m.shape) for m in teacher.features(Image.new("L", (100, 80)))]
-        [(1, 96, 16, 16), (1, 96, 8, 8), (1, 96, 4, 4), (1, 96, 2, 2)]
+        [(1, 64, 16, 16), (1, 128, 8, 8), (1, 128, 4, 4), (1, 128, 2, 2)]
     """
     with called_from_python():
         return registry.load_teacher(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreamteacher.runtime.settings import Precision
+from dreamteacher.runtime.settings import OnDevice
 from dreamteacher.spec import Noise
 
 
@@ -22,7 +22,7 @@ class ReportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig:
+class InspectConfig(OnDevice):
     """Draw a teacher's maps and rank its timesteps and levels."""
 
     teacher: str = "chest-xray-64"
@@ -53,7 +53,3 @@ class InspectConfig:
     """Images a pass."""
     seed: int = 0
     """Seeds the choice of images, noise and labels."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 ..."""
-    precision: Precision = "auto"
-    """Autocast dtype; auto: bfloat16 where the hardware has it."""

@@ -42,6 +42,7 @@ from dreamteacher.runtime.distributed.device import seeded
 from dreamteacher.testing import check_task
 from tests.builders.layouts import cityscapes, coco
 from tests.builders.pictures import cut, refused
+from tests.builders.students import left_alone
 
 NAME = "test_resnet"
 TINY = PanopticConfig(
@@ -115,12 +116,8 @@ def student() -> Student:
 
 @pytest.fixture(autouse=True)
 def untouched(student: Student) -> Iterator[None]:
-    student.train()
-    before = {key: value.clone() for key, value in student.state_dict().items()}
-    state = torch.get_rng_state()
-    yield
-    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
-    assert torch.equal(state, torch.get_rng_state())
+    with left_alone(student):
+        yield
 
 
 # --- files --------------------------------------------------------------------------------------------------

@@ -14,7 +14,32 @@ Source = Literal["file", "decoded"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class BackboneRate:
+    """Of a backbone that learns beside a new head."""
+
+    backbone_lr_factor: float = 1.0
+    """The backbone's learning rate as a share of `lr`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning(BackboneRate):
+    """A short training of a backbone and a head with few labels."""
+
+    steps: int
+    """Updates, the same for every number of labels."""
+    batch_size: int
+    """Images per update."""
+    lr: float
+    """Peak learning rate of the head (AdamW, cosine)."""
+    weight_decay: float = 0.05
+    """Of matrices and kernels."""
+
+    def __post_init__(self) -> None:
+        check_training(self.steps, self.batch_size, self.lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(FineTuning):
     """How the classifier is trained."""
 
     steps: int = 40
@@ -23,17 +48,13 @@ class FinetuneConfig:
     """Images per update; cut to the number of labelled images."""
     lr: float = 1e-3
     """Peak learning rate of the linear head (AdamW, cosine)."""
-    backbone_lr_factor: float = 1.0
-    """The backbone's learning rate as a share of `lr`."""
-    weight_decay: float = 0.05
-    """Of matrices and kernels."""
     flip: bool = True
     """Mirror each image left to right with probability one half."""
     crop: float = 0.125
     """Random shifts up to this share of the image's sides, the border filled by reflection; 0 = none."""
 
     def __post_init__(self) -> None:
-        check_training(self.steps, self.batch_size, self.lr)
+        super().__post_init__()
         if not 0 <= self.crop < 0.5:
             raise UserError(f"crop is {self.crop}.", "Give a share from 0 to below 0.5.")
 

@@ -64,6 +64,7 @@ def _load(config: EvaluateConfig, _budgets: Budgets) -> ClassificationData:
 CLASSIFICATION = Group(
     name="classification",
     needs=_NEEDS,
+    headline="accuracy",
     places=("train", "test"),
     given=_given,
     check=_check,

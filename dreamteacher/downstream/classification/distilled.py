@@ -73,19 +73,14 @@ def _of_images(config: EvaluateConfig) -> bool:
 
 
 def _run(bench: Bench, _budget: int | None, _seed: int) -> Iterator[Metric]:
-    return distilled_classes(
-        load_distilled(bench.run_folder()).to(device_of(bench.student)),
-        bench.data,
-        precision=bench.config.precision,
-        batch_size=bench.config.batch_size,
-    )
+    model = load_distilled(bench.run_folder()).to(device_of(bench.student))
+    return distilled_classes(model, bench.data, **bench.passes())
 
 
 TASK = Task(
     name="distilled-classes",
     what="classification, as distilled",
     group=CLASSIFICATION,
-    headline="accuracy",
     whole="as pretrained",
     default=_of_images,
     seeded=False,

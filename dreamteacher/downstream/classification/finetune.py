@@ -271,24 +271,14 @@ def finetune(
 
 
 def _run(bench: Bench, labels: int | None, seed: int) -> Iterator[Metric]:
-    config = bench.config
     assert labels is not None
-    return finetune(
-        bench.student,
-        bench.data,
-        config.finetune,
-        labels=labels,
-        seed=seed,
-        precision=config.precision,
-        batch_size=config.batch_size,
-    )
+    return finetune(bench.student, bench.data, bench.settings, labels=labels, seed=seed, **bench.passes())
 
 
 TASK = Task(
     name="finetune",
     what="fine-tuning",
     group=CLASSIFICATION,
-    headline="accuracy",
     unit="labels per class",
     config=FinetuneConfig,
     budgets=lambda config: config.labels,

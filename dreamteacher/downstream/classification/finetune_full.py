@@ -35,7 +35,7 @@ from dreamteacher.downstream.features import (
     class_metrics,
     device_of,
 )
-from dreamteacher.downstream.loop import Saved, run_steps
+from dreamteacher.downstream.loop import UNKEPT, LongRun, Saved, run_steps
 from dreamteacher.downstream.task import Bench, Task
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.plain_vit import fit, rebuilt_with
@@ -325,11 +325,8 @@ def finetune_full(
     config: FinetuneFullConfig,
     *,
     size: Size,
-    seed: int,
-    precision: Precision = "auto",
     batch_size: int = 128,
-    workers: int = 0,
-    saved: Saved | None = None,
+    run: LongRun = UNKEPT,
 ) -> Iterator[Metric]:
     """Accuracy, top-5, balanced accuracy and AUROC after fine-tuning on all labels by a published recipe.
 
@@ -341,34 +338,21 @@ def finetune_full(
         data: see `ClassificationData`.
         config: see `FinetuneFullConfig`.
         size: (height, width) of the training images.
-        seed: of the training.
-        precision: of the matrix products.
         batch_size: test images at once.
-        workers: processes that decode and augment.
-        saved: where the training is kept; None: it is not.
+        run: see `LongRun`.
     """
     model = train_full(
         student, data.train, data.train_labels, recipe_of(config), classes=len(data.classes), size=size,
-        seed=seed, accumulate=config.accumulate, source=config.crop_from, precision=precision,
-        workers=workers, saved=saved,
+        seed=run.seed, accumulate=config.accumulate, source=config.crop_from, precision=run.precision,
+        workers=run.workers, saved=run.saved,
     )  # fmt: skip
-    scores = predict(model, data.test, batch_size=batch_size, precision=precision)
+    scores = predict(model, data.test, batch_size=batch_size, precision=run.precision)
     yield from class_metrics(scores, data.test_labels)
 
 
 def _run(bench: Bench, _budget: int | None, seed: int) -> Iterator[Metric]:
-    config = bench.config
-    return finetune_full(
-        bench.student,
-        bench.data,
-        config.finetune_full,
-        size=config.size,
-        seed=seed,
-        precision=config.precision,
-        batch_size=config.batch_size,
-        workers=config.workers,
-        saved=bench.saved,
-    )
+    how = {"size": bench.config.size, "batch_size": bench.config.batch_size}
+    return finetune_full(bench.student, bench.data, bench.settings, run=bench.long_run(seed), **how)
 
 
 def _check(config: EvaluateConfig) -> None:
@@ -386,7 +370,6 @@ TASK = Task(
     name="finetune-full",
     what="fine-tuning, published recipe",
     group=CLASSIFICATION,
-    headline="accuracy",
     config=FinetuneFullConfig,
     long=True,
     check=_check,

@@ -47,7 +47,6 @@ TASK = Task(
     name="knn",
     what="nearest neighbours",
     group=CLASSIFICATION,
-    headline="accuracy",
     settings=("knn_k",),
     default=always,
     seeded=False,

@@ -165,7 +165,6 @@ TASK = Task(
     name="linear",
     what="linear probe",
     group=CLASSIFICATION,
-    headline="accuracy",
     unit="labels per class",
     budgets=lambda config: config.labels,
     default=always,

@@ -19,7 +19,7 @@ from dreamteacher.downstream.classification.config import LinearSgdConfig, Sourc
 from dreamteacher.downstream.classification.data import CLASSIFICATION
 from dreamteacher.downstream.classification.linear import standardisation
 from dreamteacher.downstream.features import ClassificationData, Images, class_metrics, device_of, frozen
-from dreamteacher.downstream.loop import Saved, run_steps
+from dreamteacher.downstream.loop import UNKEPT, LongRun, Saved, run_steps
 from dreamteacher.downstream.task import Bench, Task
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
@@ -137,11 +137,8 @@ def linear_sgd(
     train_x: Tensor,
     test_x: Tensor,
     size: Size,
-    seed: int,
     batch_size: int = 128,
-    precision: Precision = "auto",
-    workers: int = 0,
-    saved: Saved | None = None,
+    run: LongRun = UNKEPT,
 ) -> Iterator[Metric]:
     """Accuracy, top-5, balanced accuracy and AUROC of the published linear probe, on all labels.
 
@@ -154,11 +151,8 @@ def linear_sgd(
         train_x: N x C features of the plain images, from `extract_features`.
         test_x: M x C features.
         size: (height, width) of the augmented images.
-        seed: of the order and of the augmentation.
         batch_size: images at once.
-        precision: of the forward pass.
-        workers: processes that decode and augment.
-        saved: where the training of the layer is kept; None: it is not.
+        run: see `LongRun`; the layer's training is kept.
     """
     mean, deviation = standardisation(train_x) if config.standardise else (0.0, 1.0)
     device = train_x.device
@@ -170,8 +164,8 @@ def linear_sgd(
             x = train_x
             if config.views:
                 x = augmented_features(
-                    student, data.train, size, seed=seed, view=view, source=config.crop_from,
-                    batch_size=batch_size, precision=precision, workers=workers,
+                    student, data.train, size, seed=run.seed, view=view, source=config.crop_from,
+                    batch_size=batch_size, precision=run.precision, workers=run.workers,
                 ).to(device)  # fmt: skip
             if config.views >= config.epochs:
                 kept.clear()  # none comes again
@@ -179,35 +173,22 @@ def linear_sgd(
         return kept[view]
 
     weight, bias = fit_lars(
-        features, data.train_labels, config, classes=len(data.classes), seed=seed, saved=saved
+        features, data.train_labels, config, classes=len(data.classes), seed=run.seed, saved=run.saved
     )
     scores = ((test_x - mean) / deviation).float() @ weight.T + bias
     yield from class_metrics(scores.softmax(1), data.test_labels)
 
 
 def _run(bench: Bench, _budget: int | None, seed: int) -> Iterator[Metric]:
-    config = bench.config
     train_x, _, test_x, _ = bench.features()
-    return linear_sgd(
-        bench.student,
-        bench.data,
-        config.linear_sgd,
-        train_x=train_x,
-        test_x=test_x,
-        size=config.size,
-        seed=seed,
-        precision=config.precision,
-        batch_size=config.batch_size,
-        workers=config.workers,
-        saved=bench.saved,
-    )
+    how = {"size": bench.config.size, "batch_size": bench.config.batch_size, "run": bench.long_run(seed)}
+    return linear_sgd(bench.student, bench.data, bench.settings, train_x=train_x, test_x=test_x, **how)
 
 
 TASK = Task(
     name="linear-sgd",
     what="linear probe, LARS",
     group=CLASSIFICATION,
-    headline="accuracy",
     config=LinearSgdConfig,
     long=True,
     run=_run,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -279,21 +280,23 @@ def _check(config: EvaluateConfig) -> None:
 
 
 def _run(bench: Bench, images: int | None, seed: int, *, cascade: bool) -> Iterator[Metric]:
+    config, saved = bench.config, bench.saved
     return detect(
         bench.student,
         bench.data,
-        bench.config.detect,
+        config.detect,
         images=images,
         cascade=cascade,
         seed=seed,
-        precision=bench.config.precision,
-        saved=bench.saved,
+        precision=config.precision,
+        saved=saved,
     )
 
 
 INSTANCES = Group(
     name="detection",
     needs=_NEEDS,
+    headline="mask_ap",
     places=("images", "instances", "test_images", "test_instances"),
     given=_given,
     check=_check_places,
@@ -304,7 +307,6 @@ TASK = Task(
     name="detect",
     what="Mask R-CNN",
     group=INSTANCES,
-    headline="mask_ap",
     unit="images",
     config=DetectConfig,
     budgets=lambda config: config.detect.image_counts,
@@ -314,16 +316,11 @@ TASK = Task(
     run=functools.partial(_run, cascade=False),
 )
 
-CASCADE = Task(
+CASCADE = dataclasses.replace(
+    TASK,
     name="detect-cascade",
     what="Cascade Mask R-CNN",
-    group=INSTANCES,
-    headline="mask_ap",
-    unit="images",
+    config=None,
     settings=("detect",),
-    budgets=lambda config: config.detect.image_counts,
-    default=always,
-    long=True,
-    check=_check,
     run=functools.partial(_run, cascade=True),
 )

@@ -422,22 +422,14 @@ def _check(config: EvaluateConfig) -> None:
 
 
 def _run(bench: Bench, images: int | None, seed: int) -> Iterator[Metric]:
-    config = bench.config
-    settings = config.panoptic
-    return panoptic(
-        bench.student,
-        bench.data,
-        settings,
-        images=images,
-        seed=seed,
-        precision=config.precision,
-        saved=bench.saved,
-    )
+    how = {"precision": bench.config.precision, "saved": bench.saved}
+    return panoptic(bench.student, bench.data, bench.settings, images=images, seed=seed, **how)
 
 
 SEGMENTS = Group(
     name="panoptic",
     needs=_NEEDS,
+    headline="pq",
     places=("images", "masks", "test_images", "test_masks", "segments", "test_segments"),
     given=_given,
     check=_check_places,
@@ -448,7 +440,6 @@ TASK = Task(
     name="panoptic",
     what="panoptic segmentation",
     group=SEGMENTS,
-    headline="pq",
     unit="images",
     config=PanopticConfig,
     budgets=lambda config: config.panoptic.detect.image_counts,

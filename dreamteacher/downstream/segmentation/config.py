@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from dreamteacher.downstream.classification.config import Optimizer, check_training
+from dreamteacher.downstream.classification.config import BackboneRate, FineTuning, Optimizer, check_training
 from dreamteacher.runtime.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentConfig:
+class SegmentConfig(FineTuning):
     """How the segmentation head is trained."""
 
     steps: int = 60
@@ -21,62 +21,12 @@ class SegmentConfig:
     """Peak learning rate of the head (AdamW, cosine)."""
     backbone_lr_factor: float = 0.5
     """The backbone's learning rate as a share of `lr` when it is fine-tuned."""
-    weight_decay: float = 0.05
-    """Of matrices and kernels."""
     width: int = 64
     """Channels inside the head."""
     dropout: float = 0.1
     """Probability of dropping a channel before the last layer, [0, 1)."""
     flip: bool = True
     """Mirror a batch left to right with probability one half; switch off where classes have a side."""
-
-    def __post_init__(self) -> None:
-        check_training(self.steps, self.batch_size, self.lr)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadoutConfig:
-    """The read-out: frozen backbone, fully convolutional head, SGD with momentum 0.9, polynomial decay."""
-
-    mask_counts: tuple[int, ...] = ()
-    """Labelled images to train on; each number is a result of its own; none: all."""
-    steps: int = 20_000
-    """Updates of the weights."""
-    batch_size: int = 16
-    """Crops per update (at least 2)."""
-    lr: float = 0.01
-    """Peak learning rate."""
-    power: float = 0.9
-    """Of the polynomial decay to zero."""
-    weight_decay: float = 5e-4
-    """Of matrices and kernels."""
-    stride: int = 32
-    """The backbone's map that is read: 32, 16, 8 or 4 pixels per position."""
-    dropout: float = 0.1
-    """Probability of dropping a value before the last layer, [0, 1)."""
-    crops: CropConfig = field(
-        default_factory=lambda: CropConfig(short_side=256, size=(224, 224), most_of_one_class=1.0)
-    )
-    """Scaling, and crops to train on."""
-
-    def __post_init__(self) -> None:
-        self.training()
-        if self.stride not in (4, 8, 16, 32):
-            raise UserError(f"stride is {self.stride}.", "Give 32, 16, 8 or 4.")
-
-    def training(self) -> SemanticConfig:
-        """These settings as those of `dreamteacher.downstream.segmentation.semantic`, the rest switched off."""
-        return SemanticConfig(
-            mask_counts=self.mask_counts,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            power=self.power,
-            weight_decay=self.weight_decay,
-            dropout=self.dropout,
-            crops=self.crops,
-            auxiliary=0.0,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +56,8 @@ class CropConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemanticConfig:
-    """Full-size semantic segmentation. The defaults are ADE20K's; `PRESETS` has others."""
+class DenseTraining:
+    """What is trained on streamed crops, with a polynomial decay."""
 
     mask_counts: tuple[int, ...] = ()
     """Labelled images to train on; each number is a result of its own; none: all."""
@@ -115,18 +65,54 @@ class SemanticConfig:
     """Updates of the weights."""
     batch_size: int = 16
     """Crops per update (at least 2)."""
+    lr: float = 0.01
+    """Peak learning rate."""
+    power: float = 0.9
+    """Of the polynomial decay to zero."""
+    weight_decay: float = 5e-4
+    """Of matrices and kernels."""
+    crops: CropConfig = field(default_factory=CropConfig)
+    """Scaling, and crops to train on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadoutConfig(DenseTraining):
+    """The read-out: frozen backbone, fully convolutional head, SGD with momentum 0.9, polynomial decay."""
+
+    steps: int = 20_000
+    """Updates of the weights."""
+    stride: int = 32
+    """The backbone's map that is read: 32, 16, 8 or 4 pixels per position."""
+    dropout: float = 0.1
+    """Probability of dropping a value before the last layer, [0, 1)."""
+    crops: CropConfig = field(
+        default_factory=lambda: CropConfig(short_side=256, size=(224, 224), most_of_one_class=1.0)
+    )
+    """Scaling, and crops to train on."""
+
+    def __post_init__(self) -> None:
+        self.training()
+        if self.stride not in (4, 8, 16, 32):
+            raise UserError(f"stride is {self.stride}.", "Give 32, 16, 8 or 4.")
+
+    def training(self) -> SemanticConfig:
+        """These settings as those of `dreamteacher.downstream.segmentation.semantic`, the rest switched off."""
+        shared = {f.name: getattr(self, f.name) for f in fields(DenseTraining)}
+        return SemanticConfig(**shared, dropout=self.dropout, auxiliary=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticConfig(BackboneRate, DenseTraining):
+    """Full-size semantic segmentation. The defaults are ADE20K's; `PRESETS` has others."""
+
     optimizer: Optimizer = "sgd"
     """sgd (momentum 0.9) or adamw (betas 0.9, 0.999)."""
     lr: float = 0.01
     """Peak learning rate of the head; a usual one for adamw is 1e-4."""
-    power: float = 0.9
-    """Of the polynomial decay to zero."""
     warmup: float = 0.0
     """Share of the steps in which the learning rate rises linearly, [0, 1)."""
     weight_decay: float = 5e-4
     """Of matrices and kernels; a usual one for adamw is 0.05."""
-    backbone_lr_factor: float = 1.0
-    """The backbone's learning rate as a share of `lr`."""
     width: int = 512
     """Channels inside the head."""
     norm: bool = False
@@ -136,8 +122,6 @@ class SemanticConfig:
     auxiliary: float = 0.4
     """Weight of the loss of a second, fully convolutional head on the second coarsest map (a plain ViT's only one);
     0: none."""
-    crops: CropConfig = field(default_factory=CropConfig)
-    """Scaling, and crops to train on."""
     test: Literal["whole", "slide"] = "whole"
     """Predict images as a whole, or averaged over windows of the crop's size; always at a single scale."""
     overlap: float = 1 / 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,6 @@ from dreamteacher.downstream.task import Budgets, Group
 
 if TYPE_CHECKING:
     from dreamteacher.downstream.config import EvaluateConfig
-
-_PLACES = ("images", "masks", "test_images", "test_masks")
-_SETTINGS = ("binary_masks", "ignore_index")
 
 
 def _places(config: EvaluateConfig) -> tuple[Path | None, Path | None, Path | None, Path | None]:
@@ -53,19 +51,17 @@ def _load_streamed(config: EvaluateConfig, budgets: Budgets) -> Split[MaskedImag
 IN_MEMORY = Group(
     name="segmentation",
     needs=("The segmentation tasks need masks.", "Give --images and --masks."),
-    places=_PLACES,
-    settings=_SETTINGS,
+    headline="miou",
+    places=("images", "masks", "test_images", "test_masks"),
+    settings=("binary_masks", "ignore_index"),
     given=_given,
     check=_check,
     load=_load,
 )
 
-STREAMED = Group(
+STREAMED = dataclasses.replace(
+    IN_MEMORY,
     name="streamed",
     needs=("semantic and readout need masks in folders.", "Give --images and --masks."),
-    places=_PLACES,
-    settings=_SETTINGS,
-    given=_given,
-    check=_check,
     load=_load_streamed,
 )

@@ -73,21 +73,14 @@ def _of_pixels(config: EvaluateConfig) -> bool:
 
 
 def _run(bench: Bench, _budget: int | None, _seed: int) -> Iterator[Metric]:
-    config = bench.config
-    return distilled(
-        load_distilled(bench.run_folder()).to(device_of(bench.student)),
-        bench.data,
-        ignore_index=config.ignore_index,
-        precision=config.precision,
-        batch_size=config.batch_size,
-    )
+    model = load_distilled(bench.run_folder()).to(device_of(bench.student))
+    return distilled(model, bench.data, ignore_index=bench.config.ignore_index, **bench.passes())
 
 
 TASK = Task(
     name="distilled",
     what="segmentation, as distilled",
     group=IN_MEMORY,
-    headline="miou",
     whole="as pretrained",
     default=_of_pixels,
     seeded=False,

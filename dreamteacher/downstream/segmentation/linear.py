@@ -98,24 +98,15 @@ def _columns(student: Student, images: Tensor, precision: Precision, batch_size:
 
 
 def _run(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
-    config = bench.config
     assert masks is not None
-    return segment_linear(
-        bench.student,
-        bench.data,
-        masks=masks,
-        seed=seed,
-        ignore_index=config.ignore_index,
-        precision=config.precision,
-        batch_size=config.batch_size,
-    )
+    how = {"ignore_index": bench.config.ignore_index, **bench.passes()}
+    return segment_linear(bench.student, bench.data, masks=masks, seed=seed, **how)
 
 
 TASK = Task(
     name="segment-linear",
     what="segmentation, linear per pixel",
     group=IN_MEMORY,
-    headline="miou",
     unit="masks",
     budgets=lambda config: config.mask_counts,
     default=always,

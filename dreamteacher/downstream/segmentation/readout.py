@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dreamteacher.data.masks.reader import MaskedImages
 from dreamteacher.data.split import Split
-from dreamteacher.downstream.loop import Saved
+from dreamteacher.downstream.loop import UNKEPT, LongRun
 from dreamteacher.downstream.segmentation.config import ReadoutConfig
 from dreamteacher.downstream.segmentation.crops import drawn_files
 from dreamteacher.downstream.segmentation.data import STREAMED
@@ -16,7 +16,6 @@ from dreamteacher.downstream.task import Bench, Task
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.runtime.settings import Precision
 
 if TYPE_CHECKING:
     from dreamteacher.downstream.config import EvaluateConfig
@@ -43,10 +42,7 @@ def readout(
     config: ReadoutConfig,
     *,
     masks: int | None = None,
-    seed: int = 0,
-    precision: Precision = "auto",
-    workers: int = 0,
-    saved: Saved | None = None,
+    run: LongRun = UNKEPT,
 ) -> Iterator[Metric]:
     """mIoU, accuracy and IoU per class of a head on the frozen backbone's map of one stride.
 
@@ -54,11 +50,8 @@ def readout(
         student: left as it is.
         data: usually of two classes, background and foreground; more will do.
         config: see `ReadoutConfig`.
-        masks: labelled images to train on, drawn by the seed; None: all.
-        seed: of the draw and of the training.
-        precision: of the matrix products.
-        workers: processes that decode; changes no number.
-        saved: where the training is kept; None: it is not.
+        masks: labelled images to train on, drawn by the run's seed; None: all.
+        run: see `LongRun`.
 
     Raises:
         UserError: the backbone has no map of that stride.
@@ -69,30 +62,17 @@ def readout(
     level, files, training = level_of(student, config), data.pool, config.training()
     model = train_dense(
         student,
-        drawn_files(files, masks, seed),
+        drawn_files(files, masks, run.seed),
         training,
         lambda: FCNHead(student.specs, len(files.classes), level, config.dropout),
         freeze=True,
-        seed=seed,
-        precision=precision,
-        workers=workers,
-        saved=saved,
+        run=run,
     )
-    yield from score_files(model, data.test, training, precision=precision, workers=workers)
+    yield from score_files(model, data.test, training, precision=run.precision, workers=run.workers)
 
 
 def _run(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
-    config = bench.config
-    return readout(
-        bench.student,
-        bench.data,
-        config.readout,
-        masks=masks,
-        seed=seed,
-        precision=config.precision,
-        workers=config.workers,
-        saved=bench.saved,
-    )
+    return readout(bench.student, bench.data, bench.settings, masks=masks, run=bench.long_run(seed))
 
 
 def _fits(student: Student, config: EvaluateConfig) -> None:
@@ -103,7 +83,6 @@ TASK = Task(
     name="readout",
     what="read-out, frozen backbone",
     group=STREAMED,
-    headline="miou",
     unit="masks",
     config=ReadoutConfig,
     budgets=lambda config: config.readout.mask_counts,

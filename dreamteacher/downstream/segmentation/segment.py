@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -72,6 +73,7 @@ def segment(
 def _run(bench: Bench, masks: int | None, seed: int, *, freeze: bool) -> Iterator[Metric]:
     config = bench.config
     assert masks is not None
+    neck = neck_weights(bench.run_folder()) if config.neck else None
     return segment(
         bench.student,
         bench.data,
@@ -80,9 +82,8 @@ def _run(bench: Bench, masks: int | None, seed: int, *, freeze: bool) -> Iterato
         freeze=freeze,
         seed=seed,
         ignore_index=config.ignore_index,
-        precision=config.precision,
-        batch_size=config.batch_size,
-        neck=neck_weights(bench.run_folder()) if config.neck else None,
+        neck=neck,
+        **bench.passes(),
     )
 
 
@@ -90,28 +91,21 @@ def _neck(config: EvaluateConfig) -> tuple[Path, ...]:
     return (Path(config.init).expanduser() / REGRESSOR,) if config.neck else ()
 
 
-FROZEN = Task(
-    name="segment-frozen",
-    what="segmentation, frozen backbone",
-    group=IN_MEMORY,
-    headline="miou",
-    unit="masks",
-    settings=("segment",),
-    budgets=lambda config: config.mask_counts,
-    default=always,
-    files=_neck,
-    run=functools.partial(_run, freeze=True),
-)
-
 TASK = Task(
     name="segment-finetune",
     what="segmentation, fine-tuned",
     group=IN_MEMORY,
-    headline="miou",
     unit="masks",
     settings=("segment",),
     budgets=lambda config: config.mask_counts,
     default=always,
     files=_neck,
     run=functools.partial(_run, freeze=False),
+)
+
+FROZEN = dataclasses.replace(
+    TASK,
+    name="segment-frozen",
+    what="segmentation, frozen backbone",
+    run=functools.partial(_run, freeze=True),
 )

@@ -16,7 +16,7 @@ from dreamteacher.data.masks.reader import MaskedImages
 from dreamteacher.data.split import Split
 from dreamteacher.downstream.classification.finetune import train
 from dreamteacher.downstream.features import device_of, frozen, to_input
-from dreamteacher.downstream.loop import Saved
+from dreamteacher.downstream.loop import UNKEPT, LongRun
 from dreamteacher.downstream.segmentation.config import SemanticConfig
 from dreamteacher.downstream.segmentation.crops import FILL, crops, drawn_files, whole_images
 from dreamteacher.downstream.segmentation.data import STREAMED
@@ -89,10 +89,7 @@ def train_dense(
     make_head: Callable[[], nn.Module],
     *,
     freeze: bool,
-    seed: int,
-    precision: Precision = "auto",
-    workers: int = 0,
-    saved: Saved | None = None,
+    run: LongRun = UNKEPT,
 ) -> DenseModel:
     """A head trained on crops with a copy of the backbone, frozen or fine-tuned; in evaluation mode.
 
@@ -102,14 +99,11 @@ def train_dense(
         config: see `SemanticConfig`.
         make_head: makes the head, within the seed's random numbers.
         freeze: train the head alone: the backbone stays in evaluation mode.
-        seed: of the heads, the crops, dropout.
-        precision: of the matrix products.
-        workers: processes that decode; changes no number.
-        saved: where the training is kept; None: it is not.
+        run: see `LongRun`.
     """
     device = device_of(student)
     ignored = files.ignore_index
-    with seeded(seed, device):
+    with seeded(run.seed, device):
         head = make_head()
         second = None
         if config.auxiliary and not freeze:
@@ -121,9 +115,9 @@ def train_dense(
             config.crops,
             steps=config.steps,
             batch_size=config.batch_size,
-            seed=seed,
-            workers=workers,
-            first=saved.step if saved else 0,
+            seed=run.seed,
+            workers=run.workers,
+            first=run.saved.step if run.saved else 0,
         )
 
         def maps_of(images: Tensor) -> list[Tensor]:
@@ -135,7 +129,7 @@ def train_dense(
         def loss_at(step: int) -> Tensor:
             images, masks = next(batches)
             target = masks.to(device)
-            with autocast(device, precision):
+            with autocast(device, run.precision):
                 maps = maps_of(to_input(images, device))
                 logits = head(maps, config.crops.size)
                 extra = None if second is None else second(maps, config.crops.size)
@@ -153,7 +147,7 @@ def train_dense(
             warmup=config.warmup,
             optimizer=config.optimizer,
             power=config.power,
-            saved=saved,
+            saved=run.saved,
             title="training",
         )
         next(batches, None)  # lets it say what was damaged
@@ -257,10 +251,7 @@ def semantic(
     config: SemanticConfig,
     *,
     masks: int | None = None,
-    seed: int = 0,
-    precision: Precision = "auto",
-    workers: int = 0,
-    saved: Saved | None = None,
+    run: LongRun = UNKEPT,
 ) -> Iterator[Metric]:
     """Metrics of `score_files` after fine-tuning a UPerNet on streamed crops.
 
@@ -268,13 +259,10 @@ def semantic(
         student: left as it is.
         data: images with masks that stay on the disk; those to train on are drawn from its pool.
         config: see `SemanticConfig`.
-        masks: labelled images to train on, drawn by the seed; None: all.
-        seed: of the draw and of the training.
-        precision: of the matrix products.
-        workers: processes that decode; changes no number.
-        saved: where the training is kept; None: it is not.
+        masks: labelled images to train on, drawn by the run's seed; None: all.
+        run: see `LongRun`.
     """
-    files = drawn_files(data.pool, masks, seed)
+    files = drawn_files(data.pool, masks, run.seed)
     norm, width, dropout = config.norm, config.width, config.dropout
     model = train_dense(
         student,
@@ -282,33 +270,19 @@ def semantic(
         config,
         lambda: SegmentationHead(student.specs, len(files.classes), width, dropout, norm=norm),
         freeze=False,
-        seed=seed,
-        precision=precision,
-        workers=workers,
-        saved=saved,
+        run=run,
     )
-    yield from score_files(model, data.test, config, precision=precision, workers=workers)
+    yield from score_files(model, data.test, config, precision=run.precision, workers=run.workers)
 
 
 def _run(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
-    config = bench.config
-    return semantic(
-        bench.student,
-        bench.data,
-        config.semantic,
-        masks=masks,
-        seed=seed,
-        precision=config.precision,
-        workers=config.workers,
-        saved=bench.saved,
-    )
+    return semantic(bench.student, bench.data, bench.settings, masks=masks, run=bench.long_run(seed))
 
 
 TASK = Task(
     name="semantic",
     what="segmentation, full size",
     group=STREAMED,
-    headline="miou",
     unit="masks",
     config=SemanticConfig,
     budgets=lambda config: config.semantic.mask_counts,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dreamteacher.runtime.settings import LoggerName, Precision
+from dreamteacher.runtime.settings import Precision, ReadsImages, Resumable
 
 PresetName = Literal[
     "cpu-64", "gpu-64", "adm-256", "adm-imagenet-256", "adm-bdd100k",
@@ -15,7 +15,7 @@ PresetName = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTeacherConfig:
+class TrainTeacherConfig(Resumable, ReadsImages):
     """Train a teacher, a diffusion model or a StyleGAN2, on a folder of images."""
 
     images: Path
@@ -44,27 +44,15 @@ class TrainTeacherConfig:
     """Horizontal flips."""
     seed: int = 0
     """Seeds weights, order, noise and timesteps."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 ..."""
     precision: Precision = "auto"
     """Autocast dtype; auto: bfloat16 where the hardware has it. A GPU's float32 convolutions are TF32, torch's way."""
     save_every: int = 500
     """Steps between checkpoints; 0: by minutes alone."""
-    save_minutes: float = 10.0
-    """Minutes between checkpoints, beside --save-every; 0: by steps alone."""
-    log_to: tuple[LoggerName, ...] = ()
-    """Services that the log also goes to; each is an extra of its name (pip install 'dreamteacher[wandb]')."""
     sample_every: int = 1000
     """Steps between sample sheets and validation lines."""
     name: str | None = None
     """Name in the card; none: the folder's."""
     licence: str = "yours (trained by you; the images' terms may bind you)"
     """Licence of the weights, for the card."""
-    workers: int = 2
-    """Processes or threads that decode images."""
-    cache_gb: float = 2.0
-    """Images are kept decoded in memory up to this size, else streamed."""
-    strict: bool = False
-    """Stop before the first step when any image is damaged."""
     dry_run: bool = False
     """Only print what would be done."""

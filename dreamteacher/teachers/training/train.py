@@ -165,7 +165,7 @@ def _train(
     device, batch = plan.device, plan.batch_size
     loop = Loop(
         run, title="train-teacher", steps=plan.steps, batch=batch, resume=run.open(resolved), state=objective.state,
-        restore=objective.load_state, meter=Meter(torch.float64), save_every=config.save_every,
+        restore=objective.load_state, meter=Meter(torch.float64, plan.world), save_every=config.save_every,
         save_minutes=config.save_minutes, keep=2, log_to=config.log_to,
         guard_each=device.type == "cpu" and plan.world.ranks == 1,
         advice=lambda name: f"Lower --lr (now {plan.lr:g}), with another --out, or use --precision float32.",

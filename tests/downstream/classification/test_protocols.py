@@ -29,6 +29,7 @@ from dreamteacher.downstream.classification.finetune_full import TimmClassifier,
 from dreamteacher.downstream.classification.linear import fit_logistic
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.features import ClassificationData
+from dreamteacher.downstream.loop import LongRun
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.distributed.device import seeded
 from dreamteacher.testing import check_task
@@ -154,7 +155,9 @@ def probe(
 ) -> dict[str, float]:
     x, z = (features.extract_features(student, part) for part in (data.train, data.test))
     return dict(
-        linear_sgd.linear_sgd(student, data, config, train_x=x, test_x=z, size=(SIDE, SIDE), seed=seed)
+        linear_sgd.linear_sgd(
+            student, data, config, train_x=x, test_x=z, size=(SIDE, SIDE), run=LongRun(seed=seed)
+        )
     )
 
 

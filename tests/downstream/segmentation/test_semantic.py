@@ -23,6 +23,7 @@ from dreamteacher.downstream import evaluate
 from dreamteacher.downstream.classification import config as classification_config
 from dreamteacher.downstream.classification import finetune
 from dreamteacher.downstream.config import EvaluateConfig
+from dreamteacher.downstream.loop import LongRun
 from dreamteacher.downstream.segmentation import crops, few_masks, semantic
 from dreamteacher.downstream.segmentation.config import PRESETS, CropConfig, ReadoutConfig, SemanticConfig
 from dreamteacher.downstream.segmentation.crops import random_crop
@@ -37,6 +38,7 @@ from dreamteacher.spec import FeatureSpec
 from dreamteacher.testing import check_task
 from tests.builders.layouts import H, W, ade20k, cityscapes
 from tests.builders.pictures import cut, refused
+from tests.builders.students import left_alone
 
 NAME = "test_resnet"
 SMALL = CropConfig(short_side=64, scale=(0.75, 1.5), size=(64, 64), most_of_one_class=1.0)
@@ -425,24 +427,20 @@ def test_scores_against_scikit_learn(data: Split[MaskedImages]) -> None:
 
 @pytest.fixture(autouse=True)
 def untouched(student: Student) -> Iterator[None]:
-    student.train()
-    before = {key: value.clone() for key, value in student.state_dict().items()}
-    state = torch.get_rng_state()
-    yield
-    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
-    assert torch.equal(state, torch.get_rng_state())
+    with left_alone(student):
+        yield
 
 
 def test_semantic_solves_the_toy(student: Student, data: Split[MaskedImages]) -> None:
     config = dataclasses.replace(QUICK, steps=40, batch_size=4, lr=0.02, width=16)
-    found = dict(semantic.semantic(student, data, config, precision="float32"))
+    found = dict(semantic.semantic(student, data, config, run=LongRun(precision="float32")))
     assert found["miou"] > 0.8
     assert found["accuracy"] > found["miou"]
 
 
 def test_readout_solves_the_toy(student: Student, data: Split[MaskedImages]) -> None:
     config = ReadoutConfig(steps=60, batch_size=4, lr=0.05, stride=8, crops=SMALL)
-    found = dict(readout(student, data, config, precision="float32"))
+    found = dict(readout(student, data, config, run=LongRun(precision="float32")))
     assert found["miou"] > 0.6
     refused(lambda: ReadoutConfig(stride=7), "stride is 7")
 
@@ -456,8 +454,7 @@ def head_weights(
         dataclasses.replace(QUICK, steps=steps),
         lambda: semantic.FCNHead(student.specs, 2),
         freeze=freeze,
-        seed=seed,
-        precision="float32",
+        run=LongRun(seed=seed, precision="float32"),
     )
     assert not any(part.training for part in model.modules())
     moved = [not torch.equal(v, student.state_dict()[k]) for k, v in model.student.state_dict().items()]

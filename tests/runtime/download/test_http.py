@@ -9,7 +9,6 @@ import json
 import shutil
 import socket
 import sys
-import threading
 import types
 from collections import namedtuple
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from dreamteacher.runtime.download import http
 from dreamteacher.runtime.download.http import cache_folder, download, hub_folder
 from dreamteacher.runtime.errors import UserError
 from tests.builders.disks import fill_disk
+from tests.builders.servers import serving
 
 CONTENT = bytes(range(256)) * 40
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -99,12 +99,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         monkeypatch.delenv(name, raising=False)
     server = Server(("127.0.0.1", 0), Handler)
     server.cuts, server.asked = [], []
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 def address(server: Server, path: str = "/file.bin") -> str:

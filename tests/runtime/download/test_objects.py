@@ -6,7 +6,6 @@ import hashlib
 import io
 import subprocess
 import sys
-import threading
 from collections import namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from dreamteacher.reports.maps import _pick_images
 from dreamteacher.runtime.download import http
 from dreamteacher.runtime.download.objects import address_of, bring_shards, expand
 from tests.builders.pictures import refused
+from tests.builders.servers import serving
 from tests.data.test_shards import encoded, shard
 
 SHARDS, PER_SHARD = 5, 3
@@ -99,12 +99,8 @@ def server(files: Path) -> Iterator[Server]:
     server = Server(("127.0.0.1", 0), Handler)
     server.contents = {f"/{p.name}": p.read_bytes() for p in files.glob("*.tar")}
     server.asked, server.sizes, server.cuts = [], [], {}
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 def at(server: Server, pattern: str = "train-{00..04}.tar") -> Path:
