@@ -46,7 +46,7 @@ def needed(problem: str, way_out: str) -> Iterator[None]:
     except RuntimeError as error:
         if not ran_out(error):
             raise
-        raise UserError(f"{problem}: {reason(error)}", way_out) from None
+        raise UserError(f"{problem}: {reason(error)}.", way_out) from None
 
 
 class Undo:
@@ -109,7 +109,7 @@ class Parts:
             UserError: when they cannot be smaller; of several processes always, once the next start is told, as the
                 others are in the middle of the step.
         """
-        problem = f"Step {step} runs out of memory in parts of {self.images // self.count} images: {why}"
+        problem = f"Step {step} runs out of memory in parts of {self.images // self.count} images: {why}."
         if self.count >= self.most:
             raise UserError(problem, "Use --precision bfloat16, or a smaller --size, --student or --width.")
         self.count = min(2 * self.count, self.most)
