@@ -308,6 +308,18 @@ def unpack(
     unpack_optimizer(optimizer, tensors, meta["optimizer"])
 
 
+def adopt_exactly(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """`load_exactly` in float32, where the tensors become the module's own without a copy: it may be without memory.
+
+    Raises:
+        UserError: as `load_exactly`.
+    """
+    given = {k: v.float() for k, v in tensors.items()}
+    if {k: v.shape for k, v in given.items()} != {k: v.shape for k, v in module.state_dict().items()}:
+        load_exactly(module, given, path)  # raises, and says what does not fit
+    module.load_state_dict(given, assign=True)
+
+
 def load_exactly(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path | str) -> None:
     """`load_state_dict(strict=True)` with a short error that lists what does not fit.
 

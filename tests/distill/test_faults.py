@@ -34,7 +34,8 @@ from dreamteacher.runtime.run_folder import RunDir, read_rows
 from dreamteacher.runtime.signals import signals_handled
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher
 from tests.builders.pictures import refused
-from tests.distill.test_pretrain import assert_equal, everything
+from tests.builders.runs import assert_equal
+from tests.distill.test_pretrain import everything
 from tests.places import ROOT
 
 FAULTS = ROOT / "benchmarks" / "faults"

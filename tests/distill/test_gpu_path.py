@@ -38,9 +38,10 @@ from dreamteacher.teachers.diffusion import teacher as diffusion
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher, build_unet
 from dreamteacher.teachers.in_parts import InParts, RowsOfDraws
 from dreamteacher.teachers.registry import load_teacher
+from tests.builders.runs import assert_equal
 from tests.builders.steps import Stepper
 from tests.builders.teachers import TINY, build
-from tests.distill.test_pretrain import assert_equal, everything
+from tests.distill.test_pretrain import everything
 from tests.runtime.distributed.worker import in_float64
 
 CPU = torch.device("cpu")

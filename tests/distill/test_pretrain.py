@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dreamteacher.data import batches, image_set, seeds
 from dreamteacher.distill.config import PretrainConfig
@@ -26,6 +25,7 @@ from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import read_rows
 from dreamteacher.runtime.signals import signals_handled
 from dreamteacher.teachers.registry import load_teacher
+from tests.builders.runs import assert_equal, left_by
 
 RUN = """
 import sys, json
@@ -48,20 +48,7 @@ def config(image_folder: Path, tiny_teacher: Path, tmp_path: Path) -> PretrainCo
 
 def everything(run: Path) -> dict[str, object]:
     """All that a run leaves, as comparable values: weights, optimizer, averages, metrics."""
-    last = checkpoint.latest(run)
-    assert last is not None
-    tensors, meta = checkpoint.load(last)
-    found: dict[str, object] = {f"checkpoint/{k}": v for k, v in tensors.items()} | {"meta": meta}
-    for name in ("backbone", "regressor"):  # tensors, not bytes: the order of a header's metadata is free
-        found |= {f"{name}/{k}": v for k, v in load_file(run / f"{name}.safetensors").items()}
-    return found | {"metrics": (run / "metrics.jsonl").read_bytes()}
-
-
-def assert_equal(a: dict[str, object], b: dict[str, object]) -> None:
-    assert a.keys() == b.keys()
-    for key, value in a.items():
-        same = torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key]  # type: ignore[arg-type]
-        assert same, key
+    return left_by(run, "backbone", "regressor")
 
 
 @pytest.mark.slow

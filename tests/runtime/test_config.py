@@ -77,8 +77,8 @@ def values_of(hint: Any, checked: bool = False) -> st.SearchStrategy[Any]:
 COUNTS = st.lists(st.integers(2, 10**6), unique=True, max_size=4).map(tuple)
 # Fields of which a config checks more than that they are positive.
 CHECKED = {
-    ("SemanticConfig", "masks"): COUNTS,
-    ("ReadoutConfig", "masks"): COUNTS,
+    ("SemanticConfig", "mask_counts"): COUNTS,
+    ("ReadoutConfig", "mask_counts"): COUNTS,
     ("ReadoutConfig", "stride"): st.sampled_from((4, 8, 16, 32)),
     ("CropConfig", "size"): st.tuples(*[st.integers(1, 99).map(lambda side: 32 * side)] * 2),
     ("CropConfig", "scale"): st.tuples(st.floats(0.1, 1.0), st.floats(1.0, 9.0)),

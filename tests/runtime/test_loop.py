@@ -35,7 +35,8 @@ from dreamteacher.runtime.meter import Meter
 from dreamteacher.runtime.progress import Progress
 from dreamteacher.runtime.run_folder import RunDir, read_rows
 from dreamteacher.teachers.training.config import TrainTeacherConfig
-from tests.distill.test_pretrain import assert_equal, everything
+from tests.builders.runs import assert_equal
+from tests.distill.test_pretrain import everything
 
 SETTINGS = {"verb": "toy", "config": {"lr": 0.1}}
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dreamteacher.data.images import read_channels
+from dreamteacher.data.layouts import label_maps
 from dreamteacher.data.layouts.cityscapes import FIRST_THING, STREET
-from dreamteacher.data.layouts.label_maps import objects_of, read_label
 from dreamteacher.data.layouts.layout import Layout
 from dreamteacher.data.sources import (
     IGNORED,
@@ -72,7 +72,7 @@ def _pairs(root: Path, part: Part, kind: str) -> tuple[tuple[Path, Path], ...]:
 
 def _label_map(path: Path, *, classes: int, stuff: int) -> tuple[Tensor, tuple[Segment, ...]]:
     """R: class from 1, 0: nothing; G: bits ignore 1, crowd 2, occluded 4, truncated 8; B * 256 + A: object."""
-    channels = read_label(path, read_channels).long()
+    channels = label_maps.read_label(path, read_channels).long()
     if len(channels) != 4:
         raise UserError(f"'{path}' is no bitmask: RGBA is expected.", "Give bitmasks, not colormaps.")
     red, green, blue, alpha = channels
@@ -101,11 +101,8 @@ def _instances(root: Path, part: Part) -> InstanceFiles:
     """
     pairs = _pairs(root, part, "ins_seg")
     LAYOUT.say_count("instances", part, len(pairs))
-    return InstanceFiles(
-        images=tuple(image for image, _ in pairs),
-        names=_CAR_LIKE,
-        read=lambda i: objects_of(*_label_map(pairs[i][1], classes=len(_CAR_LIKE), stuff=0)),
-    )
+    read = functools.partial(_label_map, classes=len(_CAR_LIKE), stuff=0)
+    return label_maps.instance_files(pairs, _CAR_LIKE, read)
 
 
 def _panoptic(root: Path, part: Part) -> PanopticFiles:
@@ -118,16 +115,8 @@ def _panoptic(root: Path, part: Part) -> PanopticFiles:
     """
     pairs = _pairs(root, part, "pan_seg")
     LAYOUT.say_count("panoptic", part, len(pairs))
-    return PanopticFiles(
-        images=tuple(image for image, _ in pairs),
-        names=_PANOPTIC,
-        things=tuple(i >= _STUFF for i in range(len(_PANOPTIC))),
-        read=functools.partial(_panoptic_map, pairs),
-    )
-
-
-def _panoptic_map(pairs: tuple[tuple[Path, Path], ...], i: int) -> tuple[Tensor, tuple[Segment, ...]]:
-    return _label_map(pairs[i][1], classes=len(_PANOPTIC), stuff=_STUFF)
+    read = functools.partial(_label_map, classes=len(_PANOPTIC), stuff=_STUFF)
+    return label_maps.panoptic_files(pairs, _PANOPTIC, _STUFF, read)
 
 
 LAYOUT = Layout(

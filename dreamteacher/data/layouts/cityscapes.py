@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dreamteacher.data.images import below, read_mask
-from dreamteacher.data.layouts.label_maps import objects_of, read_label
+from dreamteacher.data.layouts import label_maps
 from dreamteacher.data.layouts.layout import Layout
 from dreamteacher.data.sources import (
     IGNORED,
@@ -83,7 +84,7 @@ def _pairs(root: Path, part: Part, kind: str) -> tuple[tuple[Path, Path], ...]:
 
 def _label_map(path: Path, *, things_only: bool) -> tuple[Tensor, tuple[Segment, ...]]:
     """Values from 1000 on are class * 1000 + number; smaller ones a class: stuff, or a group of things."""
-    values = read_label(path, lambda p: read_mask(p, None))
+    values = label_maps.read_label(path, lambda p: read_mask(p, None))
     kept, segments = torch.zeros_like(values), []
     for value in values.unique().tolist():
         number = value // 1000 if value >= 1000 else value
@@ -112,11 +113,8 @@ def _instances(root: Path, part: Part) -> InstanceFiles:
     """
     pairs = _pairs(root, part, "instanceIds")
     LAYOUT.say_count("instances", part, len(pairs))
-    return InstanceFiles(
-        images=tuple(image for image, _ in pairs),
-        names=STREET[FIRST_THING:],
-        read=lambda i: objects_of(*_label_map(pairs[i][1], things_only=True)),
-    )
+    read = functools.partial(_label_map, things_only=True)
+    return label_maps.instance_files(pairs, STREET[FIRST_THING:], read)
 
 
 def _panoptic(root: Path, part: Part) -> PanopticFiles:
@@ -129,12 +127,8 @@ def _panoptic(root: Path, part: Part) -> PanopticFiles:
     """
     pairs = _pairs(root, part, "instanceIds")
     LAYOUT.say_count("panoptic", part, len(pairs))
-    return PanopticFiles(
-        images=tuple(image for image, _ in pairs),
-        names=STREET,
-        things=tuple(i >= FIRST_THING for i in range(len(STREET))),
-        read=lambda i: _label_map(pairs[i][1], things_only=False),
-    )
+    read = functools.partial(_label_map, things_only=False)
+    return label_maps.panoptic_files(pairs, STREET, FIRST_THING, read)
 
 
 LAYOUT = Layout(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,8 +13,12 @@ from torch import Tensor
 from dreamteacher.data.coco.annotations import CocoAnnotation
 from dreamteacher.data.coco.run_lengths import Rle
 from dreamteacher.data.images import BadImageError
-from dreamteacher.data.sources import Segment
+from dreamteacher.data.sources import InstanceFiles, PanopticFiles, Segment
 from dreamteacher.runtime.errors import UserError
+
+# A label file as a map of segment ids (int64 H x W), and what its segments are.
+ReadMap: TypeAlias = Callable[[Path], tuple[Tensor, tuple[Segment, ...]]]
+Pairs: TypeAlias = Sequence[tuple[Path, Path]]  # (image, label file)
 
 
 def run_lengths(mask: Tensor) -> Rle:
@@ -58,3 +64,24 @@ def read_label(path: Path, how: Callable[[Path], Tensor]) -> Tensor:
         raise UserError(
             f"The label file '{path}' cannot be read: {error.reason}.", "Unpack it again."
         ) from None
+
+
+def instance_files(pairs: Pairs, names: tuple[str, ...], read: ReadMap) -> InstanceFiles:
+    """Instances by label files that `read` makes maps of."""
+    return InstanceFiles(
+        images=tuple(image for image, _ in pairs), names=names, read=lambda i: objects_of(*read(pairs[i][1]))
+    )
+
+
+def panoptic_files(pairs: Pairs, names: tuple[str, ...], first_thing: int, read: ReadMap) -> PanopticFiles:
+    """Panoptic maps by label files that `read` makes maps of; classes from `first_thing` on are things."""
+    return PanopticFiles(
+        images=tuple(image for image, _ in pairs),
+        names=names,
+        things=tuple(i >= first_thing for i in range(len(names))),
+        read=functools.partial(_map, pairs, read),
+    )
+
+
+def _map(pairs: Pairs, read: ReadMap, i: int) -> tuple[Tensor, tuple[Segment, ...]]:
+    return read(pairs[i][1])

@@ -351,8 +351,8 @@ def finetune_full(
 
 
 def _run(bench: Bench, _budget: int | None, seed: int) -> Iterator[Metric]:
-    how = {"size": bench.config.size, "batch_size": bench.config.batch_size}
-    return finetune_full(bench.student, bench.data, bench.settings, run=bench.long_run(seed), **how)
+    size, batch_size, run = bench.config.size, bench.config.batch_size, bench.long_run(seed)
+    return finetune_full(bench.student, bench.data, bench.settings, size=size, batch_size=batch_size, run=run)
 
 
 def _check(config: EvaluateConfig) -> None:

@@ -181,8 +181,16 @@ def linear_sgd(
 
 def _run(bench: Bench, _budget: int | None, seed: int) -> Iterator[Metric]:
     train_x, _, test_x, _ = bench.features()
-    how = {"size": bench.config.size, "batch_size": bench.config.batch_size, "run": bench.long_run(seed)}
-    return linear_sgd(bench.student, bench.data, bench.settings, train_x=train_x, test_x=test_x, **how)
+    return linear_sgd(
+        bench.student,
+        bench.data,
+        bench.settings,
+        train_x=train_x,
+        test_x=test_x,
+        size=bench.config.size,
+        batch_size=bench.config.batch_size,
+        run=bench.long_run(seed),
+    )
 
 
 TASK = Task(

@@ -422,8 +422,10 @@ def _check(config: EvaluateConfig) -> None:
 
 
 def _run(bench: Bench, images: int | None, seed: int) -> Iterator[Metric]:
-    how = {"precision": bench.config.precision, "saved": bench.saved}
-    return panoptic(bench.student, bench.data, bench.settings, images=images, seed=seed, **how)
+    precision, saved = bench.config.precision, bench.saved
+    return panoptic(
+        bench.student, bench.data, bench.settings, images=images, seed=seed, precision=precision, saved=saved
+    )
 
 
 SEGMENTS = Group(

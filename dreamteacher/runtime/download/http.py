@@ -21,7 +21,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
@@ -100,18 +100,26 @@ def download(url: str, target: Path, *, sha256: str | None = None, size: int | N
     return target
 
 
+def opened(path: Path, mode: str) -> IO[Any]:
+    """A file of the cache, opened to write; its folder is made.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, mode)
+    except OSError as error:
+        raise UserError(
+            f"'{path}' cannot be written: {error.strerror}.",
+            "Name another place by the environment variable DREAMTEACHER_CACHE.",
+        ) from None
+
+
 @contextlib.contextmanager
 def alone(part: Path) -> Iterator[IO[bytes]]:
     """The part's file, opened to append and locked: two processes must not write into one."""
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        file = open(part, "ab")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(
-            f"'{part}' cannot be written: {error.strerror}.",
-            "Name another place by the environment variable DREAMTEACHER_CACHE.",
-        ) from None
-    with file:
+    with opened(part, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

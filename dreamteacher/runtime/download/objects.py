@@ -153,15 +153,7 @@ def _sole(target: Path) -> Iterator[None]:
     """Within: no other process brings this file; the others wait, and then find it there."""
     path = target.with_name(target.name + ".lock")
     while True:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            lock = open(path, "w")  # noqa: SIM115
-        except OSError as error:
-            raise UserError(
-                f"'{path}' cannot be written: {error.strerror}.",
-                "Name another place by the environment variable DREAMTEACHER_CACHE.",
-            ) from None
-        with lock:
+        with http.opened(path, "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not _is_at(lock, path):
                 continue  # the one before us removed it: another may have made it anew

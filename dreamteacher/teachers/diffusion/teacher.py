@@ -442,10 +442,7 @@ def load(
     # On the meta device no memory is taken and no random weight is drawn: ADM-256 has 552 M of them.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         unet = build_unet(spec)
-    given = {k: v.float() for k, v in weights.items()}
-    if {k: v.shape for k, v in given.items()} != {k: v.shape for k, v in unet.state_dict().items()}:
-        checkpoint.load_exactly(unet, given, where)  # raises, and says what does not fit
-    unet.load_state_dict(given, assign=True)
+    checkpoint.adopt_exactly(unet, weights, where)
     return DiffusionTeacher(
         unet, spec, name=name, licence=licence, timesteps=timesteps, noise=noise, blocks=blocks
     )

@@ -279,9 +279,7 @@ def load(
     # On the meta device no memory is taken and no random weight is drawn: SDXL has 2.6 G of them.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         network = build_network(spec)
-    given = {k: v.float() for k, v in weights.items()}
-    _fit(network, given, where)
-    network.load_state_dict(given, assign=True)
+    checkpoint.adopt_exactly(network, weights, where)
     return StableDiffusionTeacher(network, spec, name=name, licence=licence, timesteps=timesteps, noise=noise)
 
 
