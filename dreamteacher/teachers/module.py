@@ -290,6 +290,19 @@ def _copy(x: Any) -> Any:
 # --- from a file ------------------------------------------------------------------------------------------
 
 
+def own_file(name: str) -> Path:
+    """The Python file of a teacher's name FILE.py:FUNCTION.
+
+    Raises:
+        UserError: when there is no such file.
+    """
+    file = name.rpartition(":")[0]
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise UserError(f"There is no file '{file}'.", "A teacher of your own is named FILE.py:FUNCTION.")
+    return path
+
+
 def teacher_from_file(name: str) -> Teacher:
     """The teacher that a function of a Python file returns.
 
@@ -304,9 +317,7 @@ def teacher_from_file(name: str) -> Teacher:
             what it returns is no `Teacher`.
     """
     file, _, function = name.rpartition(":")
-    path = Path(file).resolve()
-    if not path.is_file():
-        raise UserError(f"There is no file '{file}'.", "A teacher of your own is named FILE.py:FUNCTION.")
+    path = own_file(name)
     with _beside(path.parent), torch.random.fork_rng(devices=[]):
         try:
             found = vars(_run_file(path))
