@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from dreamteacher.cli import main as cli
-from dreamteacher.distill import pretrain
+from dreamteacher.distill import plan as distill_plan
+from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.runtime.distributed import group
 from dreamteacher.runtime.errors import UserError
 
@@ -195,16 +196,17 @@ def test_all_wait_for_the_interpreter_that_one_of_them_already_sees(
 ) -> None:
     """On a shared disk a file that the first one has just written may show earlier in one process than in another."""
     asked: list[Any] = []
-    monkeypatch.setattr(pretrain, "from_first", asked.append)
-    monkeypatch.setattr(pretrain, "load_interpreter", lambda folder: [torch.nn.Identity()])
+    monkeypatch.setattr(distill_plan, "broadcast", asked.append)
+    monkeypatch.setattr(distill_plan, "load_interpreter", lambda folder: [torch.nn.Identity()])
     monkeypatch.setenv("WORLD_SIZE", "1")
     (tmp_path / "interpreter").mkdir()
     runs: list[str] = []
     job: Any = SimpleNamespace(run=lambda: runs.append("run"))
-    config = pretrain.PretrainConfig(out=tmp_path, device="cpu")
+    config = PretrainConfig(out=tmp_path, device="cpu")
+    plan: Any = SimpleNamespace(job=job, config=config, device=torch.device("cpu"))
     for there in (False, True):
         if there:
             (tmp_path / "interpreter" / "interpreter.json").write_text(json.dumps({}))
-        pretrain._interpreter(config, job, tmp_path)
+        distill_plan.PretrainPlan.interpreter(plan, tmp_path)
         assert asked.pop()() == ""
         assert runs == ["run"]

@@ -475,7 +475,7 @@ def test_a_signal_to_one_process_saves_once_and_ends_all(runs, image_folder, tin
     codes, out, errors = both([worker.__file__, json.dumps(job)], *each)
     assert codes == [128 + signal.SIGTERM] * 2, errors
     assert "error: " not in errors
-    (step,) = re.findall("Stopped at step (.*): saved", out)
+    (step,) = re.findall("Stopped at step (.*) of 8: saved", out)
     assert 5 <= int(step) < 8
     last = checkpoint.latest(config.out)
     assert last == checkpoint.checkpoint_path(config.out, int(step))
