@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamteacher.data import batches as data_batches
-from dreamteacher.data import image_set, seeds
+from dreamteacher.data import image_set
 from dreamteacher.data.images import to_float
 from dreamteacher.distill import dataset
 from dreamteacher.distill import plan as distill_plan
@@ -707,7 +707,7 @@ def step_on_fake_gpu(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> set[t
     cuda = torch.device("cuda")
     for module in (dataset, distill_step):
         monkeypatch.setattr(module, "autocast", cuda_autocast)
-    monkeypatch.setattr(seeds, "device_generator", lambda *_: torch.Generator().manual_seed(0))
+    monkeypatch.setattr(dataset, "device_generator", lambda *_: torch.Generator().manual_seed(0))
     monkeypatch.setattr(data_batches, "flip_images", lambda images, _: images)  # on the host, before the copy
     here = functools.partial(prefetch.prefetch, threaded=False)  # what watches, watches one thread
     monkeypatch.setattr(dataset, "prefetch", lambda items, work, *, threaded: here(items, work))

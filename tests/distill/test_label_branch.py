@@ -212,8 +212,8 @@ def test_draws_are_those_of_the_downstream_tasks() -> None:
         rows = dataclasses.replace(masks, targets=labels, classes=("a", "b", "c"))
         found = draw(rows, 4, seed)[0].images[:, 0, 0, 0].long()
         assert torch.equal(found, draw_labels(labels, 4, classes=3, seed=seed))
-    refused(lambda: draw(masks, 31, 0), "--labels 31", "30 images")
-    refused(lambda: draw(rows, 11, 0), "--labels 11", "'a' has 10")
+    refused(lambda: draw(masks, 31, 0), "31 labelled images asked for", "1 to 30 can be drawn")
+    refused(lambda: draw(rows, 11, 0), "11 labels per class asked for", "a has 10")
 
 
 def test_maps_of_decoder_blocks_are_ddpm_segs(tiny_teacher: Path) -> None:
