@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import importlib
 import os
 import shlex
 import subprocess
@@ -59,8 +58,7 @@ def commands(
 def read_command(verb: str, *words: str) -> Config:
     """The config of a command, parsed as the command line does."""
     entry = cli.VERBS[verb]
-    config = getattr(importlib.import_module(entry.module), entry.config)
-    found: Config = cli.parse(config, verb, words, default=cli._preset(verb, words))
+    found: Config = cli.parse(cli.named(entry.config), verb, words, default=cli._preset(verb, words))
     return found
 
 

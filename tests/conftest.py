@@ -32,7 +32,7 @@ settings.register_profile("suite", deadline=None, derandomize=True, database=Non
 settings.load_profile("suite")
 
 ROOT = Path(__file__).parent.parent
-IMPORTED_AS = {"scikit-learn": "sklearn"}
+IMPORTED_AS = {"scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}
 
 
 def _missing_extras() -> dict[str, set[str]]:

@@ -143,7 +143,7 @@ def run_command(arguments: list[str]) -> None:
 
     verb, *rest = arguments
     if verb in cli.VERBS and "--help" not in rest:
-        config = getattr(importlib.import_module(cli.VERBS[verb].module), cli.VERBS[verb].config)
+        config = cli.named(cli.VERBS[verb].config)
         try:
             cli.parse(config, verb, rest)
         except UserError as error:
@@ -292,7 +292,7 @@ def wrong_names(text: str) -> list[str]:
     wrong = [verb for verb in verbs if verb not in cli.VERBS]
     known = {"--help", "--version"}
     for verb in cli.VERBS.values():
-        known |= set(cli._flags(getattr(importlib.import_module(verb.module), verb.config)))
+        known |= set(cli._flags(cli.named(verb.config)))
     for c in code:
         if not re.match(r"(pip|python|git|pytest|torchrun|[A-Z_]+=)", c):
             wrong += [flag for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*", c) if flag not in known]

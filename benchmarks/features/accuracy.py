@@ -29,7 +29,8 @@ from typing import Any
 import torch
 
 from dreamteacher import __version__
-from dreamteacher.cli.demo import DemoConfig, demo_recipe, xray_folders
+from dreamteacher.cli.config import DemoConfig
+from dreamteacher.cli.demo import demo_recipe, xray_folders
 from dreamteacher.data import image_set
 from dreamteacher.data.images import find_images
 from dreamteacher.distill.config import MakeFeaturesConfig

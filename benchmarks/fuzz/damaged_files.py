@@ -459,7 +459,7 @@ def of_runs(box: Sandbox) -> Reader:
         (folder / "metrics.jsonl").write_bytes(b"\n".join(lines))
         (folder / "results.jsonl").write_bytes(text_of(rng, result))
         RunDir(folder).rewind("metrics.jsonl", 20)
-        write_report(folder, images=0)
+        write_report(folder, image_count=0)
         RunDir.check(folder, facts)
         return True
 

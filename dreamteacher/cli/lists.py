@@ -7,14 +7,13 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from tyro.conf import Positional
 
 from dreamteacher import __version__
+from dreamteacher.cli.config import DoctorConfig, ListConfig
 from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.errors import UserError
 
@@ -33,21 +32,6 @@ EXTRAS = {
     "gcsfs": "shards at gs://",
     "lightly": "benchmarks/baselines",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ListConfig:
-    """Print what can be named: teachers, students, presets or tasks."""
-
-    what: Positional[Literal["teachers", "students", "presets", "tasks"]] = "teachers"
-    """What to list."""
-    filter: str = ""
-    """Only names that contain this."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorConfig:
-    """Print versions, devices and what is missing."""
 
 
 def print_list(config: ListConfig) -> None:

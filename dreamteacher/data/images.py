@@ -138,6 +138,30 @@ def read_image(path: ImageFile, size: Size | None) -> Tensor:
     return _pixels(image if image.mode == "RGB" else image.convert("RGB"))
 
 
+def from_pil(image: Image.Image, size: Size | None) -> Tensor:
+    """An open picture as `read_image` gives the one in a file: uint8 RGB 3 x H x W, upright, transparency on white.
+
+    Args:
+        size: (height, width) that it covers, its centre kept; None: as large as it is.
+
+    Raises:
+        BadImageError: values whose range is not known.
+
+    Example:
+        >>> from_pil(Image.new("L", (64, 32), 255), (16, 16)).shape
+        torch.Size([3, 16, 16])
+    """
+    place = Path(str(getattr(image, "filename", "") or "picture"))
+    if image.mode in ("F", "LAB"):
+        raise BadImageError(place, f"mode {image.mode}, whose values are no grey or RGB")
+    turn, extent = _orientation(image), (image.height, image.width)
+    image = _eight_bits(place, image)
+    if size is not None:
+        image = _scale(image, extent, turn, size, Image.Resampling.BILINEAR)
+    image = _turned(image, turn)
+    return _pixels(image if image.mode == "RGB" else image.convert("RGB"))
+
+
 def read_mask(path: ImageFile, size: Size | None, *, binary: bool = False) -> Tensor:
     """One mask as int64 H x W, nearest neighbour, cropped exactly as `read_image` crops.
 

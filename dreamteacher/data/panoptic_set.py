@@ -12,7 +12,7 @@ from dreamteacher.data.coco.segments import Scene, parse_panoptic, read_segments
 from dreamteacher.data.images import BadImage, BadImageError, read_header, read_image
 from dreamteacher.data.sources import PanopticFiles
 from dreamteacher.metrics import Segments
-from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.errors import UserError, first_line, shorten
 from dreamteacher.runtime.threads import in_threads
 
 
@@ -62,7 +62,7 @@ def _of_layout(files: PanopticFiles, scene: Scene) -> Segments:
     try:
         ids, _ = files.read(scene.place)
     except UserError as error:
-        raise BadImageError(scene.image, str(error).splitlines()[0]) from None
+        raise BadImageError(scene.image, first_line(error, 300)) from None
     return Segments(ids=ids, classes=scene.classes, crowds=scene.crowds)
 
 

@@ -54,13 +54,8 @@ def pretrain(config: PretrainConfig) -> Path | None:
         groups = optim.parameter_groups([network], config.weight_decay)
         optimizer = optim.build_optimizer(config.optimizer, groups, config.lr, config.betas)
         average = optim.Ema(network, config.ema) if config.ema else None
-        distillation = Distillation(
-            config,
-            network,
-            plan.levels,
-            spread=spread(network, config, device, world),
-            interpreter=interpreter,
-        )
+        called = spread(network, config, device, world)  # over the processes, where there are several
+        distillation = Distillation(config, network, plan.levels, spread=called, interpreter=interpreter)
         _make_fast(plan, distillation)
         weights = loss_weights(config)  # of each term: eq. 3, 5 and 6
         warmup = round(plan.steps * config.warmup_epochs / config.epochs)

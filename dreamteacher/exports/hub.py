@@ -1,14 +1,21 @@
-"""What the model hub wants of a card: a licence by its identifier, the library, tags, the data's identifiers."""
+"""timm's format with what the model hub wants of a card: a licence by its identifier, the library, tags, the data's identifiers."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
+from dreamteacher.exports.card import terms_of
+from dreamteacher.exports.config import OTHER, ExportConfig
+from dreamteacher.exports.format import Exported, Format
+from dreamteacher.exports.timm import FORMAT as TIMM
+from dreamteacher.exports.timm import make_timm
+from dreamteacher.models.student import Student
 from dreamteacher.runtime.errors import UserError, did_you_mean, shorten
 
-OTHER = "other"
 # The hub's identifiers (huggingface.co/docs/hub/repositories-licenses), without those of single models.
 LICENCES = (
     "afl-3.0", "agpl-3.0", "apache-2.0", "artistic-2.0", "bigcode-openrail-m", "bigscience-openrail-m", "bsd",
@@ -94,3 +101,21 @@ Whoever trained these weights has not put them under one of the standard licence
 
 The uploader can replace this file, and `license:` in README.md, by a licence of their own.
 """
+
+
+def _make(student: Student, facts: Mapping[str, Any], config: ExportConfig) -> Exported:
+    made = make_timm(student, facts, config)
+    notes = f"""{made.notes}
+Once this folder lies on the model hub, `timm.create_model("hf-hub:OWNER/NAME", pretrained=True)` loads it from
+there."""
+    terms = {LICENCE_FILE: licence_text(*terms_of(facts))} if config.licence == OTHER else {}
+    front = front_matter(config.licence, config.datasets)
+    return replace(made, notes=notes, front=front, files={**made.files, **terms})
+
+
+FORMAT = Format(
+    name="hub",
+    make=_make,
+    check=lambda config: check_hub(config.licence, config.datasets),
+    files=(*TIMM.files, LICENCE_FILE),
+)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor
 
 from dreamteacher import __version__
+from dreamteacher.exports.config import ExportConfig
+from dreamteacher.exports.format import Exported, Format
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.errors import UserError, first_line
 
 OPSET = 18
 WAY_OUT = "Export another format; with other versions of torch and onnxruntime it may work."
@@ -72,7 +75,9 @@ def _export(student: Student, file: Path) -> None:
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        raise UserError(f"torch cannot export {student.name} to ONNX: {_first(error)}.", WAY_OUT) from error
+        raise UserError(
+            f"torch cannot export {student.name} to ONNX: {first_line(error)}.", WAY_OUT
+        ) from error
     assert program is not None  # it is None for the older exporter alone
     program.model.producer_name, program.model.producer_version = "dreamteacher", __version__
     program.model.metadata_props["student"] = student.name
@@ -90,7 +95,7 @@ def _check(student: Student, file: Path) -> None:
             session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
             found = session.run(None, {"images": images.numpy()})
         except Exception as error:  # onnxruntime's errors have no common base
-            problem = f"onnxruntime cannot run the ONNX file of {student.name}: {_first(error)}."
+            problem = f"onnxruntime cannot run the ONNX file of {student.name}: {first_line(error)}."
             raise UserError(problem, WAY_OUT) from error
         _compare(found, student(images))
 
@@ -103,6 +108,38 @@ def _compare(found: Iterable[Any], expected: Iterable[Tensor]) -> None:
             raise UserError(problem, WAY_OUT)
 
 
-def _first(error: Exception) -> str:
-    """What another library said, on one line."""
-    return (next(iter(str(error).splitlines()), "") or type(error).__name__)[:120].rstrip(". ")
+def _make(student: Student, facts: Mapping[str, Any], config: ExportConfig) -> Exported:
+    free = f"multiples of {student.grid.stride}" if student.grid else "all three free"
+    outputs = "\n".join(
+        f"| `{spec.name}` | batch x {spec.channels} x height/{spec.stride} x width/{spec.stride} |"
+        for spec in student.specs
+    )
+    snippet = """import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+
+images = np.random.default_rng(0).random((1, 3, 224, 224), dtype=np.float32)  # yours: RGB in [0, 1]
+maps = session.run(None, {"images": images})
+vectors = maps[-1].mean(axis=(2, 3))
+print([m.shape for m in maps], vectors.shape)
+"""
+    notes = f"""Opset {OPSET}, float32, evaluation mode. The normalisation is part of the graph: give RGB in [0, 1].
+
+| name | shape |
+| --- | --- |
+| `images` (input) | batch x 3 x height x width, {free} |
+{outputs}"""
+    return Exported(tensors={}, install="onnxruntime numpy", snippet=snippet, notes=notes, library="onnx")
+
+
+FORMAT = Format(
+    name="onnx",
+    takes="networks whose padding does not depend on the image's size",
+    # Padding that depends on the size (TensorFlow's) keeps torch's exporter busy for minutes and more.
+    knows=lambda student: not any(isinstance(module, Conv2dSame) for module in student.modules()),
+    make=_make,
+    check=lambda config: check_onnx(),
+    write=write_onnx,
+    weights="model.onnx",
+)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dreamteacher.models.regressor import LabelHead, Neck, resize
 from dreamteacher.models.student import Student, create_student, recorded_student
 from dreamteacher.runtime import checkpoint, tensor_file
-from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.errors import UserError, first_line
 
 HEAD, REGRESSOR = "head.safetensors", "regressor.safetensors"
 
@@ -94,7 +94,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         return tensor_file.read(path)
     except tensor_file.UNREADABLE as error:
         raise UserError(
-            f"'{path}' cannot be read: {str(error).splitlines()[0]}.",
+            f"'{path}' cannot be read: {first_line(error)}.",
             "Give a finished run folder of `dreamteacher pretrain`.",
         ) from None
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dreamteacher.models.regressor import resize
 from dreamteacher.runtime import checkpoint, tensor_file
 from dreamteacher.runtime.config import from_json, parse_json, to_json
-from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.errors import UserError, first_line, shorten
 from dreamteacher.spec import FeatureSpec
 
 WEIGHTS, SPEC = "interpreter.safetensors", "interpreter.json"
@@ -200,9 +200,9 @@ def load_interpreter(folder: Path) -> tuple[Interpreter, InterpreterSpec]:
             shapes = spec.build()
         weights = tensor_file.read(folder / WEIGHTS)
     except (*tensor_file.UNREADABLE, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
-            f"The interpreter in '{folder}' cannot be read: {reason[:200]}.", "Copy the whole folder again."
+            f"The interpreter in '{folder}' cannot be read: {first_line(error, 200)}.",
+            "Copy the whole folder again.",
         ) from None
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in shapes.state_dict().items()}:
         checkpoint.load_exactly(shapes, weights, folder / WEIGHTS)  # raises, and says what does not fit

@@ -19,7 +19,7 @@ from dreamteacher.models.plain_vit import (
 )
 from dreamteacher.models.pyramid import STRIDES
 from dreamteacher.runtime import checkpoint, tensor_file
-from dreamteacher.runtime.errors import UserError, did_you_mean, shorten
+from dreamteacher.runtime.errors import UserError, did_you_mean, first_line, shorten
 from dreamteacher.spec import FeatureSpec
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
@@ -142,7 +142,9 @@ class Student(nn.Module):
             with torch.no_grad():
                 maps = self(torch.zeros(1, 3, height, width, device=self.mean.device))
         except (AssertionError, RuntimeError, ValueError) as error:
-            raise _no_pyramid(self.name, f"it takes no {height}x{width} image, {_reason(error)}") from error
+            raise _no_pyramid(
+                self.name, f"it takes no {height}x{width} image, {first_line(error)}"
+            ) from error
         finally:
             self.model.train(was_training)
         for stride, m in zip(self.indices, maps, strict=True):
@@ -359,7 +361,7 @@ def _timm_model(name: str, *, pretrained: bool) -> nn.Module:
     except RuntimeError as error:
         if pretrained:
             raise
-        problem = f"timm cannot make '{name}': {_reason(error)}."
+        problem = f"timm cannot make '{name}': {first_line(error)}."
         raise UserError(problem, "Leave out the tag after the dot.") from error
 
 
@@ -376,7 +378,7 @@ def _imagenet_model(name: str) -> nn.Module:
         hub = f"https://huggingface.co/{cfg.hf_hub_id}/resolve/main/model.safetensors"
         address = hub if cfg.hf_hub_id else cfg.url
         raise UserError(
-            f"The pretrained weights of '{name}' cannot be fetched: {_reason(error)}.",
+            f"The pretrained weights of '{name}' cannot be fetched: {first_line(error)}.",
             f"Without a network: get {address}\nelsewhere, and give its path as init.",
         ) from error
 
@@ -395,9 +397,3 @@ def _no_pyramid(name: str, reason: str) -> UserError:
 
 def _architecture(name: str) -> str:
     return name.split(".", 1)[0]
-
-
-def _reason(error: Exception) -> str:
-    """What another library said, on one line."""
-    first = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return first[:120].rstrip(". ")

@@ -15,7 +15,7 @@ class ReportConfig:
 
     run: Path
     """Folder of a pretraining, of a teacher's training, or one with a results.jsonl."""
-    images: int = 8
+    image_count: int = 8
     """Images whose feature maps are drawn; 0: none."""
     own_code: bool = False
     """Run the Python file that the run names as its teacher, to draw its maps: for runs of your own alone."""

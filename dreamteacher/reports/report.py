@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape as esc
 from pathlib import Path
 from typing import Any
 
-from dreamteacher.exports.write import load_snippet
+from dreamteacher.exports.timm import load_snippet
 from dreamteacher.reports.charts import Series, line_chart
 from dreamteacher.reports.config import ReportConfig
 from dreamteacher.reports.maps import MAPS_LEAD, as_dict, feature_maps, stride_name, teacher_samples
 from dreamteacher.reports.results import results_section, verdict
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.errors import UserError, first_line
 from dreamteacher.runtime.page import page
 from dreamteacher.runtime.run_folder import RunDir, read_rows
 from dreamteacher.teachers.registry import read_card
@@ -26,7 +27,23 @@ _CURVES_LEAD = "Against optimizer steps; a pointer on a line shows its values."
 
 def report(config: ReportConfig) -> Path:
     """The verb: writes the page and says where it is."""
-    path = write_report(config.run, images=config.images, own_code=config.own_code)
+    path = write_report(config.run, image_count=config.image_count, own_code=config.own_code)
+    print(f"Report: {path}")
+    return path
+
+
+def report_after(run: Path) -> Path | None:
+    """The page that a training ends with; what stands in its way is only said, for the run itself is whole.
+
+    Of several processes the first one writes it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return None
+    try:
+        path = write_report(run, own_code=True)  # what it names was named just now
+    except UserError as error:
+        print(f"No report: {first_line(error, 300)}.")
+        return None
     print(f"Report: {path}")
     return path
 
@@ -65,7 +82,7 @@ def write_report(
     *,
     rows: list[dict[str, Any]] | None = None,
     title: str | None = None,
-    images: int = 8,
+    image_count: int = 8,
     own_code: bool = False,
 ) -> Path:
     """Writes run/report.html, atomically; what is missing on disk becomes a note on the page.
@@ -74,7 +91,7 @@ def write_report(
         run: folder of `pretrain` or `train-teacher`, finished or not, or one that has only results.jsonl.
         rows: evaluation rows to show instead of those in results.jsonl.
         title: of the page; None: student and teacher, or the folder's name.
-        images: how many images' feature maps to draw; 0 for none.
+        image_count: how many images' feature maps to draw; 0 for none.
         own_code: whether a teacher that is a Python file may be run; a run folder from elsewhere could name any.
 
     Raises:
@@ -91,7 +108,7 @@ def write_report(
     sections = [
         ("Results", "", lambda: _results(it)),
         ("Training curves", _CURVES_LEAD, lambda: _curves(it)),
-        ("Feature maps", MAPS_LEAD, lambda: _feature_maps(it, images, own_code)),
+        ("Feature maps", MAPS_LEAD, lambda: _feature_maps(it, image_count, own_code)),
         ("Samples of the teacher", "", lambda: teacher_samples(it.path, it.facts, own_code)),
         ("Load the weights", "", lambda: _usage(it)),
         ("Settings", "", lambda: _settings(it)),

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from dreamteacher.runtime import tensor_file
 from dreamteacher.runtime.config import parse_json
 from dreamteacher.runtime.distributed.sharding import part_of, parts_of, whole_on_first
-from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.errors import UserError, first_line, shorten
 from dreamteacher.runtime.optim import Ema
 
 PATTERN = "checkpoint-*.safetensors"
@@ -129,16 +129,12 @@ def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return _read(path)
     except _DAMAGE as error:
         raise UserError(
-            f"'{path}' cannot be read: {_reason(error)}.",
+            f"'{path}' cannot be read: {first_line(error, 200)}.",
             "The file is missing, truncated or of another kind: delete it to fall back on an earlier one.",
         ) from None
 
 
 _DAMAGE = (*tensor_file.UNREADABLE, ValueError)
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "").rstrip(".") or type(error).__name__
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -180,7 +176,7 @@ def latest(folder: Path, *, whole: bool = False) -> Path | None:
             else:
                 tensor_file.read_metadata(path)
         except _DAMAGE as error:
-            damaged.append((path, _reason(error)))
+            damaged.append((path, first_line(error, 200)))
             continue
         for bad, reason in damaged if whole else ():
             aside = bad.with_name(f"damaged-{bad.name}")

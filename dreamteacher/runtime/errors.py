@@ -38,6 +38,19 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
+def first_line(error: BaseException, most: int = 120) -> str:
+    """What an error says, on one line of at most `most` characters without a full stop; else its type's name.
+
+    Example:
+        >>> first_line(ValueError("the header is damaged.\\nAt byte 12."))
+        'the header is damaged'
+        >>> first_line(ValueError())
+        'ValueError'
+    """
+    said = str(error).strip().splitlines()
+    return (said[0] if said else type(error).__name__)[:most].rstrip(". ")
+
+
 def shorten(names: Iterable[str], most: int = 3) -> str:
     """The first few names and how many more there are: error messages stay short.
 

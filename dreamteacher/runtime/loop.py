@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.distributed.group import Told
-from dreamteacher.runtime.distributed.world import launched
+from dreamteacher.runtime.distributed.world import ALONE
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.loggers import Logger, open_loggers
 from dreamteacher.runtime.meter import Means, Meter
@@ -53,7 +53,7 @@ class Loop:
     comes within an update, the last checkpoint stays what there is.
 
     Args:
-        run: open and locked; None: nothing is written.
+        run: open and locked, and whose processes take part; None: nothing is written, and this one is alone.
         title: what is trained, as the verb is called; checkpoints of another kind are refused.
         steps: in all; batch: images of each, 0 where nobody counts them.
         state: tensors and JSON values from which training goes on (all processes call it).
@@ -91,13 +91,14 @@ class Loop:
         shown: bool = True,
     ) -> None:
         self.run, self.title, self.steps, self.batch = run, title, steps, batch
-        self.meter = Meter() if meter is None else meter
+        self.world = ALONE if run is None else run.world  # one alone of several trains alone
+        self.meter = Meter(world=self.world) if meter is None else meter
         self.first = 0  # steps that are done when it begins
         self._state, self._restore, self._resume, self._undo = state, restore, resume, undo
         self._every, self._minutes, self._keep = save_every, save_minutes, keep
         self._advice, self._log_to, self._log_at = advice, log_to, log_at
         self._guard_each, self._shown = guard_each, shown
-        self._signals, self._told = Signals(), Told()
+        self._signals, self._told = Signals(), Told(self.world)
         self._loggers: list[Logger] = []
         self._said = ""
         self._step = 0  # the one in progress
@@ -112,7 +113,7 @@ class Loop:
         if self._resume is not None:
             self.first = self._read(self._resume)
         self._step, self._whole = self.first, self.first
-        if self.run is not None and launched().first:
+        if self.run is not None and self.world.first:
             settings = (self.run.config() or {}).get("config", {}) if self._log_to else {}
             self._loggers = open_loggers(self._log_to, self._log_at or self.run.path, settings)
         self.progress = Progress(self.steps, self.first, self.batch, self.title, shown=self._shown)
@@ -239,7 +240,7 @@ class Loop:
 
     def _write(self, row: Callable[[Means], Mapping[str, Any]], shown: Sequence[str]) -> None:
         done = self._step + 1
-        self.progress.update(done, self._said)
+        self.progress.advance(done)
         line = self._line(row(self.meter.means()))
         if self.run is not None:
             self.run.append("metrics.jsonl", line)
@@ -278,7 +279,7 @@ class Loop:
         assert self.run is not None
         sums, counts = self.meter.pack()
         tensors, meta = self._state()
-        if launched().first:
+        if self.world.first:
             facts = {"format": FORMAT, "kind": self.title, "step": done, "meter": counts, **meta}
             checkpoint.save(checkpoint.checkpoint_path(self.run.path, done), {**tensors, **sums}, facts)
             checkpoint.prune(self.run.path, self._keep)
@@ -286,7 +287,7 @@ class Loop:
 
     def _interrupted(self) -> None:
         """Saves before a KeyboardInterrupt goes on, where the state is that of a whole number of steps."""
-        if self.run is None or self._signals.installed or launched().ranks > 1:
+        if self.run is None or self._signals.installed or self.world.ranks > 1:
             return  # a second signal acts at once
         if self._whole is None:
             print(f"Interrupted within an update. {checkpoint.before(self.run.path)}", flush=True)

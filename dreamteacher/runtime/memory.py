@@ -14,7 +14,7 @@ import torch
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import parse_json
 from dreamteacher.runtime.distributed.world import World
-from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.errors import UserError, first_line
 
 PARTS = "parts.json"  # in a run folder
 # cuBLAS, cuDNN and Triton say it in errors that are no torch.OutOfMemoryError.
@@ -35,7 +35,7 @@ def ran_out(error: RuntimeError) -> bool:
 
 def reason(error: RuntimeError) -> str:
     """What such an error says, in a few words."""
-    return next(iter(str(error).splitlines()), type(error).__name__)[:80]
+    return first_line(error, 80)
 
 
 @contextlib.contextmanager
@@ -46,7 +46,7 @@ def needed(problem: str, way_out: str) -> Iterator[None]:
     except RuntimeError as error:
         if not ran_out(error):
             raise
-        raise UserError(f"{problem}: {reason(error)}", way_out) from None
+        raise UserError(f"{problem}: {reason(error)}.", way_out) from None
 
 
 class Undo:
@@ -109,7 +109,7 @@ class Parts:
             UserError: when they cannot be smaller; of several processes always, once the next start is told, as the
                 others are in the middle of the step.
         """
-        problem = f"Step {step} runs out of memory in parts of {self.images // self.count} images: {why}"
+        problem = f"Step {step} runs out of memory in parts of {self.images // self.count} images: {why}."
         if self.count >= self.most:
             raise UserError(problem, "Use --precision bfloat16, or a smaller --size, --student or --width.")
         self.count = min(2 * self.count, self.most)

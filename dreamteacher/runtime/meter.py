@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dreamteacher.runtime.distributed.group import all_reduce_mean, earliest
+from dreamteacher.runtime.distributed.world import ALONE, World
 
 _NEVER = 2**62  # a step that is never reached
 _PREFIX = "meter/"
@@ -34,6 +35,7 @@ class Meter:
 
     Args:
         dtype: of the sums; None: torch's default.
+        world: the processes that measure together.
 
     Example:
         >>> meter = Meter()
@@ -43,7 +45,8 @@ class Meter:
         {'loss': 1.5}
     """
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, dtype: torch.dtype | None = None, world: World = ALONE) -> None:
+        self.world = world
         self.dtype = dtype or torch.get_default_dtype()
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
@@ -81,12 +84,18 @@ class Meter:
             first = torch.full((len(names),), _NEVER, device=good.device)
         self._bad[names] = first.where(good, first.clamp(max=step + 1))
 
+    def _mean(self, x: Tensor) -> Tensor:
+        return all_reduce_mean(x) if self.world.ranks > 1 else x
+
+    def _earliest(self, first: Tensor) -> Tensor:
+        return earliest(first.clone()) if self.world.ranks > 1 else first
+
     def bad(self) -> tuple[str, int] | None:
         """Which watched scalar was not finite first, and at which step (from 1); None: all were."""
         found = [
             (step, name)
             for names, first in self._bad.items()
-            for name, step in zip(names, earliest(first.clone()).tolist(), strict=True)
+            for name, step in zip(names, self._earliest(first).tolist(), strict=True)
         ]
         step, name = min(found, key=lambda pair: pair[0], default=(_NEVER, ""))
         return (name, step) if step < _NEVER else None
@@ -95,7 +104,7 @@ class Meter:
         """The mean of each name over the steps since `zero`, and over the processes."""
         if not self.sums:
             return Means({}, {})
-        totals = all_reduce_mean(torch.stack(list(self.sums.values()))).tolist()
+        totals = self._mean(torch.stack(list(self.sums.values()))).tolist()
         return Means(dict(zip(self.sums, totals, strict=True)), dict(self.counts))
 
     def zero(self) -> None:
@@ -114,7 +123,7 @@ class Meter:
     def pack(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Tensors (meter/NAME) and counts for a checkpoint; every process then goes on from the mean of all."""
         if self.sums:
-            means = all_reduce_mean(torch.stack(list(self.sums.values())))
+            means = self._mean(torch.stack(list(self.sums.values())))
             self.sums = dict(zip(self.sums, means.unbind(), strict=True))
         return {_PREFIX + name: value for name, value in self.sums.items()}, dict(self.counts)
 

@@ -46,14 +46,18 @@ class Progress:
             "seconds": round(seconds, 2),
         }
 
+    def advance(self, step: int) -> None:
+        """Moves to `step`, the number of steps that are done; says nothing."""
+        self.bar.update(step - self.step)
+        self.step = step
+
     def update(self, step: int, said: str = "") -> None:
-        """Moves to `step`, the number of steps that are done.
+        """Moves to `step`, and says so where it is time.
 
         Args:
             said: the newest losses in words.
         """
-        self.bar.update(step - self.step)
-        self.step = step
+        self.advance(step)
         now = time.perf_counter()
         late = self.lines and (now - self.last > self.every or step == self.total)
         if self.bar.disable and not late:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dreamteacher.runtime.errors import UserError
+from dreamteacher.data.pictures import Pictures, to_batch
+from dreamteacher.runtime.errors import UserError, first_line
 from dreamteacher.spec import FeatureSpec
 
 STRIDES = (4, 8, 16, 32)
@@ -59,6 +61,37 @@ class Teacher(nn.Module, ABC):
         Returns: one map per spec, N x C x H/stride x W/stride.
         """
         raise self._cannot("encode")
+
+    @torch.no_grad()
+    def features(
+        self,
+        pictures: Pictures,
+        *,
+        size: int | tuple[int, int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> list[torch.Tensor]:
+        """Feature maps of whatever pictures are at hand: `encode` for a notebook.
+
+        Args:
+            pictures: one or several paths, PIL pictures or tensors (see `data.pictures.to_batch`).
+            size: height and width that they are brought to, or one number for both; None: the teacher's own.
+            generator: source of the noise; None: a new one with seed 0, so that the same pictures give the same maps.
+
+        Returns: one map per spec, N x C x H/stride x W/stride.
+
+        Raises:
+            UserError: for what is no picture, a size that does not divide, a teacher that cannot encode.
+        """
+        height, width = (size, size) if isinstance(size, int) else size or self.size
+        try:
+            self.check_size(height, width)
+        except UserError as error:  # its way out is a flag
+            way = f"Give a size of multiples of {self.multiple}, or none for {self.size[0]} x {self.size[1]}."
+            raise UserError(f"{first_line(error, 200)}.", way) from None
+        device = next(itertools.chain(self.parameters(), self.buffers()), torch.empty(0)).device
+        if generator is None:
+            generator = torch.Generator(device).manual_seed(0)
+        return self.encode(to_batch(pictures, (height, width)).to(device), generator=generator)
 
     def sample(self, n: int, *, generator: torch.Generator) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """n new images (float RGB in [0, 1]) and their feature maps."""

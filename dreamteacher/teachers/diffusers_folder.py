@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dreamteacher.runtime.config import parse_json
-from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.errors import UserError, first_line
 
 
 def read_table(path: Path, *, repair: str) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def read_table(path: Path, *, repair: str) -> dict[str, Any]:
         found = parse_json(path.read_text("utf-8"))
         return {str(k): v for k, v in found.items()}
     except (OSError, ValueError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error, 200)
         raise UserError(f"'{path}' cannot be read: {type(error).__name__} {reason}.", repair) from None
 
 

@@ -122,7 +122,7 @@ class InParts:
                 if size == 1 or self.sharded:
                     raise UserError(
                         f"The teacher '{self.teacher.name}' runs out of memory on "
-                        f"{'one image' if size == 1 else f'{size} images'}: {reason(error)}",
+                        f"{'one image' if size == 1 else f'{size} images'}: {reason(error)}.",
                         "Use a smaller --size, --precision bfloat16, or a smaller teacher."
                         if size == 1
                         else f"Use --teacher-batch {(size + 1) // 2}: processes that share its weights cannot try by themselves.",

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from dreamteacher.runtime.distributed.world import world_of
-from dreamteacher.runtime.errors import UserError, did_you_mean, shorten
+from dreamteacher.runtime.errors import UserError, did_you_mean, first_line, shorten
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import STRIDES, Teacher
 
@@ -257,8 +257,9 @@ def _traced(module: nn.Module, places: Mapping[int, str], name: str, *, whole: b
     try:
         _, nodes = get_graph_node_names(named, suppress_diff_warning=True)
     except Exception as error:  # torch.fx runs the module's own code, which may raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"'{name}' cannot be traced by torch.fx: {reason[:120]}", _AS_FUNCTION) from error
+        raise UserError(
+            f"'{name}' cannot be traced by torch.fx: {first_line(error)}", _AS_FUNCTION
+        ) from error
     parts = [n.split(".")[1:] for n in nodes if n.startswith("module.")]
     known = dict.fromkeys(".".join(p[:i]) for p in parts for i in range(1, len(p) + 1))
     for place in places.values():
@@ -289,6 +290,19 @@ def _copy(x: Any) -> Any:
 # --- from a file ------------------------------------------------------------------------------------------
 
 
+def own_file(name: str) -> Path:
+    """The Python file of a teacher's name FILE.py:FUNCTION.
+
+    Raises:
+        UserError: when there is no such file.
+    """
+    file = name.rpartition(":")[0]
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise UserError(f"There is no file '{file}'.", "A teacher of your own is named FILE.py:FUNCTION.")
+    return path
+
+
 def teacher_from_file(name: str) -> Teacher:
     """The teacher that a function of a Python file returns.
 
@@ -303,9 +317,7 @@ def teacher_from_file(name: str) -> Teacher:
             what it returns is no `Teacher`.
     """
     file, _, function = name.rpartition(":")
-    path = Path(file).resolve()
-    if not path.is_file():
-        raise UserError(f"There is no file '{file}'.", "A teacher of your own is named FILE.py:FUNCTION.")
+    path = own_file(name)
     with _beside(path.parent), torch.random.fork_rng(devices=[]):
         try:
             found = vars(_run_file(path))
@@ -365,7 +377,7 @@ def _failed(file: str, path: Path, error: Exception) -> UserError:
     if isinstance(error, SyntaxError) and error.filename == str(path):
         lines.append(error.lineno)
     place = f" in line {lines[-1]}" if lines else ""
-    words = str(error).splitlines()[0][:120] if str(error) else ""
+    words = first_line(error) if str(error) else ""
     return UserError(
         f"'{file}' stopped{place} with {type(error).__name__}{f': {words}' if words else ''}.",
         "Mend the file; with DREAMTEACHER_TRACEBACK=1 the whole trace is shown.",

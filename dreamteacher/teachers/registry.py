@@ -241,6 +241,8 @@ def fingerprint(name: str) -> str:
     Of weights it is the card's, which loading them has compared: gigabytes are not read again.
     """
     if is_python(name):
-        return sha256(Path(name.rpartition(":")[0]))
+        from dreamteacher.teachers.module import own_file
+
+        return sha256(own_file(name))
     folder = teacher_folder(name)
     return str(read_card(folder).get("sha256") or sha256(folder / WEIGHTS))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dreamteacher.runtime import checkpoint, tensor_file
 from dreamteacher.runtime.config import from_json
 from dreamteacher.runtime.distributed.world import randint, randn
-from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.errors import UserError, first_line, shorten
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import STRIDES, Teacher
 from dreamteacher.teachers.cost import channels_by_stride, gmacs
@@ -311,7 +311,7 @@ def build_vae(weights: Mapping[str, Tensor], spec: VaeSpec, where: Path) -> Vae:
             vae = CLASSES[spec.kind](**spec.config)
     except (ValueError, TypeError, IndexError, KeyError) as error:
         raise UserError(
-            f"The autoencoder of '{where}' cannot be built: {type(error).__name__} {str(error).splitlines()[0]}",
+            f"The autoencoder of '{where}' cannot be built: {type(error).__name__} {first_line(error)}",
             "Mend its kind or config, or convert the published files again.",
         ) from None
     vae.to_empty(device="cpu")
@@ -364,7 +364,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         return tensor_file.read(path)
     except tensor_file.UNREADABLE as error:
         raise UserError(
-            f"'{path}' is not a whole safetensors file: {str(error).splitlines()[0]}.",
+            f"'{path}' is not a whole safetensors file: {first_line(error)}.",
             "Download it again; check its size or sha256.",
         ) from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import runpy
 import shlex
@@ -112,7 +111,7 @@ def test_commands_that_are_too_large_to_run_are_at_least_right() -> None:
     found = commands((ROOT / "docs" / "scaling.md").read_text())
     assert len(found) >= 3
     for verb, *rest in found:
-        config: Any = getattr(importlib.import_module(cli.VERBS[verb].module), cli.VERBS[verb].config)
+        config: Any = cli.named(cli.VERBS[verb].config)
         cli.parse(config, verb, rest)
         assert not {w for w in rest if w.startswith("adm")} - set(KNOWN)
 

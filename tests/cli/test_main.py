@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib
 import importlib.metadata
 import inspect
 import os
@@ -30,7 +29,7 @@ BY_PLACE = {("list", "what"), ("get-teacher", "name")}  # settings without a fla
 
 
 def config_of(verb: str) -> type:
-    return getattr(importlib.import_module(VERBS[verb].module), VERBS[verb].config)
+    return cli.named(VERBS[verb].config)
 
 
 def fields_of(config: type, prefix: str = "") -> dict[str, tuple[Any, str]]:
@@ -151,10 +150,7 @@ def test_help_names_every_verb(arguments: list[str], capsys: pytest.CaptureFixtu
 def test_a_verb_is_a_config_and_a_function_of_it(verb: str) -> None:
     config = config_of(verb)
     assert dataclasses.is_dataclass(config)
-    function = getattr(importlib.import_module(VERBS[verb].module), VERBS[verb].function)
-    if verb == "export":  # also used from Python, with plain arguments: the config's fields
-        inspect.signature(function).bind(**{f.name: None for f in dataclasses.fields(config)})
-        return
+    function = cli.named(VERBS[verb].function)
     required = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
     assert len(required) == 1, f"{verb}: {function.__name__}{inspect.signature(function)}"
     assert typing.get_type_hints(function)[required[0].name] is config
@@ -346,7 +342,7 @@ def test_exit_codes(
 @pytest.mark.parametrize("flag", ["--help", "doctor"])
 def test_a_reader_that_goes_away_is_no_error(flag: str) -> None:
     code = (
-        "import sys; from dreamteacher import cli; cli.run = lambda *_: print('x' * 100_000);"
+        "import sys; from dreamteacher.cli import main as cli; cli.run = lambda *_: print('x' * 100_000);"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
     root = Path(dreamteacher.__file__).parent.parent
@@ -420,19 +416,18 @@ def test_training_verbs_end_with_a_report(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
 ) -> None:
     reports: list[Path] = []
-    module = importlib.import_module(VERBS[verb].module)
+    function = VERBS[verb].function.replace(":", ".")
 
     def write_report(run: Path, *, own_code: bool) -> Path:
         reports.append(run)
         return run / "report.html"
 
     monkeypatch.setattr("dreamteacher.reports.report.write_report", write_report)
-    function = VERBS[verb].function
-    monkeypatch.setattr(module, function, lambda config: config.out)
+    monkeypatch.setattr(function, lambda config: config.out)
     assert main([verb, "--images", "i", "--out", "run"]) == 0
     assert reports == [Path("run")]
     assert f"Report: {Path('run/report.html')}" in capsys.readouterr().out
-    monkeypatch.setattr(module, function, lambda _config: None)  # a dry run
+    monkeypatch.setattr(function, lambda _config: None)  # a dry run
     assert main([verb, "--images", "i", "--out", "run"]) == 0
     assert reports == [Path("run")]
 

@@ -133,7 +133,7 @@ def test_a_step_is_equation_4_on_the_teachers_maps(config: TrainInterpreterConfi
     maps = teacher.encode(images, generator=torch.Generator().manual_seed(seed))
     logits = resize(job.spec.build(config.seed)(maps), (64, 64))
     expected = interpreter_loss(logits.double(), target)
-    assert job.step(0) == pytest.approx(expected.item(), rel=1e-5)
+    assert job.loss(0).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_teacher_batches_change_nothing_but_memory(config: TrainInterpreterConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,12 +24,14 @@ from torch import Tensor, nn
 
 from dreamteacher.cli import main as cli
 from dreamteacher.exports import onnx as exports_onnx
-from dreamteacher.exports.formats import FORMATS, formats_for, layout
+from dreamteacher.exports.config import ExportConfig
+from dreamteacher.exports.format import Exported, find_format, formats_for
+from dreamteacher.exports.formats import FORMATS
 from dreamteacher.exports.hub import LICENCES
-from dreamteacher.exports.write import export
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.errors import UserError
-from tests.exports.test_write import CONFIG, make_run, message
+from tests.exports.test_write import CONFIG, export, make_run, message
+from tests.places import ROOT
 
 ATTO = ((2, 2, 6, 2), (40, 80, 160, 320))
 # A network of each kind, and the formats whose card is run for it (the graph is exported once: it takes a while).
@@ -59,13 +62,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Student, P
         state = {k: v.contiguous() for k, v in student.model.state_dict().items()}
         save_file(state, folder / "backbone.safetensors", {"student": name})
         for format in formats:
-            export(folder, folder / format, format=format)  # type: ignore[arg-type]
+            export(folder, folder / format, format=format)
         with torch.no_grad():
             maps = student(images)
         expected = {f"map{i}": m.contiguous() for i, m in enumerate(maps)} | {"images": images}
         save_file(expected, folder / "expected.safetensors")
         made[name] = (student, folder)
     return made
+
+
+def exported(format: str, student: Student) -> Exported:
+    return find_format(format).make(student, {}, ExportConfig(run=Path("run"), format=format))
 
 
 def meta(name: str) -> Student:
@@ -165,7 +172,7 @@ def test_detectron2_names_of_a_resnet(runs: dict[str, tuple[Student, Path]]) -> 
             for own, d2, kind in resnet_names(blocks, convs)
             for end in ENDS[kind]
         }
-        found = layout("detectron2", student).tensors
+        found = exported("detectron2", student).tensors
         assert sorted(found) == sorted(expected)
         assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
         if name == "resnet18":
@@ -260,9 +267,9 @@ def test_mmdetection_names_of_a_resnet_and_the_configuration(
 
 
 def test_a_resnext_is_told_by_its_groups() -> None:
-    made = layout("mmdetection", meta("resnext50_32x4d"))
+    made = exported("mmdetection", meta("resnext50_32x4d"))
     assert 'type="ResNeXt", groups=32, base_width=4, depth=50' in made.snippet
-    made = layout("detectron2", meta("wide_resnet50_2"))
+    made = exported("detectron2", meta("wide_resnet50_2"))
     assert "NUM_GROUPS = 1\ncfg.MODEL.RESNETS.WIDTH_PER_GROUP = 128\n" in made.snippet
     assert "RES2_OUT_CHANNELS = 256" in made.snippet
 
@@ -310,7 +317,7 @@ def test_detectron2_code_sets_what_the_weights_need(
 
 @pytest.mark.parametrize("name", ["convnext_tiny", "convnext_base", "resnext50_32x4d", "wide_resnet50_2"])
 def test_torchvision_has_every_name_and_shape(name: str) -> None:
-    made = layout("torchvision", meta(name))
+    made = exported("torchvision", meta(name))
     with torch.device("meta"):
         theirs = getattr(torchvision.models, name)(weights=None).state_dict()
     theirs = {k: v.shape for k, v in theirs.items() if not k.startswith(("fc.", "classifier.2."))}
@@ -388,7 +395,7 @@ def test_the_hubs_card(runs: dict[str, tuple[Student, Path]], tmp_path: Path) ->
     assert timm.is_model(config["architecture"])
 
     out = export(
-        folder, tmp_path / "hub", format="hub", licence="cc-by-nc-4.0", datasets=["me/birds", "null"]
+        folder, tmp_path / "hub", format="hub", licence="cc-by-nc-4.0", datasets=("me/birds", "null")
     )
     data = huggingface_hub.ModelCard.load(out / "README.md").data.to_dict()
     assert (data["license"], data["datasets"]) == ("cc-by-nc-4.0", ["me/birds", "null"])
@@ -400,12 +407,12 @@ def test_what_the_hub_would_refuse_is_refused_here(runs: dict[str, tuple[Student
     folder = runs["resnet18"][1]
     for settings, part in (
         ({"format": "hub", "licence": "Apache-2.0"}, "Did you mean 'apache-2.0'?"),
-        ({"format": "hub", "datasets": ["data/birds/all"]}, "is called 'data/birds/all'"),
+        ({"format": "hub", "datasets": ("data/birds/all",)}, "is called 'data/birds/all'"),
         ({"format": "smp", "licence": "mit"}, "Add --format hub"),
-        ({"datasets": ["me/birds"]}, "the format is timm"),
+        ({"datasets": ("me/birds",)}, "the format is timm"),
     ):
         with pytest.raises(UserError) as error:
-            export(folder, folder / "never", **settings)  # type: ignore[arg-type]
+            export(folder, folder / "never", **settings)
         assert part in message(error)
     assert not (folder / "never").exists()
     assert len(LICENCES) == len(set(LICENCES))
@@ -418,7 +425,7 @@ def test_a_format_without_the_network_names_those_that_have_it(tmp_path: Path) -
     make_run(tmp_path / "run", "mobilenetv3_small_100")
     for format in ("torchvision", "detectron2", "mmdetection"):
         with pytest.raises(UserError) as error:
-            export(tmp_path / "run", format=format)  # type: ignore[arg-type]
+            export(tmp_path / "run", format=format)
         assert f"The format {format} has no mobilenetv3_small_100" in message(error)
         assert "Formats that know it: timm, smp, onnx, hub." in message(error)
     assert not (tmp_path / "run" / "export").exists()
@@ -431,7 +438,7 @@ def test_a_format_without_the_network_names_those_that_have_it(tmp_path: Path) -
 
 def test_an_unknown_format(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        export(tmp_path, format="torchvison")  # type: ignore[arg-type]
+        export(tmp_path, format="torchvison")
     assert "Did you mean 'torchvision'?" in message(error)
     with pytest.raises(UserError) as error:
         cli.run("export", ["--run", str(tmp_path), "--format", "detectron"])
@@ -455,3 +462,67 @@ def test_one_format_replaces_another_on_request(
     # a ResNet's names there are timm's, so even `init` reads it
     again = create_student("resnet18", init=str(out)).model.state_dict()
     assert all(torch.equal(again[k], v) for k, v in runs["resnet18"][0].model.state_dict().items())
+
+
+def test_the_table_names_what_is_there() -> None:
+    for name, place in FORMATS.items():
+        assert find_format(name).name == name
+        assert place == f"dreamteacher.exports.{name}:FORMAT"
+
+
+TOY = """
+from pathlib import Path
+
+import torch
+
+from dreamteacher.exports.format import Exported, Format
+
+
+def write(student, file):
+    torch.save(sum(p.numel() for p in student.parameters()), file)
+
+
+FORMAT = Format(
+    name="toy",
+    takes="networks with a layer1",
+    knows=lambda student: hasattr(student.model, "layer1"),
+    make=lambda student, facts, config: Exported(
+        tensors={}, install="toys", snippet="import toys", notes="A toy.", files={"toy.txt": student.name}
+    ),
+    write=write,
+    weights="model.toy",
+    files=("toy.txt",),
+)
+"""
+USE = """
+import sys
+from dreamteacher.exports.formats import FORMATS
+FORMATS["toy"] = "toy:FORMAT"
+from dreamteacher.cli.main import main
+run = sys.argv[1]
+assert main(["export", "--run", run, "--format", "tyo"]) == 2
+assert main(["export", "--run", run, "--format", "toy"]) == 0
+assert main(["export", "--run", run, "--format", "toy"]) == 2
+assert main(["export", "--run", run, "--format", "toy", "--overwrite"]) == 0
+"""
+
+
+def test_a_format_is_added_by_one_file_and_one_line(
+    runs: dict[str, tuple[Student, Path]], tmp_path: Path
+) -> None:
+    (tmp_path / "toy.py").write_text(TOY)
+    folder = tmp_path / "run"
+    student = make_run(folder, "resnet18")
+    done = subprocess.run(
+        [sys.executable, "-c", USE, str(folder)], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"Export: {folder / 'export'}") == 2
+    assert "Did you mean 'toy'?" in done.stderr
+    assert "holds an export already" in done.stderr
+    files = {p.name: p for p in (folder / "export").iterdir()}
+    assert sorted(files) == ["README.md", "model.toy", "toy.txt"]
+    assert files["toy.txt"].read_text() == "resnet18"
+    assert torch.load(files["model.toy"], weights_only=True) == sum(p.numel() for p in student.parameters())
+    assert "pip install toys" in files["README.md"].read_text()

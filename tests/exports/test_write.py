@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from dreamteacher.exports import write as export_module
 from dreamteacher.exports.config import ExportConfig
-from dreamteacher.exports.write import FILES, export, load_snippet
+from dreamteacher.exports.timm import load_snippet
+from dreamteacher.exports.write import write_export
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.errors import UserError
 
@@ -87,6 +88,10 @@ def images() -> Tensor:
     return torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
 
+def export(run: Path, out: Path | None = None, **settings: Any) -> Path:
+    return write_export(ExportConfig(run=run, out=out, **settings))
+
+
 def message(error: pytest.ExceptionInfo[UserError]) -> str:
     assert len(str(error.value).splitlines()) <= 3
     return str(error.value)
@@ -148,7 +153,7 @@ def test_the_card_of_every_family_loads_in_plain_timm(tmp_path: Path) -> None:
 def test_names_values_and_config_are_timms(tmp_path: Path) -> None:
     student = make_run(tmp_path / "run")
     out = export(tmp_path / "run", tmp_path / "deep" / "out")
-    assert sorted(p.name for p in out.iterdir()) == sorted(FILES)
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     model = timm.create_model("resnet18", num_classes=0)
     state = load_file(out / "model.safetensors")
     model.load_state_dict(state, strict=True)

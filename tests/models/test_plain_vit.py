@@ -24,7 +24,9 @@ from dreamteacher.downstream.detection.model import build_detector
 from dreamteacher.downstream.evaluate import evaluate
 from dreamteacher.downstream.segmentation.few_masks import SegmentationHead
 from dreamteacher.downstream.segmentation.semantic import FCNHead
-from dreamteacher.exports.write import export, load_snippet
+from dreamteacher.exports.config import ExportConfig
+from dreamteacher.exports.timm import load_snippet
+from dreamteacher.exports.write import write_export
 from dreamteacher.models.distilled import load_distilled, neck_weights
 from dreamteacher.models.plain_vit import SWIN_MODULES, size_settings
 from dreamteacher.models.pyramid import SimplePyramid
@@ -302,7 +304,7 @@ def test_pretrain_resume_export_evaluate(config: PretrainConfig, tmp_path: Path,
     head = SegmentationHead(create_student("test_vit").specs, 2, 8)
     head.neck.load_state_dict(neck_weights(whole), strict=True)
 
-    folder = export(whole)
+    folder = write_export(ExportConfig(run=whole))
     exported = json.loads((folder / "config.json").read_text())
     assert exported["pretrained_cfg"]["input_size"] == [3, 64, 64]
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()

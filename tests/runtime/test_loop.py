@@ -28,6 +28,7 @@ from dreamteacher.losses import feature_loss, total_loss
 from dreamteacher.runtime import checkpoint, loggers, memory
 from dreamteacher.runtime import loop as runtime_loop
 from dreamteacher.runtime import meter as runtime_meter
+from dreamteacher.runtime.distributed.world import World
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.loop import Loop
 from dreamteacher.runtime.meter import Meter
@@ -359,7 +360,7 @@ def test_the_total_of_named_losses_is_eq_3_to_the_last_bit() -> None:
 @given(st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=2, max_size=2), min_size=1, max_size=6))
 def test_means_over_two_processes_are_those_of_one_that_sees_both(values: list[list[float]]) -> None:
     """Each of two meters has its process's values; their exchange is the mean of what both say."""
-    meters, alone = [Meter(), Meter()], Meter(torch.float64)
+    meters, alone = [Meter(world=World(i, 2)) for i in range(2)], Meter(torch.float64)
     for step, pair in enumerate(values):
         for meter, value in zip(meters, pair, strict=True):
             meter.add(step, {"loss": torch.tensor(value)})
@@ -378,7 +379,8 @@ def test_means_over_two_processes_are_those_of_one_that_sees_both(values: list[l
 
 
 def test_what_is_bad_is_the_first_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    meter = Meter()
+    meter = Meter(world=World(0, 2))
+    monkeypatch.setattr(runtime_meter, "earliest", lambda first: first)
     for step in range(4):
         meter.watch(
             step, {"map": torch.tensor(float("nan") if step == 3 else 1.0), "loss": torch.tensor(1.0)}
@@ -519,3 +521,13 @@ def test_mlflow_by_a_fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert begun[2] == [("lr", "0.1")]
     assert run_id == ended == "dreamteacher/run"
     assert {(m[0], m[3]) for m in metrics} == {("images_seen", 2), ("loss", 2)}
+
+
+def test_one_of_several_processes_that_trains_alone_waits_for_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the first one does, for an interpreter or an evaluation: there is no group to exchange anything in."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    Toy().train(tmp_path / "run", save_every=2)
+    assert checkpoint.latest(tmp_path / "run") == checkpoint.checkpoint_path(tmp_path / "run", 6)

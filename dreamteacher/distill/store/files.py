@@ -24,7 +24,7 @@ from dreamteacher.data.image_set import ImageSet
 from dreamteacher.data.images import ImageFile, below
 from dreamteacher.distill.store.items import StorePlan, layout
 from dreamteacher.runtime.config import from_json, parse_json, to_json
-from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.errors import UserError, first_line
 from dreamteacher.runtime.run_folder import take_lock
 
 FORMAT, VERSION = "dreamteacher-features", 1
@@ -105,8 +105,7 @@ def read_manifest(folder: Path) -> tuple[StorePlan, str | None, list[tuple[str, 
         _check_possible(plan, facts["basis"], shards)
         return plan, facts["basis"], shards
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"'{path}' cannot be read: {text}.", f"Restore it. {ANEW}") from None
+        raise UserError(f"'{path}' cannot be read: {first_line(error)}.", f"Restore it. {ANEW}") from None
 
 
 def _check_possible(plan: StorePlan, basis: str | None, shards: Sequence[tuple[str, int]]) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from dreamteacher.runtime.distributed.world import launched
-from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.errors import UserError, first_line
 from dreamteacher.runtime.settings import Precision
 
 
@@ -28,7 +28,7 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"Device '{name}' cannot be used: {str(error).splitlines()[0][:60]}...",
+            f"Device '{name}' cannot be used: {first_line(error, 60)}...",
             "Use auto, cpu, cuda or cuda:1; `dreamteacher doctor` lists what is here.",
         ) from None
     return device

@@ -319,14 +319,18 @@ class Told:
 
     That is the number of a signal that it got, and whether it wants the state saved. What is said at one step is
     heard at the next: so nobody waits for it.
+
+    Args:
+        world: the processes that listen; one alone hears itself at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world: World) -> None:
+        self.world = world
         self._pending: tuple[dist.Work, Tensor] | None = None
 
     def __call__(self, number: int, save: bool = False) -> tuple[int, bool]:
         """Says `number` (0: no signal) and `save`; returns the largest that were said at the call before."""
-        if launched().ranks == 1:
+        if self.world.ranks == 1:
             return number, save
         heard = self.close()
         said = torch.tensor([number, int(save)])

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 from dreamteacher.runtime.download.http import check_space
-from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.errors import UserError, first_line, shorten
 
 MOST_MEMBERS = 20_000
 _MOST_NOTES = 1 << 16  # bytes of long names and notes before a member, and of those that hold for all
@@ -115,7 +115,7 @@ def extract(archive: Path, folder: Path, wanted: Sequence[str], *, most: int) ->
         ):  # EINVAL: a place before the start
             raise
         raise UserError(
-            f"'{archive}' cannot be taken apart: {str(error).splitlines()[0][:120] if str(error) else 'damaged'}.",
+            f"'{archive}' cannot be taken apart: {first_line(error) if str(error) else 'damaged'}.",
             "It is truncated, encrypted or no archive: download it again, or give the file inside by --file.",
         ) from None
     finally:

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from dreamteacher.runtime.config import parse_json
-from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.errors import UserError, first_line, shorten
 
 TIMEOUT = 30.0  # seconds without an answer
 TRIES, PAUSE = 4, 2.0  # connections in a row that bring nothing, and the seconds between two
@@ -327,7 +327,7 @@ def hub_folder(
         except OSError as error:
             if error.errno in FULL:
                 raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip(".")
+            reason = first_line(error)
     if folder is None:
         raise UserError(
             f"Repository '{repository}' of {HUB_HOST} cannot be read: {reason}.",

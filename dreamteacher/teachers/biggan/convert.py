@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.errors import UserError, first_line, shorten
 
 KeyNaming = Literal["biggan-pytorch", "bigbigan", "icgan"]
 SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors")
@@ -194,7 +194,7 @@ def to_plain(
         plain = _plain(state, settings, fields, conditioning, bn_eps)
     except RuntimeError as error:  # tensors that belong together have different lengths
         raise UserError(
-            f"'{where}' does not fit together: {str(error).splitlines()[0][:120]}",
+            f"'{where}' does not fit together: {first_line(error)}",
             "The file is damaged or of another kind: download it again.",
         ) from error
     broken = [k for k, v in plain.items() if not bool(torch.isfinite(v).all())]

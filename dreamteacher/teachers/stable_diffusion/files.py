@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dreamteacher.runtime.checkpoint import read_state_dict
-from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.errors import UserError, first_line, shorten
 from dreamteacher.teachers.diffusers_folder import arguments_of, modern_attention, read_table
 from dreamteacher.teachers.diffusers_folder import read_config as read_class
 from dreamteacher.teachers.stable_diffusion.network import Kind
@@ -180,7 +180,7 @@ def _read_text(path: Path, tokens: str, name: str, tokenizers: Any, encoders: An
                 output_loading_info=True,
             )  # fmt: skip
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        reason = first_line(error)
         raise UserError(
             f"The text encoder '{path / name}' cannot be read: {reason}",
             f"Download {name}/ and {tokens}/ again.",

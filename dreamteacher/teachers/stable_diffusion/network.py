@@ -19,7 +19,7 @@ from diffusers.models.unets.unet_2d_blocks import (
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.errors import UserError, first_line
 
 Kind = Literal["kl", "tiny"]
 VAES: dict[Kind, type[AutoencoderKL | AutoencoderTiny]] = {"kl": AutoencoderKL, "tiny": AutoencoderTiny}
@@ -125,7 +125,7 @@ class Network(nn.Module):
                 self.register_buffer("pooled", torch.zeros(1, _pooled_width(self.unet)))
         except (ValueError, TypeError, RuntimeError, LookupError, ZeroDivisionError) as error:
             raise UserError(
-                f"The networks cannot be built: {type(error).__name__} {str(error).splitlines()[0]}",
+                f"The networks cannot be built: {type(error).__name__} {first_line(error)}",
                 "Mend 'network' in teacher.json, or convert the published files again.",
             ) from None
         _check_walkable(self.unet, self.vae)

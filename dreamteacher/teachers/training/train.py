@@ -21,7 +21,7 @@ from dreamteacher.runtime.config import describe, to_json
 from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.distributed.group import agree, join, together
 from dreamteacher.runtime.distributed.world import check_batch
-from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.errors import UserError, first_line
 from dreamteacher.runtime.loggers import check_loggers
 from dreamteacher.runtime.loop import Loop, check_saving
 from dreamteacher.runtime.meter import Meter
@@ -95,7 +95,7 @@ def train_teacher(config: TrainTeacherConfig) -> Path | None:
             _train(config, plan, objective, images, run, resolved)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"Steps of {plan.batch_size} images run out of memory: {str(error).splitlines()[0][:80]}",
+            f"Steps of {plan.batch_size} images run out of memory: {first_line(error, 80)}",
             "Use a smaller --batch-size or --size, or another --preset.",
         ) from error
     if not world.first:
@@ -165,7 +165,7 @@ def _train(
     device, batch = plan.device, plan.batch_size
     loop = Loop(
         run, title="train-teacher", steps=plan.steps, batch=batch, resume=run.open(resolved), state=objective.state,
-        restore=objective.load_state, meter=Meter(torch.float64), save_every=config.save_every,
+        restore=objective.load_state, meter=Meter(torch.float64, plan.world), save_every=config.save_every,
         save_minutes=config.save_minutes, keep=2, log_to=config.log_to,
         guard_each=device.type == "cpu" and plan.world.ranks == 1,
         advice=lambda name: f"Lower --lr (now {plan.lr:g}), with another --out, or use --precision float32.",

@@ -25,7 +25,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dreamteacher.cli import main as cli
-from dreamteacher.cli.demo import DemoConfig, demo_recipe
+from dreamteacher.cli.config import DemoConfig
+from dreamteacher.cli.demo import demo_recipe
 from dreamteacher.data import batches as data_batches
 from dreamteacher.data import image_set
 from dreamteacher.distill import dataset

@@ -13,7 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dreamteacher.cli import main as cli
-from dreamteacher.cli.lists import DoctorConfig, ListConfig, doctor, print_list, teacher_table
+from dreamteacher.cli.config import DoctorConfig, ListConfig
+from dreamteacher.cli.lists import doctor, print_list, teacher_table
 from dreamteacher.runtime.config import from_json
 from dreamteacher.runtime.download.http import alternatives
 from dreamteacher.runtime.errors import UserError
@@ -407,11 +408,9 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_the_document_is_understood(command: str) -> None:
-    from importlib import import_module
-
     verb, *arguments = shlex.split(command, comments=True)[1:]
     entry = cli.VERBS[verb]
-    config = cli.parse(getattr(import_module(entry.module), entry.config), verb, arguments)
+    config = cli.parse(cli.named(entry.config), verb, arguments)
     if isinstance(config, GetTeacherConfig):
         from dreamteacher.teachers.published.request import choose, settings_of
 

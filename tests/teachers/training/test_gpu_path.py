@@ -104,12 +104,13 @@ def test_the_loop_sends_bytes_beside_the_step(image_folder, tmp_path, monkeypatc
         step=lambda step, images: seen.append(images) or {"loss": torch.ones(())},
         validate=lambda images, generator: ({}, torch.zeros(64, 3, 4, 4)),
         state=lambda: ({"weight": torch.zeros(1)}, {}),
+        load_state=None,
     )
     images = image_set.load_images(image_folder, (64, 64))
     plan = TrainingPlan(seed=3, steps=3, batch_size=8, lr=1, device=torch.device("cpu"), precision="float32")
     config = training_config.TrainTeacherConfig(images=image_folder, out=tmp_path, seed=3)
     with contextlib.closing(RunDir(tmp_path / "run")) as run:
-        train._Loop(config, plan, look, images, run, {"config": {}}).run_all()  # type: ignore[arg-type]
+        train._train(config, plan, look, images, run, {"config": {}})  # type: ignore[arg-type]
     assert sent == [torch.uint8] * 3
     plain = batches.batches(images, batch_size=8, seed=3, first_step=0, last_step=3, flip=True)
     for got, batch in zip(seen, plain, strict=True):

@@ -50,7 +50,7 @@ RUN = """
 import sys, json
 from dreamteacher.runtime.config import from_json
 from dreamteacher.teachers.training import train
-from dreamteacher.teachers.diffusion.teacher.teacher import DiffusionTeacher
+from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher
 from dreamteacher.teachers.training.diffusion import DiffusionPreset
 import torch
 torch.set_num_threads(1)

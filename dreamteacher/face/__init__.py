@@ -1,0 +1,1 @@
+"""What `import dreamteacher` offers: verbs with keywords, what they return, and parts for a notebook."""
