@@ -10,6 +10,5 @@
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 
-first pretrain-imagenet-resnet50-adm
-dreamteacher evaluate --preset ade20k --student resnet50 --init "$RUNS/pretrain-imagenet-resnet50-adm" \
-  --images "ade20k:$DATA/ade20k" --workers 16 --out "$RUNS/ade20k-resnet50-adm" "$@"
+evaluate_after pretrain-imagenet-resnet50-adm --preset ade20k --student resnet50 \
+  --images "ade20k:$DATA/ade20k" --workers 16 "$@"

@@ -9,7 +9,5 @@
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 
-first pretrain-bdd100k-resnet50-stylegan2
-dreamteacher evaluate --preset bdd100k-panoptic --student resnet50 \
-  --init "$RUNS/pretrain-bdd100k-resnet50-stylegan2" --images "bdd100k:$DATA/bdd100k" --workers 16 \
-  --out "$RUNS/bdd100k-panoptic-resnet50-stylegan2" "$@"
+evaluate_after pretrain-bdd100k-resnet50-stylegan2 --preset bdd100k-panoptic --student resnet50 \
+  --images "bdd100k:$DATA/bdd100k" --workers 16 "$@"

@@ -10,6 +10,5 @@
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 
-first pretrain-bdd100k-resnet50-adm
-dreamteacher evaluate --preset cityscapes --student resnet50 --init "$RUNS/pretrain-bdd100k-resnet50-adm" \
-  --images "cityscapes:$DATA/cityscapes" --workers 16 --out "$RUNS/cityscapes-resnet50-adm" "$@"
+evaluate_after pretrain-bdd100k-resnet50-adm --preset cityscapes --student resnet50 \
+  --images "cityscapes:$DATA/cityscapes" --workers 16 "$@"

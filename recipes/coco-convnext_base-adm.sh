@@ -10,7 +10,5 @@
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 
-first pretrain-imagenet-convnext_base-adm
-dreamteacher evaluate --preset coco-cascade-1x --student convnext_base \
-  --init "$RUNS/pretrain-imagenet-convnext_base-adm" --images "coco:$DATA/coco" --workers 16 \
-  --out "$RUNS/coco-convnext_base-adm" "$@"
+evaluate_after pretrain-imagenet-convnext_base-adm --preset coco-cascade-1x --student convnext_base \
+  --images "coco:$DATA/coco" --workers 16 "$@"

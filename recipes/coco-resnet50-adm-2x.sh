@@ -9,6 +9,5 @@
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 
-first pretrain-imagenet-resnet50-adm
-dreamteacher evaluate --preset coco-2x --student resnet50 --init "$RUNS/pretrain-imagenet-resnet50-adm" \
-  --images "coco:$DATA/coco" --workers 16 --out "$RUNS/coco-resnet50-adm-2x" "$@"
+evaluate_after pretrain-imagenet-resnet50-adm --preset coco-2x --student resnet50 \
+  --images "coco:$DATA/coco" --workers 16 "$@"

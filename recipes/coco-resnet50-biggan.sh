@@ -9,6 +9,5 @@
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 
-first pretrain-imagenet-resnet50-biggan
-dreamteacher evaluate --preset coco-1x --student resnet50 --init "$RUNS/pretrain-imagenet-resnet50-biggan" \
-  --images "coco:$DATA/coco" --workers 16 --out "$RUNS/coco-resnet50-biggan" "$@"
+evaluate_after pretrain-imagenet-resnet50-biggan --preset coco-1x --student resnet50 \
+  --images "coco:$DATA/coco" --workers 16 "$@"

@@ -9,6 +9,5 @@
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 
-first pretrain-imagenet-resnet50-icgan
-dreamteacher evaluate --preset coco-1x --student resnet50 --init "$RUNS/pretrain-imagenet-resnet50-icgan" \
-  --images "coco:$DATA/coco" --workers 16 --out "$RUNS/coco-resnet50-icgan" "$@"
+evaluate_after pretrain-imagenet-resnet50-icgan --preset coco-1x --student resnet50 \
+  --images "coco:$DATA/coco" --workers 16 "$@"

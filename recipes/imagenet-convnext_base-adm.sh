@@ -9,7 +9,5 @@
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 
-first pretrain-imagenet-convnext_base-adm
-dreamteacher evaluate --preset imagenet-convnext --student convnext_base \
-  --init "$RUNS/pretrain-imagenet-convnext_base-adm" --train "imagenet:$DATA/imagenet" --workers 16 \
-  --out "$RUNS/imagenet-convnext_base-adm" "$@"
+evaluate_after pretrain-imagenet-convnext_base-adm --preset imagenet-convnext --student convnext_base \
+  --train "imagenet:$DATA/imagenet" --workers 16 "$@"

@@ -9,7 +9,5 @@
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 
-first pretrain-imagenet-resnet50-adm
-dreamteacher evaluate --preset imagenet-linear --student resnet50 \
-  --init "$RUNS/pretrain-imagenet-resnet50-adm" --train "imagenet:$DATA/imagenet" --workers 16 \
-  --out "$RUNS/linear-resnet50-adm" "$@"
+evaluate_after pretrain-imagenet-resnet50-adm --preset imagenet-linear --student resnet50 \
+  --train "imagenet:$DATA/imagenet" --workers 16 "$@"

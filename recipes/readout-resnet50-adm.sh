@@ -10,7 +10,6 @@
 set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 
-first pretrain-imagenet-resnet50-adm
-dreamteacher evaluate --preset readout --student resnet50 --init "$RUNS/pretrain-imagenet-resnet50-adm" \
+evaluate_after pretrain-imagenet-resnet50-adm --preset readout --student resnet50 \
   --images "$DATA/fgbg/train" --masks "$DATA/fgbg/train-masks" --test-images "$DATA/fgbg/test" \
-  --test-masks "$DATA/fgbg/test-masks" --binary-masks --workers 16 --out "$RUNS/readout-resnet50-adm" "$@"
+  --test-masks "$DATA/fgbg/test-masks" --binary-masks --workers 16 "$@"

@@ -38,11 +38,15 @@ label_efficient() {
 # The name of the recipe that runs, under which its run lies.
 NAME=$(basename "$0" .sh)
 
-# bdd100k_instances PRETRAINED [SETTING ...]: instances of BDD100K from the backbone of a recipe, which comes first.
-bdd100k_instances() {
+# evaluate_after PRETRAINED SETTING ...: evaluates the backbone of a recipe, which comes first.
+evaluate_after() {
   first "$1"
-  dreamteacher evaluate --preset bdd100k-instance --student resnet50 --init "$RUNS/$1" \
-    --images "bdd100k:$DATA/bdd100k" --workers 16 --out "$RUNS/$NAME" "${@:2}"
+  dreamteacher evaluate --init "$RUNS/$1" --out "$RUNS/$NAME" "${@:2}"
+}
+
+# bdd100k_instances PRETRAINED [SETTING ...]: the same, on BDD100K's instances.
+bdd100k_instances() {
+  evaluate_after "$1" --preset bdd100k-instance --student resnet50 --images "bdd100k:$DATA/bdd100k" --workers 16 "${@:2}"
 }
 
 # pretrain_with_labels STUDENT KIND [SETTING ...]: label or mixed distillation on the set's images.

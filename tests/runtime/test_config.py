@@ -75,12 +75,17 @@ def values_of(hint: Any, checked: bool = False) -> st.SearchStrategy[Any]:
 
 
 COUNTS = st.lists(st.integers(2, 10**6), unique=True, max_size=4).map(tuple)
+SOME = st.lists(st.integers(2, 10**6), unique=True, min_size=1, max_size=4).map(tuple)
+SIDES = st.tuples(*[st.integers(1, 99).map(lambda side: 32 * side)] * 2)
 # Fields of which a config checks more than that they are positive.
 CHECKED = {
     ("SemanticConfig", "mask_counts"): COUNTS,
     ("ReadoutConfig", "mask_counts"): COUNTS,
     ("ReadoutConfig", "stride"): st.sampled_from((4, 8, 16, 32)),
-    ("CropConfig", "size"): st.tuples(*[st.integers(1, 99).map(lambda side: 32 * side)] * 2),
+    ("CropConfig", "size"): SIDES,
+    ("EvaluateConfig", "size"): SIDES,
+    **dict.fromkeys([("EvaluateConfig", name) for name in ("labels", "mask_counts", "seeds")], SOME),
+    ("EvaluateConfig", "tasks"): st.lists(st.sampled_from(("knn", "linear")), max_size=4).map(tuple),
     ("CropConfig", "scale"): st.tuples(st.floats(0.1, 1.0), st.floats(1.0, 9.0)),
     ("PanopticConfig", "width"): st.integers(1, 99).map(lambda n: 8 * n),
 }
