@@ -213,7 +213,7 @@ def test_draws_are_those_of_the_downstream_tasks() -> None:
         found = draw(rows, 4, seed)[0].images[:, 0, 0, 0].long()
         assert torch.equal(found, draw_labels(labels, 4, classes=3, seed=seed))
     refused(lambda: draw(masks, 31, 0), "31 labelled images asked for", "1 to 30 can be drawn")
-    refused(lambda: draw(rows, 11, 0), "11 labels per class asked for", "a has 10")
+    refused(lambda: draw(rows, 11, 0), "11 labels per class asked for", "has 10 images")
 
 
 def test_maps_of_decoder_blocks_are_ddpm_segs(tiny_teacher: Path) -> None:
