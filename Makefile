@@ -10,7 +10,7 @@ demo: $(VENV)/installed  ## pretrain, evaluate and report on embedded chest X-ra
 	$(BIN)/dreamteacher demo
 
 test: $(VENV)/installed-dev  ## the whole suite, a worker on each core: no network, no GPU
-	$(BIN)/python -m pytest -n auto --dist loadscope
+	$(BIN)/python -m pytest -n auto --dist loadscope --max-worker-restart=0
 
 check: $(VENV)/installed-dev  ## lint, format, types
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import tomllib
 
@@ -27,6 +28,7 @@ from dreamteacher.teachers.diffusion.teacher import DiffusionSpec, build_unet
 from dreamteacher.teachers.registry import save_teacher
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 PHASES = (Phase.explicit, Phase.generate, Phase.shrink)
 settings.register_profile("suite", deadline=None, derandomize=True, database=None, phases=PHASES)
 settings.load_profile("suite")

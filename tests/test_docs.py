@@ -317,7 +317,7 @@ def test_names_exist(path: Path) -> None:
 SAMPLE = """\
 # Sample
 
-A [link](#a-heading-of-2-parts), and `dreamteacher list`, `--images`, `pretrain.py`.
+A [link](#a-heading-of-2-parts), and `dreamteacher list`, `--images`, `distill/pretrain.py`.
 
 ## A heading, of 2 parts
 

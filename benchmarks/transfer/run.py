@@ -154,7 +154,7 @@ def dsb2018(config: TransferConfig) -> tuple[Path, dict[str, Any]]:
     return tiles(parts / "train" / "images", parts / "tiles", config.size), {
         "images": parts / "train" / "images", "instances": parts / "train" / "instances",
         "test_images": parts / "test" / "images", "test_instances": parts / "test" / "instances",
-        "tasks": ("detect",), "detect": replace(config.detect, images=config.masks),
+        "tasks": ("detect",), "detect": replace(config.detect, image_counts=config.masks),
     }  # fmt: skip
 
 

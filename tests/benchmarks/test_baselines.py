@@ -566,7 +566,7 @@ def test_nuclei_are_split_in_halves_once_and_for_all(tmp_path: Path, tiny_teache
     fewer = transfer.halves(tmp_path / "data", tmp_path / "d", scored=1)
     assert len(list((fewer / "test" / "images").iterdir())) == 1
     assert len(list((fewer / "train" / "images").iterdir())) == 2
-    assert settings["detect"].images == (2,)
+    assert settings["detect"].image_counts == (2,)
     config_of = EvaluateConfig(tasks=settings.pop("tasks"), **settings)
     assert check_config(config_of) == ("detect",)
 

@@ -515,7 +515,7 @@ def test_the_comparison_runs(xrays, tiny_teacher, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--methods", "scratch", "--counts", "5"), ("4 are there",)),
+        (("--methods", "scratch", "--counts", "5"), ("5 labelled images asked for", "to 4 can be drawn")),
         (("--methods", "ddpm-seg", "--teacher", "chest-xray-46"), ("chest-xray-64",)),
         (("--methods", "imagenet", "--imagenet", "nowhere.safetensors"), ("nowhere.safetensors",)),
         (("--methods", "scratch", "--steps", "0"), ("steps is 0",)),

@@ -155,8 +155,12 @@ def test_a_signal_saves_and_ends(
     whole = quiet(dataclasses.replace(config, out=tmp_path / "whole"))
     config = dataclasses.replace(config, out=tmp_path / "stopped")
 
+    sent: list[int] = []
+
     def due(self: Loop) -> bool:
-        os.kill(os.getpid(), signal.SIGTERM)  # seen after the next step
+        if not sent:  # a second signal would act at once
+            sent.append(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # seen after the next step
         return False
 
     before = signal.getsignal(signal.SIGTERM)
@@ -188,14 +192,14 @@ from pathlib import Path
 sys.path.insert(0, {repository!r})
 import torch
 torch.set_num_threads(1)
-from tests.downstream.test_resume import config_of, loop, quiet
-save = loop.Saved.save
-def then_die(self, step, *rest):
-    save(self, step, *rest)
-    if step == 2:
+from tests.downstream.test_resume import Loop, config_of, quiet
+save = Loop._save
+def then_die(self, done):
+    save(self, done)
+    if done == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-loop.Saved.save = then_die
-quiet(config_of(Path({root!r}), "linear-sgd", out=Path({out!r})))
+Loop._save = then_die
+quiet(config_of(Path({root!r}), "linear-sgd", out=Path({out!r}), save_minutes=1e-9))
 """
 
 

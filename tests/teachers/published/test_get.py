@@ -29,7 +29,7 @@ from dreamteacher.teachers.published.config import GetTeacherConfig
 from dreamteacher.teachers.published.get import get_teacher
 from dreamteacher.teachers.published.known import KNOWN, fetched_folder
 from dreamteacher.teachers.registry import load_teacher, read_card
-from dreamteacher.teachers.stable_diffusion import teacher as stable_diffusion
+from dreamteacher.teachers.stable_diffusion import family as stable_diffusion
 from dreamteacher.teachers.stable_diffusion.teacher import StableDiffusionSpec
 from tests.places import GOLDEN
 
@@ -312,7 +312,7 @@ def test_stable_diffusion_from_several_places(cache: Path, monkeypatch: pytest.M
         return {"w": torch.zeros(1)}, StableDiffusionSpec(unet={}, vae={})
 
     monkeypatch.setattr(http, "hub_folder", hub_folder)
-    monkeypatch.setattr(stable_diffusion, "convert", convert)
+    monkeypatch.setitem(stable_diffusion.FAMILY.convert, "stable-diffusion", convert)
     monkeypatch.setattr(get, "measure", lambda *_: Cost({4: 8}, ("encode",), 2.0, 1.0))
     out = made(
         "runwayml/stable-diffusion-v1-5", "--prompt", "a cat", "--vae", "taesd", "--size", "256", "512"
