@@ -18,16 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamteacher.data import batches as data_batches
 from dreamteacher.data import image_set
-from dreamteacher.data.images import to_float
 from dreamteacher.distill import dataset
 from dreamteacher.distill import plan as distill_plan
 from dreamteacher.distill import step as distill_step
 from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.pretrain import pretrain
-from dreamteacher.losses import whitened_mse
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
-from dreamteacher.runtime import checkpoint, compile, memory, prefetch
+from dreamteacher.runtime import checkpoint, memory, prefetch
 from dreamteacher.runtime.distributed.world import World
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.loop import Loop
@@ -465,185 +463,6 @@ def small_stream(
         images, batch_size=8, seed=0, first_step=0, last_step=9, flip=True, raw=True
     )
     return dataset.encoded(teacher, batches, seed=0, device=device, precision=precision)
-
-
-# --- compiling --------------------------------------------------------------------------------------------
-
-
-# torch's own compiler looks at .grad of tensors that are no leaves.
-compiles = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-
-
-@compiles
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_a_compiled_loss_equals_the_plain_one_with_its_gradients(monkeypatch):
-    """Down to the machine code."""
-    torch._dynamo.reset()
-    student, target = (torch.randn(2, 3, 4, 4, generator=generator()) * k for k in (1, 2))
-    found = []
-    for function in (whitened_mse, compile.compiled(whitened_mse, strict=True)):
-        x = student.clone().requires_grad_()
-        loss = function([x], [target])[0]
-        loss.backward()
-        found += [torch.stack([loss.detach(), x.grad.norm()]), x.grad]
-    torch.testing.assert_close(found[2], found[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found[3], found[1], rtol=1e-4, atol=1e-6)
-
-
-def test_what_cannot_be_compiled_runs_as_it_is_or_is_an_error(monkeypatch, capsys):
-    def broken(graph, inputs):
-        raise RuntimeError("no compiler found")
-
-    monkeypatch.setattr(compile, "BACKEND", broken)
-    soft, strict = (compile.compiled(lambda x: x + 1, strict=s) for s in (False, True))
-    assert [soft(torch.ones(1)).item() for _ in range(2)] == [2.0, 2.0]
-    assert capsys.readouterr().out.count("Not compiled") == 1
-    with pytest.raises(UserError, match="no compiler found"):
-        strict(torch.ones(1))
-
-
-@compiles
-@pytest.mark.skipif(
-    not hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"), reason="torch is older"
-)
-def test_a_backward_pass_that_cannot_be_compiled_has_the_same_way_back(monkeypatch, capsys):
-    from functorch.compile import nop
-    from torch._dynamo.backends.common import aot_autograd
-
-    def broken(graph, inputs):
-        raise RuntimeError("no kernel for this gradient")
-
-    monkeypatch.setattr(compile, "BACKEND", aot_autograd(fw_compiler=nop, bw_compiler=broken))
-    torch._dynamo.reset()
-    soft, strict = (compile.compiled(lambda x: (x * x).sum(), strict=s) for s in (False, True))
-    x = torch.ones(2, requires_grad=True)
-    soft(x).backward()
-    assert x.grad.tolist() == [2, 2]
-    assert capsys.readouterr().out.count("Not compiled") == 1
-    with pytest.raises(UserError, match="no kernel for this gradient"):
-        strict(x)
-    assert not torch._functorch.config.force_non_lazy_backward_lowering
-
-
-def test_auto_compiles_long_runs_on_a_gpu_with_triton_alone(monkeypatch):
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(compile.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setenv("CC", "cc")
-    assert compile.wants_compile("auto", cuda, 1000)
-    assert not compile.wants_compile("auto", cuda, 999)
-    assert not compile.wants_compile("auto", CPU, 10**6)
-    assert not compile.wants_compile("auto", cuda, 1000, whole=False)
-    assert compile.wants_compile("on", CPU, 1)
-    assert compile.wants_compile("on", cuda, 1, whole=False)
-    assert not compile.wants_compile("off", cuda, 10**6)
-    monkeypatch.setattr(compile.importlib.util, "find_spec", lambda name: None)
-    assert not compile.wants_compile("auto", cuda, 10**6)
-
-
-@compiles
-@pytest.mark.slow
-def test_compiled_pretraining_equals_the_plain_one_and_compiles_once(config, monkeypatch):
-    """Teacher (in parts), student, regressor and losses, through all of the compiler but its kernels.
-
-    At a small rate: AdamW's first update is one of `lr` in the direction of each gradient, also of those that are
-    nothing but rounding.
-    """
-    monkeypatch.setattr(compile, "BACKEND", "aot_eager")
-    config = dataclasses.replace(config, epochs=1, lr=1e-5)
-    plain = pretrain(dataclasses.replace(config, out=config.out.with_name("plain"), compile="off"))
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        fast = pretrain(dataclasses.replace(config, compile="on", teacher_batch=4))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
-    assert not torch._dynamo.utils.counters["graph_break"]
-    rows = [read_rows(run / "metrics.jsonl") for run in (plain, fast)]
-    for a, b in zip(*rows, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-
-
-# --- work that runs ahead -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("threaded", [False, True])
-def test_ahead_keeps_the_order_and_raises_in_turn(threaded):
-    fetched = []
-
-    def items():
-        for i in range(4):
-            fetched.append(i)
-            yield i
-        raise UserError("The disk is gone.", "Look for it.")
-
-    stream = prefetch.prefetch(items(), lambda i: i * i, threaded=threaded)
-    assert next(stream)[0] == 0
-    assert next(stream)[0] == 1
-    assert [next(stream)[0], next(stream)[0]] == [4, 9]
-    with pytest.raises(UserError, match="disk"):
-        next(stream)
-    unfinished = prefetch.prefetch(iter(range(100)), lambda i: i, threaded=threaded)
-    next(unfinished)
-    unfinished.close()
-
-
-def test_copies_are_pinned_beside_the_work_and_waited_for_by_the_device_alone(monkeypatch):
-    """The calls in their order: what a GPU would do. Nothing makes the host wait."""
-    calls: list[str] = []
-
-    class Stream:
-        def __init__(self, device=None):
-            self.name = "side"
-
-        def record_event(self):
-            calls.append(f"event on {self.name}")
-            return "event"
-
-        def wait_event(self, event):
-            calls.append(f"{self.name} waits for {event}")
-
-    @contextlib.contextmanager
-    def within(stream):
-        calls.append("begin side")
-        yield
-        calls.append("end side")
-
-    class Watched(torch.Tensor):
-        def pin_memory(self):
-            calls.append("pin")
-            return self
-
-        def to(self, device, non_blocking=False):
-            calls.append(f"copy {device.type} {non_blocking}")
-            return self
-
-        def record_stream(self, stream):
-            calls.append(f"kept for {stream.name}")
-
-    work = Stream()
-    work.name = "work"
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", within)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: work)
-    copies = prefetch.Copies(torch.device("cuda"))
-    sent = copies.send([torch.ones(2).as_subclass(Watched)])
-    assert calls == ["begin side", "pin", "copy cuda True", "event on side", "end side"]
-    calls.clear()
-    copies.receive(sent)
-    assert calls == ["work waits for event", "kept for work"]
-
-
-def test_raw_batches_made_floats_on_the_device_are_the_same_bits(image_folder):
-    images = image_set.load_images(image_folder, (64, 64))
-    asked = {"batch_size": 4, "seed": 1, "first_step": 0, "last_step": 3, "flip": True}
-    for raw, plain in zip(
-        data_batches.batches(images, raw=True, **asked), data_batches.batches(images, **asked), strict=True
-    ):
-        assert raw.images.dtype == torch.uint8
-        made = to_float(raw.images, torch.channels_last)
-        assert torch.equal(made, plain.images)
-        assert made.is_contiguous(memory_format=torch.channels_last)
 
 
 # --- a step on a GPU that is not there -------------------------------------------------------------------------

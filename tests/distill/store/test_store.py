@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -18,18 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
 from dreamteacher.data import batches as data_batches
 from dreamteacher.data import image_set, seeds
 from dreamteacher.distill import dataset
-from dreamteacher.distill.config import MakeFeaturesConfig, PretrainConfig
-from dreamteacher.distill.pretrain import pretrain
+from dreamteacher.distill.config import MakeFeaturesConfig
 from dreamteacher.distill.store import make, writer
-from dreamteacher.distill.store.files import MANIFEST, claim, manifest_text, read_manifest, shard_name
+from dreamteacher.distill.store.files import MANIFEST, claim, shard_name
 from dreamteacher.distill.store.items import (
     Level,
     StorePlan,
@@ -411,100 +407,6 @@ def test_latents_alone_are_exact(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-# --- pretraining from a store -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(image_folder: Path, tiny_teacher: Path, tmp_path: Path) -> PretrainConfig:
-    return PretrainConfig(
-        images=image_folder, out=tmp_path / "run", teacher=str(tiny_teacher), student="test_resnet", width=8,
-        batch_size=8, epochs=6, warmup_epochs=2, lr=2e-3, device="cpu", precision="float32", log_every=2,
-        save_every=4, probe_every=0,
-    )  # fmt: skip
-
-
-def features_for(run: PretrainConfig, **asked: Any) -> PretrainConfig:
-    """The same run, from a store that is made for it."""
-    assert run.images is not None
-    folder = run.out.with_name("features")
-    config = MakeFeaturesConfig(
-        **{"batch_size": 8} | asked,
-        images=run.images,
-        out=folder,
-        teacher=run.teacher,
-        device="cpu",
-        precision="float32",
-    )
-    make.make_features(config)
-    return replace(run, features=folder)
-
-
-def rows_of(run: PretrainConfig) -> list[dict[str, float]]:
-    folder = pretrain(run)
-    assert folder is not None
-    return run_folder.read_rows(folder / "metrics.jsonl")
-
-
-def test_pretraining_from_raw_maps_is_pretraining_with_the_teacher(run, monkeypatch):
-    """Bit for bit, if the teacher sees each image alone both times and its maps lie in memory alike."""
-
-    def laid_out(images, maps, *rest):
-        return batch(images, [m.contiguous() for m in maps], *rest)
-
-    batch = dataset.FeatureBatch
-    monkeypatch.setattr(dataset, "FeatureBatch", laid_out)
-    online = replace(run, noise="none", flip=False, teacher_batch=1, out=run.out.with_name("online"))
-    how = {"keep": "all", "store": ("float32",), "noise": "none", "flip": False, "batch_size": 1}
-    stored = replace(features_for(online, **how), out=run.out)
-    assert rows_of(online) == rows_of(stored)
-
-
-def test_pretraining_from_projected_maps_learns_stops_and_resumes_bitwise(run, monkeypatch, capsys):
-    config = replace(features_for(run, channels=5, draws=3), epochs=40)
-    whole = rows_of(replace(config, out=run.out.with_name("whole")))
-    assert whole[-1]["loss"] < 0.8 * whole[0]["loss"]
-    assert whole[-1]["r2/s4"] > whole[0]["r2/s4"]
-    assert "compared with the teacher, at most" in capsys.readouterr().out
-    original = data_batches.batches
-
-    def signalled(*args, **kwargs):
-        for batch in original(*args, **kwargs):
-            if batch.step == 9:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
-
-    monkeypatch.setattr(data_batches, "batches", signalled)
-    with signals_handled(), pytest.raises(SystemExit) as stop:
-        pretrain(config)
-    assert stop.value.code == 128 + signal.SIGTERM
-    monkeypatch.undo()
-    assert rows_of(config) == whole
-    facts = json.loads((run.out / "config.json").read_text())["features"]
-    assert (facts["keep"], facts["draws"]) == ("pca", 3)
-    before = len(list(run.out.iterdir()))
-    assert pretrain(replace(config, dry_run=True)) is None
-    assert len(list(run.out.iterdir())) == before
-
-
-def test_features_that_cannot_serve_a_run_are_refused(run, tiny_teacher):
-    config = features_for(run, channels=5)
-
-    def told(**change: Any) -> str:
-        text = refused(lambda: pretrain(replace(config, **change)))
-        assert not run.out.exists()
-        return text
-
-    assert "cannot serve --whiten c" in told(whiten="c")
-    assert "cannot serve --distill label" in told(distill="label", labelled=run.images)
-    assert "of real images" in told(dataset="synthesized", samples=16)
-    assert "mirrored images too" in told(flip=False)
-    assert "made with --t 100, not 50" in told(t=(50,))
-    assert "made with --noise stochastic, not fixed" in told(noise="fixed")
-    assert "made with --blocks none, not 1 2" in told(blocks=(1, 2))
-    assert "of the teacher 'tiny'" in told(teacher="chest-xray-64")
-    assert "no finished features" in told(features=run.out.with_name("nowhere"))
-
-
 # --- interrupted, crowded, damaged --------------------------------------------------------------------------
 
 CROWD = """
@@ -763,77 +665,3 @@ def test_a_large_store_is_hashed_in_part_and_elsewhere_noise_cannot_be_drawn(ask
     assert store.verify(
         load_teacher(asked.teacher), fingerprint(asked.teacher), images_of(asked), torch.device("meta")
     ) is None  # fmt: skip
-
-
-# --- the manifest -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory) -> tuple[Path, Any]:
-    folder = tmp_path_factory.mktemp("manifest")
-    level = Level(name="s4", channels=20, stride=4, height=5, width=7, kept=6, storage="int8")
-    plan = plan_of((level,), t=(50, 150))
-    basis = "b" * 64 if plan.projected else None
-    text = manifest_text(plan, basis, [("a" * 64, 100_000 + i) for i in range(plan.shards)])
-    (folder / MANIFEST).write_text(text)
-    return folder, text
-
-
-PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
-JSON = PLAIN | st.lists(PLAIN, max_size=3) | st.dictionaries(st.text(max_size=5), PLAIN, max_size=3)
-
-
-def places_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(p for key, v in inner for p in places_in(v, (*path, key)))]
-
-
-@given(data_=st.data())
-def test_a_mutated_manifest_is_refused_or_says_what_it_said(manifest, data_):
-    folder, text = manifest
-    truth = read_manifest(folder)
-    facts = json.loads(text)
-    place = data_.draw(st.sampled_from(places_in(facts)[1:]))
-    holder = facts
-    for key in place[:-1]:
-        holder = holder[key]
-    if isinstance(holder, dict) and data_.draw(st.booleans()):
-        del holder[place[-1]]
-    else:
-        holder[place[-1]] = data_.draw(JSON)
-    changed = folder.parent / "changed"
-    changed.mkdir(exist_ok=True)
-    (changed / MANIFEST).write_text(json.dumps(facts, indent=data_.draw(st.none() | st.integers(0, 3))))
-    if json.dumps(facts, sort_keys=True) == json.dumps(json.loads(text), sort_keys=True):
-        assert read_manifest(changed) == truth
-    else:
-        refused(lambda: read_manifest(changed))
-
-
-@given(place=st.integers(0, 5000), byte=st.integers(0, 255))
-def test_a_changed_byte_of_the_manifest_is_refused_or_harmless(manifest, place, byte):
-    folder, text = manifest
-    content = bytearray(text.encode())
-    content[place % len(content)] = byte
-    changed = folder.parent / "changed"
-    changed.mkdir(exist_ok=True)
-    (changed / MANIFEST).write_bytes(content)
-    try:
-        same = json.loads(content) == json.loads(text)
-    except ValueError:
-        same = False
-    if same:
-        assert read_manifest(changed) == read_manifest(folder)
-    else:
-        refused(lambda: read_manifest(changed))
-
-
-def test_a_manifest_of_another_version_says_so(manifest, tmp_path):
-    _, text = manifest
-    facts = json.loads(text)
-    del facts["sha256"]
-    facts["version"] = 9
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    (tmp_path / MANIFEST).write_text(json.dumps(facts | {"sha256": digest}))
-    refused(lambda: read_manifest(tmp_path), "version 9", "version of dreamteacher that wrote it")
-    refused(lambda: read_manifest(tmp_path / "none"), "no finished features", "--out folder")
