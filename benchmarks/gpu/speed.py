@@ -40,7 +40,7 @@ from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime import compile as runtime_compile
 from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
-from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.errors import UserError, first_line
 from dreamteacher.teachers.in_parts import InParts
 
 Stepper = runpy.run_path(str(Path(__file__).parent.parent / "stepper.py"))["Stepper"]
@@ -234,7 +234,7 @@ def measure(name: str, batch: int, compile: str, args: argparse.Namespace) -> di
     except torch.OutOfMemoryError:
         return row | {"status": "out of memory"}
     except UserError as error:  # what needs too much memory, or cannot be compiled
-        line = str(error).splitlines()[0]
+        line = first_line(error)
         return row | {"status": "out of memory" if "memory" in line else f"failed: {line}"}
     best = matmul_rate(args.matmul, device)
     rate = gmacs * 2e9 * batch / taken / 1e12
