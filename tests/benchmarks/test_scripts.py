@@ -288,7 +288,7 @@ def test_vit_benchmark_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_unchanged_benchmark_runs_and_finds_a_changed_bit(tmp_path):
+def test_unchanged_benchmark_runs_and_finds_a_changed_bit(tmp_path, monkeypatch):
     script, out = BENCHMARKS / "unchanged" / "run.py", tmp_path / "before.json"
     command = [sys.executable, str(script), "--only", "interpreter-masks"]
     done = subprocess.run([*command, "--write", str(out)], capture_output=True, text=True)
@@ -297,6 +297,7 @@ def test_unchanged_benchmark_runs_and_finds_a_changed_bit(tmp_path):
     (case,) = before["cases"].values()
     assert len(case["updates"]) == len(case["values"][".: loss"]) == 30
     same = copy.deepcopy(case)
+    monkeypatch.syspath_prepend(script.parent)
     compare = runpy.run_path(str(script))["compare"]
     assert compare("interpreter-masks", same, case)
     case["values"][".: loss"][6] = math.nextafter(case["values"][".: loss"][6], 9.0)
