@@ -49,18 +49,6 @@ class Group:
     load: Callable[[EvaluateConfig, Budgets], Any]
 
 
-def _nothing(*_: Any) -> None:
-    return None
-
-
-def _never(_config: EvaluateConfig) -> bool:
-    return False
-
-
-def _none(_config: EvaluateConfig) -> tuple[Any, ...]:
-    return ()
-
-
 def always(_config: EvaluateConfig) -> bool:
     """For `Task.default`."""
     return True
@@ -85,8 +73,8 @@ class Task:
         long: it trains for long: a checkpoint of it is kept.
         seeded: seeds change its numbers for one and the same backbone.
         files: config -> files beside the backbone's weights that decide its numbers.
-        check: config -> None; a UserError for settings that do not fit. It reads no weight and no image.
-        fits: (backbone, config) -> None; a UserError where the backbone does not fit. It reads no image.
+        check: of a config, a UserError for settings that do not fit. It reads no weight and no image.
+        fits: of a backbone and a config, a UserError where they do not fit. It reads no image.
         run: (bench, budget, seed) -> (metric, value) pairs; it leaves the backbone as it is.
     """
 
@@ -98,13 +86,13 @@ class Task:
     whole: str = "all labels"
     config: type | None = None
     settings: tuple[str, ...] = ()
-    budgets: Callable[[EvaluateConfig], tuple[int, ...]] = _none
-    default: Callable[[EvaluateConfig], bool] = _never
+    budgets: Callable[[EvaluateConfig], tuple[int, ...]] = lambda _config: ()
+    default: Callable[[EvaluateConfig], bool] = lambda _config: False
     long: bool = False
     seeded: bool = True
-    files: Callable[[EvaluateConfig], Sequence[Path]] = _none
-    check: Callable[[EvaluateConfig], None] = _nothing
-    fits: Callable[[Student, EvaluateConfig], None] = _nothing
+    files: Callable[[EvaluateConfig], Sequence[Path]] = lambda _config: ()
+    check: Callable[[EvaluateConfig], object] = lambda _config: None
+    fits: Callable[[Student, EvaluateConfig], object] = lambda _student, _config: None
     run: Callable[[Bench, int | None, int], Iterator[Metric]]
 
     def __post_init__(self) -> None:
@@ -126,14 +114,7 @@ class Task:
 
 @dataclass
 class Bench:
-    """One backbone with the data; its frozen features are extracted when first asked for.
-
-    Args:
-        student: the backbone.
-        config: the evaluation.
-        loaded: name of a group -> its data.
-        run: the run folder that the backbone is from.
-    """
+    """One backbone (of a run folder or not) with the data of each group; its features are extracted when first asked for."""
 
     student: Student
     config: EvaluateConfig
@@ -176,19 +157,16 @@ class Bench:
     def features(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Training features and labels, test features and labels, of images with classes."""
         data: ClassificationData = self.data
-        size, precision = self.config.batch_size, self.config.precision
         if self._extracted is None:
-            train = extract_features(self.student, data.train, batch_size=size, precision=precision)
-            test = extract_features(self.student, data.test, batch_size=size, precision=precision)
+            train, test = (
+                extract_features(self.student, x, **self.passes()) for x in (data.train, data.test)
+            )
             self._extracted = train, test
         return self._extracted[0], data.train_labels, self._extracted[1], data.test_labels
 
 
 def find_task(name: str) -> Task:
-    """The task of this name, from its module.
-
-    Raises:
-        UserError: there is none.
+    """The task of this name, from its module; a UserError where there is none.
 
     Example:
         >>> find_task("knn").headline

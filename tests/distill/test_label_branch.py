@@ -28,7 +28,7 @@ from dreamteacher.distill.make_labels import make_labels
 from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.distill.step import loss_weights
 from dreamteacher.distill.train_interpreter import prepare, train_interpreter
-from dreamteacher.downstream.check import check_config
+from dreamteacher.downstream.evaluate import check_config
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.evaluate import evaluate
 from dreamteacher.downstream.segmentation.config import SegmentConfig

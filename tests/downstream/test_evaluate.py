@@ -31,7 +31,7 @@ from dreamteacher.downstream.features import ClassificationData
 from dreamteacher.downstream.segmentation import few_masks
 from dreamteacher.downstream.segmentation.config import SegmentConfig
 from dreamteacher.downstream.segmentation.data import IN_MEMORY
-from dreamteacher.downstream.segmentation.distilled import run_files
+from dreamteacher.downstream.distilled import run_files
 from dreamteacher.downstream.segmentation.linear import segment_linear
 from dreamteacher.downstream.segmentation.segment import segment
 from dreamteacher.downstream.task import Bench, Task, find_task

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dreamteacher.cli.main import main
 from dreamteacher.data.layouts.table import instance_files
 from dreamteacher.distill.config import PretrainConfig, TrainInterpreterConfig
-from dreamteacher.downstream.check import check_config
+from dreamteacher.downstream.evaluate import check_config
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.detection.config import PRESETS as DETECT
 from dreamteacher.downstream.detection.data import load_detection

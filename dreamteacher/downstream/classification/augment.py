@@ -29,7 +29,7 @@ _MOST_TRIED = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What happens to each image, by itself.
+    """What happens to each image, by itself, in timm's words.
 
     Args:
         size: (height, width) of what comes out.
@@ -50,11 +50,7 @@ class Augmentation:
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def transform(self) -> Any:
-        """timm's training transform: a PIL image -> float32 3 x H x W.
-
-        Raises:
-            UserError: timm does not know the policy.
-        """
+        """timm's training transform: a PIL image -> float32 3 x H x W; a UserError for a policy unknown to timm."""
         create: Any = create_transform
         try:
             made = create(
@@ -67,11 +63,9 @@ class Augmentation:
                 f"timm has no augmentation policy '{self.rand_augment}' ({str(error)[:80] or type(error).__name__}).",
                 "Give one like rand-m9-mstd0.5-inc1, or none.",
             ) from error
-        for part in made.transforms:
-            if isinstance(part, (auto_augment.RandAugment, auto_augment.AugMixAugment)):
-                for op in part.ops:
-                    if op.name.startswith("Posterize"):
-                        op.level_fn = functools.partial(_one_bit_or_more, op.level_fn)
+        for op in (op for part in made.transforms for op in getattr(part, "ops", ())):
+            if op.name.startswith("Posterize"):
+                op.level_fn = functools.partial(_one_bit_or_more, op.level_fn)
         return made
 
 
@@ -102,13 +96,9 @@ def drawn_from(seed: int) -> Iterator[None]:
 
 
 def repeated_order(order: Tensor, repeats: int) -> Tensor:
-    """Every index of `order` several times in a row, cut to as many as there were: repeated augmentation.
+    """Every index of an epoch's order several times in a row, cut to as many as there were: repeated augmentation.
 
     So an epoch is as long as ever and shows a part of the images, each in `repeats` augmentations.
-
-    Args:
-        order: int64 N, an epoch's order.
-        repeats: at least 1; 1 gives the order itself.
 
     Source: Hoffer et al., arXiv 1901.09335; timm's `RepeatAugSampler` on one process is the oracle.
 
@@ -119,11 +109,6 @@ def repeated_order(order: Tensor, repeats: int) -> Tensor:
     return order.repeat_interleave(repeats)[: len(order)]
 
 
-def epoch_steps(count: int, batch_size: int) -> int:
-    """Whole batches in an epoch of `count` images; a batch larger than the set is cut to it."""
-    return count // min(batch_size, count)
-
-
 class _Steps(Dataset[tuple[Tensor, Tensor]]):
     """Item k is what step k shows: a worker needs no history."""
 
@@ -131,54 +116,40 @@ class _Steps(Dataset[tuple[Tensor, Tensor]]):
         self,
         images: Images,
         augmentation: Augmentation,
-        *,
         batch_size: int,
         seed: int,
-        stream: str,
         source: Source,
-        repeats: int | None,
+        repeats: int,
     ) -> None:
         self.images, self.transform = images, augmentation.transform()
         self.batch_size, self.repeats = min(batch_size, len(images)), repeats
-        self.source, self.seed, self.stream = source, seed, stream
+        self.source, self.seed = source, seed
         self.known: tuple[int, Tensor] | None = None  # the present epoch's order: a million take a while
 
     def indices(self, step: int) -> Tensor:
-        """int64 indices of a step. Without `repeats`: one pass in the set's order, to its last image."""
-        if self.repeats is None:
-            epoch, part, order = 0, step, torch.arange(len(self.images))
-        else:
-            epoch, part = divmod(step, epoch_steps(len(self.images), self.batch_size))
-            if self.known is None or self.known[0] != epoch:
-                generator = step_generator(self.seed, epoch, f"{self.stream}/order")
-                permutation = torch.randperm(len(self.images), generator=generator)
-                self.known = epoch, repeated_order(permutation, self.repeats)
-            order = self.known[1]
-        return order[part * self.batch_size : (part + 1) * self.batch_size]
+        """int64 indices of a step."""
+        epoch, part = divmod(step, len(self.images) // self.batch_size)
+        if self.known is None or self.known[0] != epoch:
+            generator = step_generator(self.seed, epoch, "augment/order")
+            permutation = torch.randperm(len(self.images), generator=generator)
+            self.known = epoch, repeated_order(permutation, self.repeats)
+        return self.known[1][part * self.batch_size : (part + 1) * self.batch_size]
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         index = self.indices(step)
         shown = []
         for place, i in enumerate(index.tolist()):
             image = to_pil_image(whole_image(self.images, i, self.source))
-            drawn = step_generator(self.seed, step * self.batch_size + place, self.stream)
+            drawn = step_generator(self.seed, step * self.batch_size + place, "augment")
             with drawn_from(drawn.initial_seed()):
                 shown.append(self.transform(image))
         return torch.stack(shown), index
 
 
 def whole_image(images: Images, i: int, source: Source) -> Tensor:
-    """One image as uint8 3 x H x W: as large as its file, or as the set decodes it.
+    """Image `i` as uint8 3 x H x W: as large as its "file", or as the set has it "decoded" (a tensor has no files).
 
-    A file that cannot be read gives way to the next readable one of its class.
-
-    Args:
-        images: uint8 N x 3 x H x W, or an image set.
-        i: which one.
-        source: "file" or "decoded"; a tensor has no files.
-
-    Raises:
-        UserError: a hundred in a row cannot be read.
+    A file that cannot be read gives way to the next readable one of its class; a UserError after a hundred of them.
     """
     if not isinstance(images, ImageSet) or source == "decoded":
         return take(images, torch.tensor([i]))[0]
@@ -214,7 +185,7 @@ def augmented_batches(
 
     Args:
         images: uint8 N x 3 x H x W, or an image set, which is streamed.
-        augmentation: see `Augmentation`; drawn from (seed, step, place in the batch).
+        augmentation: drawn from (seed, step, place in the batch).
         batch_size: images in a batch; cut to the size of the set.
         steps: number of batches from the very first on.
         seed: of the order and of all draws.
@@ -226,27 +197,5 @@ def augmented_batches(
     Yields:
         float32 N x 3 x H x W, as the augmentation normalises it; int64 N, the images' places in their set.
     """
-    shown = _Steps(
-        images, augmentation, batch_size=batch_size, seed=seed, stream="augment", source=source, repeats=repeats
-    )  # fmt: skip
+    shown = _Steps(images, augmentation, batch_size, seed, source, repeats)
     yield from load_ahead(shown, range(first, steps), workers)
-
-
-def augmented_pass(
-    images: Images,
-    augmentation: Augmentation,
-    *,
-    batch_size: int,
-    seed: int,
-    view: int,
-    source: Source = "file",
-    workers: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once, in the set's order, augmented by draw number `view`.
-
-    Args and yields: as `augmented_batches`.
-    """
-    shown = _Steps(
-        images, augmentation, batch_size=batch_size, seed=seed, stream=f"view {view}", source=source, repeats=None
-    )  # fmt: skip
-    yield from load_ahead(shown, range(-(-len(images) // shown.batch_size)), workers)

@@ -24,7 +24,7 @@ from dreamteacher.downstream.features import (
     frozen,
     take,
     to_input,
-)
+)  # fmt: skip
 from dreamteacher.downstream.loop import Saved, run_steps
 from dreamteacher.downstream.task import Bench, Task, always
 from dreamteacher.downstream.tasks import Metric
@@ -58,7 +58,7 @@ def train(
     saved: Saved | None = None,
     title: str = "",
 ) -> None:
-    """AdamW or SGD, a linear warm-up and a decay to zero; vectors (biases, norms) have no weight decay.
+    """AdamW or SGD (momentum 0.9), a linear warm-up and a decay to zero; vectors (biases, norms) have no weight decay.
 
     Args:
         modules: (module, factor on its learning rate); what is not listed is not trained.
@@ -96,13 +96,10 @@ def train(
 
 
 def recalibrate(model: nn.Module, forward: Callable[[], object]) -> None:
-    """Sets the running statistics of every BatchNorm to those of one forward pass without gradients.
+    """Sets the running statistics of every BatchNorm to the average over the batches of `forward`, without gradients.
 
-    After a few dozen steps on tiny batches a running average still lags behind the weights.
-
-    Args:
-        model: holds the BatchNorm layers; everything else in it runs in evaluation mode.
-        forward: runs the model once or several times; the statistics are averaged over its batches.
+    After a few dozen steps on tiny batches a running average still lags behind the weights. Everything else in the
+    model runs in evaluation mode, in which it stays.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -119,12 +116,7 @@ def recalibrate(model: nn.Module, forward: Callable[[], object]) -> None:
 
 
 class Classifier(nn.Module):
-    """A backbone and a linear head on its globally averaged last map.
-
-    Args:
-        student: taken in, not copied.
-        classes: number of classes.
-    """
+    """A backbone, which is taken in and not copied, and a linear head on its globally averaged last map."""
 
     def __init__(self, student: Student, classes: int) -> None:
         super().__init__()
@@ -137,14 +129,7 @@ class Classifier(nn.Module):
 
 
 def augment(images: Tensor, *, flip: bool, crop: float, generator: torch.Generator) -> Tensor:
-    """Random mirroring and shifting, each image by itself.
-
-    Args:
-        images: N x 3 x H x W, any dtype.
-        flip: mirror left to right with probability one half.
-        crop: largest shift as a share of each side, [0, 1).
-        generator: of all draws (on the CPU).
-    """
+    """Mirrors each of N x 3 x H x W with probability one half and shifts it by up to a share `crop` of its sides."""
     count, _, height, width = images.shape
     if flip:
         mirrored = torch.rand(count, generator=generator) < 0.5
@@ -175,20 +160,7 @@ def train_classifier(
     seed: int,
     precision: Precision = "auto",
 ) -> Classifier:
-    """A classifier trained from a copy of the backbone, in evaluation mode.
-
-    BatchNorm normalises by the batch while training; afterwards its running statistics are set from the
-    labelled images, because a running average over few steps lags behind the weights.
-
-    Args:
-        student: where training starts; left as it is.
-        images: labelled images, uint8 N x 3 x H x W.
-        labels: N class ids (int64).
-        config: see `FinetuneConfig`.
-        classes: number of classes.
-        seed: of the head, the batches, the augmentation, and any dropout of the backbone.
-        precision: of the matrix products.
-    """
+    """A classifier trained from a copy of the backbone on uint8 images with class ids, in evaluation mode."""
     device = device_of(student)
     images, labels = images.to(device), labels.to(device)
     generator = step_generator(seed, 0, "finetune")
@@ -218,16 +190,8 @@ def train_classifier(
 def predict(
     model: nn.Module, images: Images, *, batch_size: int = 128, precision: Precision = "auto"
 ) -> Tensor:
-    """Class probabilities N x classes (float32, on the CPU) in evaluation mode.
-
-    Args:
-        model: images in [0, 1] -> logits N x classes; left as it is.
-        images: uint8 N x 3 x H x W, or an image set.
-        batch_size: images at once.
-        precision: of the matrix products.
-    """
-    device = device_of(model)
-    scores = []
+    """Class probabilities N x classes (float32, on the CPU) of images in evaluation mode."""
+    device, scores = device_of(model), []
     with frozen(model), autocast(device, precision):
         for index in torch.arange(len(images)).split(batch_size):
             scores.append(model(to_input(take(images, index), device)).float().softmax(1).cpu())
@@ -244,27 +208,12 @@ def finetune(
     precision: Precision = "auto",
     batch_size: int = 128,
 ) -> Iterator[Metric]:
-    """Accuracy, balanced accuracy and AUROC after fine-tuning on `labels` labelled images per class.
-
-    Args:
-        student: where fine-tuning starts; left as it is.
-        data: see `ClassificationData`.
-        config: see `FinetuneConfig`.
-        labels: labelled images per class.
-        seed: of the draw of the labels and of the training.
-        precision: of the matrix products.
-        batch_size: test images at once.
-    """
+    """Accuracy, balanced accuracy and AUROC after fine-tuning a copy on `labels` labelled images per class."""
     classes = len(data.classes)
     drawn = draw_labels(data.train_labels, labels, classes=classes, seed=seed)
+    images, targets = take(data.train, drawn), data.train_labels[drawn]
     model = train_classifier(
-        student,
-        take(data.train, drawn),
-        data.train_labels[drawn],
-        config,
-        classes=classes,
-        seed=seed,
-        precision=precision,
+        student, images, targets, config, classes=classes, seed=seed, precision=precision
     )
     scores = predict(model, data.test, batch_size=batch_size, precision=precision)
     yield from class_metrics(scores, data.test_labels)

@@ -8,20 +8,13 @@ from torch import Tensor
 
 from dreamteacher.downstream.classification.data import CLASSIFICATION
 from dreamteacher.downstream.features import class_metrics
-from dreamteacher.downstream.task import Bench, Task, always
+from dreamteacher.downstream.task import Task, always
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.metrics import knn_predict
 
 
 def knn(
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
-    *,
-    classes: int,
-    k: int = 20,
-    temperature: float = 0.07,
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, *, classes: int, k: int = 20
 ) -> Iterator[Metric]:
     """Accuracy, balanced accuracy and AUROC of the weighted vote of all training images.
 
@@ -32,15 +25,9 @@ def knn(
         test_y: M class ids (int64).
         classes: number of classes.
         k: neighbours.
-        temperature: see `dreamteacher.metrics.knn_predict`.
     """
-    train_y = train_y.to(train_x.device)
-    scores = knn_predict(train_x, train_y, test_x, classes=classes, k=k, temperature=temperature)
+    scores = knn_predict(train_x, train_y.to(train_x.device), test_x, classes=classes, k=k, temperature=0.07)
     yield from class_metrics(scores, test_y)
-
-
-def _run(bench: Bench, _budget: int | None, _seed: int) -> Iterator[Metric]:
-    return knn(*bench.features(), classes=len(bench.data.classes), k=bench.config.knn_k)
 
 
 TASK = Task(
@@ -50,5 +37,7 @@ TASK = Task(
     settings=("knn_k",),
     default=always,
     seeded=False,
-    run=_run,
+    run=lambda bench, _budget, _seed: knn(
+        *bench.features(), classes=len(bench.data.classes), k=bench.config.knn_k
+    ),
 )

@@ -45,13 +45,9 @@ def fit_logistic(
     weight = x.new_zeros(classes, x.shape[1], requires_grad=True)
     bias = x.new_zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=max_iter,
-        tolerance_grad=tolerance,
-        tolerance_change=0.0,
-        history_size=20,
+        [weight, bias], max_iter=max_iter, tolerance_grad=tolerance, tolerance_change=0.0, history_size=20,
         line_search_fn="strong_wolfe",
-    )
+    )  # fmt: skip
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -68,13 +64,8 @@ def fit_logistic(
 def choose_l2(x: Tensor, y: Tensor, folds: Tensor, *, classes: int, grid: Sequence[float] = L2_GRID) -> float:
     """The strength of `grid` with the lowest cross-entropy on held-out folds (the mean over all rows).
 
-    Args:
-        x: N x C labelled features.
-        y: N class ids (int64).
-        folds: N fold ids (int64); rows that belong together share one. With one fold there is nothing to
-            hold out, and the middle of the grid is taken.
-        classes: number of classes.
-        grid: strengths to try, strongest first; of equals the first wins.
+    Rows that belong together share a fold id. With one fold there is nothing to hold out, and the middle of the grid
+    is taken; of equals the first wins.
     """
     names = folds.unique().tolist()
     if len(names) < 2:
@@ -90,13 +81,7 @@ def choose_l2(x: Tensor, y: Tensor, folds: Tensor, *, classes: int, grid: Sequen
 
 
 def balanced_folds(y: Tensor, count: int, seed: int) -> Tensor:
-    """Fold ids that spread each class evenly and at random over at most `count` folds.
-
-    Args:
-        y: N class ids (int64).
-        count: folds; cut to the members of the largest class.
-        seed: of the assignment.
-    """
+    """Fold ids (N) that spread each class evenly and at random over at most `count` folds."""
     generator = step_generator(seed, 0, "folds")
     count = max(1, min(count, int(torch.bincount(y).max())))
     folds = torch.empty_like(y)
@@ -116,41 +101,24 @@ def linear(
     classes: int,
     labels: int,
     seed: int,
-    folds: int = 5,
-    grid: Sequence[float] = L2_GRID,
 ) -> Iterator[Metric]:
-    """Accuracy, balanced accuracy and AUROC of a linear probe on `labels` labelled images per class.
+    """Accuracy, balanced accuracy and AUROC of a linear probe on `labels` labelled images per class, drawn by the seed.
 
-    The features are standardised by mean and deviation over ALL training images, which takes no label. The
+    The features (see `knn`) are standardised by mean and deviation over ALL training images, which takes no label. The
     test images serve for the final score alone.
-
-    Args:
-        train_x: N x C features from `extract_features`.
-        train_y: N class ids (int64), of which `labels` per class are looked at.
-        test_x: M x C features.
-        test_y: M class ids (int64).
-        classes: number of classes.
-        labels: labelled images per class.
-        seed: of the draw and of the folds.
-        folds: of the cross-validation that chooses the L2 strength.
-        grid: strengths to choose from.
     """
     drawn = draw_labels(train_y, labels, classes=classes, seed=seed).to(train_x.device)
     mean, deviation = standardisation(train_x)
     x = (train_x[drawn].double() - mean) / deviation
     y = train_y.to(train_x.device)[drawn]
-    l2 = choose_l2(x, y, balanced_folds(y, folds, seed), classes=classes, grid=grid)
+    l2 = choose_l2(x, y, balanced_folds(y, 5, seed), classes=classes)
     weight, bias = fit_logistic(x, y, classes=classes, l2=l2)
     scores = ((test_x.double() - mean) / deviation) @ weight.T + bias
     yield from class_metrics(scores.softmax(1), test_y)
 
 
 def standardisation(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each column (float64); a constant column gets deviation 1.
-
-    Args:
-        x: N x C.
-    """
+    """Mean and deviation of each column of N x C (float64); a constant column gets deviation 1."""
     x = x.double()
     deviation = x.std(0, unbiased=False)
     return x.mean(0), torch.where(deviation > 1e-8, deviation, 1.0)

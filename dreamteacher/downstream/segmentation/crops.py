@@ -34,9 +34,6 @@ def drawn_files(files: MaskedImages, masks: int | None, seed: int) -> MaskedImag
     return files.take(draw_images(len(files), masks or len(files), seed))
 
 
-# --- crops ----------------------------------------------------------------------------------------------------
-
-
 def scaled_size(size: Sequence[int], short_side: int, factor: float = 1.0) -> tuple[int, int]:
     """(height, width) of an image whose shorter side becomes `short_side` (0: stays), times `factor`.
 
@@ -152,9 +149,8 @@ def crops(
         UserError: nothing can be read any more.
     """
     order = shuffled_batches(len(files), batch_size, steps, step_generator(seed, 0, "semantic"))
-    stream = load_ahead(
-        _CropSet(files, config, seed), itertools.islice(enumerate(order), first, None), workers
-    )
+    wanted = itertools.islice(enumerate(order), first, None)
+    stream = load_ahead(_CropSet(files, config, seed), wanted, workers)
     known: set[BadImage] = set()
     for batch in stream:
         known |= set(batch.bad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,6 @@ from dreamteacher.metrics import confusion, iou_per_class, mean_iou
 from dreamteacher.models.regressor import LabelHead, Neck, resize
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.distributed.device import autocast, seeded
-from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.settings import Precision
 from dreamteacher.spec import FeatureSpec
 
@@ -37,10 +36,9 @@ class SegmentationHead(nn.Module):
         width: channels of every inner map.
         dropout: probability of dropping a channel before the last layer.
         norm: normalise each level's channels first (LayerNorm), which ConvNeXt's raw maps need.
-        align_corners: of the last resize, to the image's size.
 
     Source: UPerNet, arXiv 1807.10221; narrower than the 512 channels there. Equal to segmentation-models-pytorch's
-    UPerNet with `norm`, `align_corners` and its weights (`from_segmentation_models`): `tests/downstream/segmentation/test_upernet.py`.
+    with its weights, but for the last resize: `tests/downstream/segmentation/test_upernet.py`.
     """
 
     def __init__(
@@ -51,10 +49,8 @@ class SegmentationHead(nn.Module):
         dropout: float = 0.1,
         *,
         norm: bool = False,
-        align_corners: bool = False,
     ) -> None:
         super().__init__()
-        self.align_corners = align_corners
         self.norms = nn.ModuleList(LayerNorm2d(spec.channels) for spec in specs) if norm else None
         self.neck = Neck(specs, width)
         self.head = LabelHead(len(self.neck.specs), width, classes, dropout=dropout)
@@ -63,58 +59,15 @@ class SegmentationHead(nn.Module):
         """One map per level -> float32 logits N x classes x H x W of `size` = (H, W)."""
         if self.norms is not None:
             maps = [norm(m) for norm, m in zip(self.norms, maps, strict=True)]
-        logits = self.head(self.neck(maps)).float()
-        if self.align_corners:
-            return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
-        return resize(logits, size)
-
-
-def from_segmentation_models(weights: Mapping[str, Tensor], levels: int = 4) -> dict[str, Tensor]:
-    """The state dict of a `SegmentationHead` with `norm` from that of segmentation-models-pytorch's UPerNet.
-
-    Args:
-        weights: of the whole model; its encoder is passed over.
-        levels: maps that its decoder takes (4: encoder depth 5).
-
-    Raises:
-        UserError: a tensor of the decoder has no place here: it is no UPerNet, or has another depth.
-
-    Example:
-        >>> list(from_segmentation_models({"segmentation_head.0.bias": torch.zeros(2)}))
-        ['head.classify.bias']
-    """
-    names = {"decoder.psp.out_conv": "neck.ppm.bottleneck", "decoder.fusion_block": "head.fuse"}
-    names |= {f"decoder.psp.blocks.{i}.1": f"neck.ppm.branches.{i}.1" for i in range(4)}
-    names |= {f"decoder.feature_norms.{i}": f"norms.{i}" for i in range(levels)}
-    for i in range(levels - 1):  # theirs go from coarse to fine
-        names[f"decoder.fpn_lateral_blocks.{levels - 2 - i}.conv_norm_relu"] = f"neck.laterals.{i}"
-        names[f"decoder.fpn_conv_blocks.{levels - 2 - i}"] = f"neck.outputs.{i}"
-    names["segmentation_head.0"] = "head.classify"
-    found = {}
-    for key, value in weights.items():
-        place = next((theirs for theirs in names if key.startswith(f"{theirs}.")), None)
-        if place is not None:
-            found[names[place] + key.removeprefix(place)] = value
-        elif not key.startswith("encoder."):
-            raise UserError(
-                f"'{key}' is no weight of a UPerNet with {levels} levels.",
-                "Give the state dict of segmentation_models_pytorch.UPerNet.",
-            )
-    return found
+        return resize(self.head(self.neck(maps)).float(), size)
 
 
 class Segmenter(nn.Module):
-    """A backbone and its segmentation head.
+    """A backbone and its segmentation head, both taken in; `auxiliary` is a second head, for training alone."""
 
-    Args:
-        student: taken in, not copied.
-        head: made for the student's levels.
-    """
-
-    def __init__(self, student: Student, head: SegmentationHead) -> None:
+    def __init__(self, student: Student, head: nn.Module, auxiliary: nn.Module | None = None) -> None:
         super().__init__()
-        self.student = student
-        self.head = head
+        self.student, self.head, self.auxiliary = student, head, auxiliary
 
     def forward(self, images: Tensor) -> Tensor:
         """Images in [0, 1], N x 3 x H x W -> logits N x classes x H x W."""
@@ -140,10 +93,10 @@ def train_segmenter(
     precision: Precision = "auto",
     neck: Mapping[str, Tensor] | None = None,
 ) -> Segmenter:
-    """A segmenter in evaluation mode.
+    """A segmenter in evaluation mode, with a copy of the backbone, frozen or fine-tuned.
 
     Args:
-        student: left as it is; a copy of it, frozen or fine-tuned, is part of the result.
+        student: left as it is.
         images: labelled images, uint8 N x 3 x H x W, N >= 2.
         masks: N x H x W class ids (int64).
         config: see `SegmentConfig`.
@@ -195,10 +148,7 @@ def train_segmenter(
 
 
 class _FrozenMaps:
-    """The frozen backbone's maps of the labelled images, computed once where they fit.
-
-    Called with (indices, mirrored) it returns the maps of those images, fine to coarse.
-    """
+    """(indices, mirrored) -> the frozen backbone's maps of these images, computed once where they fit in memory."""
 
     def __init__(self, student: Student, images: Tensor, config: SegmentConfig, precision: Precision) -> None:
         self.student, self.images, self.precision = student, images, precision
@@ -226,19 +176,28 @@ class _FrozenMaps:
 
 
 def score(
-    predictions: Iterator[tuple[Tensor, Tensor]], names: Sequence[str], ignore_index: int
+    predictions: Iterable[tuple[Tensor, Tensor]],
+    names: Sequence[str],
+    ignore_index: int,
+    *,
+    pixels: bool = False,
 ) -> Iterator[Metric]:
     """mIoU and the IoU of each class that occurs, from one confusion matrix over all batches.
 
     Args:
-        predictions: batches of (class ids, target ids), both N x H x W.
+        predictions: batches of (class ids, target ids), of one shape.
         names: class names in id order.
         ignore_index: target id that is left out.
+        pixels: also the accuracy of pixels, and its mean over the classes.
     """
     matrix = torch.zeros(len(names), len(names), dtype=torch.int64)
     for pred, target in predictions:
         matrix += confusion(pred.cpu(), target.cpu(), len(names), ignore_index)
     yield "miou", mean_iou(matrix)
+    if pixels:
+        hits, members = matrix.diagonal().double(), matrix.sum(1).double()
+        yield "accuracy", float(hits.sum() / members.sum())
+        yield "mean_accuracy", float((hits / members).nanmean())
     for name, iou in zip(names, iou_per_class(matrix).tolist(), strict=True):
         if iou == iou:
             yield f"iou/{name}", iou

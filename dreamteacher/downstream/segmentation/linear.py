@@ -34,7 +34,6 @@ def segment_linear(
     masks: int,
     seed: int,
     ignore_index: int = 255,
-    folds: int = 3,
     grid: Sequence[float] = (1.0, 0.1, 0.01, 0.001),
     precision: Precision = "auto",
     batch_size: int = 64,
@@ -42,18 +41,8 @@ def segment_linear(
     """mIoU and per-class IoU of a linear classifier of each pixel's frozen features.
 
     Every level is resized to the finest one and concatenated; the classifier is fitted there and its logits
-    are resized to the image. Its L2 strength is chosen by cross-validation over whole labelled images.
-
-    Args:
-        student: left as it is.
-        data: images with masks; those to train on are drawn from its pool.
-        masks: labelled images.
-        seed: of the draw.
-        ignore_index: mask id that is neither learned nor scored.
-        folds: of the cross-validation.
-        grid: L2 strengths, strongest first (see `dreamteacher.downstream.classification.linear.fit_logistic`).
-        precision: of the backbone's forward pass.
-        batch_size: test images at once.
+    are resized to the image. Its L2 strength (of `grid`, strongest first) is chosen by cross-validation over whole
+    labelled images, of which `masks` are drawn by the seed.
     """
     pool, test = data.pool, data.test
     drawn = draw_images(len(pool.images), masks, seed)
@@ -70,7 +59,7 @@ def segment_linear(
     x, y, image = x[keep], y[keep], image[keep]
     mean, deviation = standardisation(x)
     x = (x.double() - mean) / deviation
-    l2 = choose_l2(x, y, image % min(folds, masks), classes=len(pool.classes), grid=grid)
+    l2 = choose_l2(x, y, image % min(3, masks), classes=len(pool.classes), grid=grid)
     weight, bias = fit_logistic(x, y, classes=len(pool.classes), l2=l2, tolerance=1e-4)
     scaled = (weight / deviation).float()
     shift = (bias - (weight / deviation) @ mean).float()

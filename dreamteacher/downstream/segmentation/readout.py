@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from dreamteacher.data.masks.reader import MaskedImages
 from dreamteacher.data.split import Split
@@ -12,21 +11,14 @@ from dreamteacher.downstream.segmentation.config import ReadoutConfig
 from dreamteacher.downstream.segmentation.crops import drawn_files
 from dreamteacher.downstream.segmentation.data import STREAMED
 from dreamteacher.downstream.segmentation.semantic import FCNHead, score_files, train_dense
-from dreamteacher.downstream.task import Bench, Task
+from dreamteacher.downstream.task import Task
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.errors import UserError
 
-if TYPE_CHECKING:
-    from dreamteacher.downstream.config import EvaluateConfig
-
 
 def level_of(student: Student, config: ReadoutConfig) -> int:
-    """The number of the map that is read.
-
-    Raises:
-        UserError: the backbone has no map of that stride.
-    """
+    """The number of the map that is read; a UserError where the backbone has none of that stride."""
     strides = [spec.stride for spec in student.specs]
     if config.stride not in strides:
         raise UserError(
@@ -44,39 +36,19 @@ def readout(
     masks: int | None = None,
     run: LongRun = UNKEPT,
 ) -> Iterator[Metric]:
-    """mIoU, accuracy and IoU per class of a head on the frozen backbone's map of one stride.
+    """mIoU, accuracy and IoU per class of a head on the frozen backbone's map of one stride, on usually two classes.
 
-    Args:
-        student: left as it is.
-        data: usually of two classes, background and foreground; more will do.
-        config: see `ReadoutConfig`.
-        masks: labelled images to train on, drawn by the run's seed; None: all.
-        run: see `LongRun`.
-
-    Raises:
-        UserError: the backbone has no map of that stride.
+    `masks` images to train on (None: all) are drawn by the run's seed.
 
     Source: section 8 of arXiv 2307.07487: frozen backbone, FCN, SGD 0.01, poly 0.9, 20k iterations. Neither the
     head's layers nor the map are stated: torchvision's FCN head on the coarsest map, not dilated.
     """
     level, files, training = level_of(student, config), data.pool, config.training()
     model = train_dense(
-        student,
-        drawn_files(files, masks, run.seed),
-        training,
-        lambda: FCNHead(student.specs, len(files.classes), level, config.dropout),
-        freeze=True,
-        run=run,
-    )
+        student, drawn_files(files, masks, run.seed), training,
+        lambda: FCNHead(student.specs, len(files.classes), level, config.dropout), freeze=True, run=run,
+    )  # fmt: skip
     yield from score_files(model, data.test, training, precision=run.precision, workers=run.workers)
-
-
-def _run(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
-    return readout(bench.student, bench.data, bench.settings, masks=masks, run=bench.long_run(seed))
-
-
-def _fits(student: Student, config: EvaluateConfig) -> None:
-    level_of(student, config.readout)
 
 
 TASK = Task(
@@ -87,6 +59,8 @@ TASK = Task(
     config=ReadoutConfig,
     budgets=lambda config: config.readout.mask_counts,
     long=True,
-    fits=_fits,
-    run=_run,
+    fits=lambda student, config: level_of(student, config.readout),
+    run=lambda bench, masks, seed: readout(
+        bench.student, bench.data, bench.settings, masks=masks, run=bench.long_run(seed)
+    ),
 )

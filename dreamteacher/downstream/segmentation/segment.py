@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -22,9 +21,6 @@ from dreamteacher.models.distilled import REGRESSOR, neck_weights
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.settings import Precision
 
-if TYPE_CHECKING:
-    from dreamteacher.downstream.config import EvaluateConfig
-
 
 def segment(
     student: Student,
@@ -39,56 +35,24 @@ def segment(
     batch_size: int = 64,
     neck: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Metric]:
-    """mIoU and per-class IoU on the test set after training with `masks` masks of the pool.
-
-    Args:
-        student: left as it is.
-        data: images with masks; those to train on are drawn from its pool.
-        config: see `SegmentConfig`.
-        masks: labelled images to train on.
-        freeze: train the head alone.
-        seed: of the draw and of the training.
-        ignore_index: mask id that is neither learned nor scored.
-        precision: of the matrix products.
-        batch_size: test images at once.
-        neck: see `train_segmenter`.
-    """
-    pool, test = data.pool, data.test
+    """mIoU and per-class IoU on the test set after `train_segmenter` with `masks` images drawn from the pool."""
+    pool = data.pool
     drawn = draw_images(len(pool.images), masks, seed)
     model = train_segmenter(
-        student,
-        pool.images[drawn],
-        pool.targets[drawn],
-        config,
-        classes=len(pool.classes),
-        freeze=freeze,
-        seed=seed,
-        ignore_index=ignore_index,
-        precision=precision,
-        neck=neck,
-    )
-    yield from score_segmenter(model, test, ignore_index, precision=precision, batch_size=batch_size)
+        student, pool.images[drawn], pool.targets[drawn], config, classes=len(pool.classes), freeze=freeze,
+        seed=seed, ignore_index=ignore_index, precision=precision, neck=neck,
+    )  # fmt: skip
+    yield from score_segmenter(model, data.test, ignore_index, precision=precision, batch_size=batch_size)
 
 
 def _run(bench: Bench, masks: int | None, seed: int, *, freeze: bool) -> Iterator[Metric]:
     config = bench.config
     assert masks is not None
-    neck = neck_weights(bench.run_folder()) if config.neck else None
     return segment(
-        bench.student,
-        bench.data,
-        config.segment,
-        masks=masks,
-        freeze=freeze,
-        seed=seed,
-        ignore_index=config.ignore_index,
-        neck=neck,
+        bench.student, bench.data, config.segment, masks=masks, freeze=freeze, seed=seed,
+        ignore_index=config.ignore_index, neck=neck_weights(bench.run_folder()) if config.neck else None,
         **bench.passes(),
-    )
-
-
-def _neck(config: EvaluateConfig) -> tuple[Path, ...]:
-    return (Path(config.init).expanduser() / REGRESSOR,) if config.neck else ()
+    )  # fmt: skip
 
 
 TASK = Task(
@@ -99,7 +63,7 @@ TASK = Task(
     settings=("segment",),
     budgets=lambda config: config.mask_counts,
     default=always,
-    files=_neck,
+    files=lambda config: (Path(config.init).expanduser() / REGRESSOR,) if config.neck else (),
     run=functools.partial(_run, freeze=False),
 )
 

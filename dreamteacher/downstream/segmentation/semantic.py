@@ -6,7 +6,9 @@ Source: section 8 and appendix of arXiv 2307.07487; what it leaves open follows 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -20,10 +22,9 @@ from dreamteacher.downstream.loop import UNKEPT, LongRun
 from dreamteacher.downstream.segmentation.config import SemanticConfig
 from dreamteacher.downstream.segmentation.crops import FILL, crops, drawn_files, whole_images
 from dreamteacher.downstream.segmentation.data import STREAMED
-from dreamteacher.downstream.segmentation.few_masks import SegmentationHead, pixel_loss
-from dreamteacher.downstream.task import Bench, Task
+from dreamteacher.downstream.segmentation.few_masks import SegmentationHead, Segmenter, pixel_loss, score
+from dreamteacher.downstream.task import Task
 from dreamteacher.downstream.tasks import Metric
-from dreamteacher.metrics import confusion, iou_per_class, mean_iou
 from dreamteacher.models.regressor import conv_bn_relu, resize
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.distributed.device import autocast, seeded
@@ -32,9 +33,6 @@ from dreamteacher.spec import FeatureSpec
 
 # Classes whose logits are enlarged at once: bounds the memory of large test images.
 _CLASSES_AT_ONCE = 16
-
-
-# --- heads ----------------------------------------------------------------------------------------------------
 
 
 class FCNHead(nn.Module):
@@ -64,24 +62,6 @@ class FCNHead(nn.Module):
         return resize(self.classify(self.dropout(self.fuse(maps[self.level]))).float(), size)
 
 
-class DenseModel(nn.Module):
-    """A backbone and its head: images in [0, 1], N x 3 x H x W -> logits N x classes x H x W.
-
-    Args:
-        student: taken in, not copied.
-        head: (maps, size) -> logits.
-        auxiliary: a second head, for training alone.
-    """
-
-    def __init__(self, student: Student, head: nn.Module, auxiliary: nn.Module | None = None) -> None:
-        super().__init__()
-        self.student, self.head, self.auxiliary = student, head, auxiliary
-
-    def forward(self, images: Tensor) -> Tensor:
-        """See the class."""
-        return self.head(self.student(images), (images.shape[-2], images.shape[-1]))
-
-
 def train_dense(
     student: Student,
     files: MaskedImages,
@@ -90,7 +70,7 @@ def train_dense(
     *,
     freeze: bool,
     run: LongRun = UNKEPT,
-) -> DenseModel:
+) -> Segmenter:
     """A head trained on crops with a copy of the backbone, frozen or fine-tuned; in evaluation mode.
 
     Args:
@@ -108,29 +88,19 @@ def train_dense(
         second = None
         if config.auxiliary and not freeze:
             second = FCNHead(student.specs, len(files.classes), -min(2, len(student.specs)), config.dropout)
-        model = DenseModel(copy.deepcopy(student), head, second).to(device)
+        model = Segmenter(copy.deepcopy(student), head, second).to(device)
         model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         batches = crops(
-            files,
-            config.crops,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            seed=run.seed,
-            workers=run.workers,
-            first=run.saved.step if run.saved else 0,
-        )
-
-        def maps_of(images: Tensor) -> list[Tensor]:
-            if not freeze:
-                return model.student(images)
-            with frozen(model.student):
-                return model.student(images)
+            files, config.crops, steps=config.steps, batch_size=config.batch_size, seed=run.seed,
+            workers=run.workers, first=run.first,
+        )  # fmt: skip
 
         def loss_at(step: int) -> Tensor:
             images, masks = next(batches)
             target = masks.to(device)
             with autocast(device, run.precision):
-                maps = maps_of(to_input(images, device))
+                with frozen(model.student) if freeze else contextlib.nullcontext():
+                    maps = model.student(to_input(images, device))
                 logits = head(maps, config.crops.size)
                 extra = None if second is None else second(maps, config.crops.size)
             loss = pixel_loss(logits, target, ignored)
@@ -139,22 +109,11 @@ def train_dense(
         trained: list[tuple[nn.Module, float]] = [(part, 1.0) for part in (head, second) if part is not None]
         trained += [] if freeze else [(model.student, config.backbone_lr_factor)]
         train(
-            trained,
-            loss_at,
-            steps=config.steps,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            warmup=config.warmup,
-            optimizer=config.optimizer,
-            power=config.power,
-            saved=run.saved,
-            title="training",
-        )
+            trained, loss_at, steps=config.steps, lr=config.lr, weight_decay=config.weight_decay,
+            warmup=config.warmup, optimizer=config.optimizer, power=config.power, saved=run.saved, title="training",
+        )  # fmt: skip
         next(batches, None)  # lets it say what was damaged
     return model.eval()
-
-
-# --- test -----------------------------------------------------------------------------------------------------
 
 
 def window_starts(length: int, window: int, overlap: float) -> list[int]:
@@ -225,24 +184,17 @@ def score_files(
 ) -> Iterator[Metric]:
     """mIoU, accuracy of pixels, their mean accuracy over classes, IoU per class, at the masks' own resolution.
 
-    Raises:
-        UserError: an image or mask cannot be read any more.
+    A UserError where an image or mask cannot be read any more.
     """
     device = device_of(model)
-    classes = len(files.classes)
-    matrix = torch.zeros(classes, classes, dtype=torch.int64)
-    for image, mask in whole_images(files, config.crops.short_side, workers=workers):
-        with frozen(model), autocast(device, precision):
-            logits = predict_logits(model, image, config)
-        pred = classes_at(logits.float(), (mask.shape[0], mask.shape[1]))[0].cpu()
-        matrix += confusion(pred, mask, classes, files.ignore_index)
-    hits, members = matrix.diagonal().double(), matrix.sum(1).double()
-    yield "miou", mean_iou(matrix)
-    yield "accuracy", float(hits.sum() / members.sum())
-    yield "mean_accuracy", float((hits / members).nanmean())
-    for name, iou in zip(files.classes, iou_per_class(matrix).tolist(), strict=True):
-        if iou == iou:
-            yield f"iou/{name}", iou
+
+    def predictions() -> Iterator[tuple[Tensor, Tensor]]:
+        for image, mask in whole_images(files, config.crops.short_side, workers=workers):
+            with frozen(model), autocast(device, precision):
+                logits = predict_logits(model, image, config)
+            yield classes_at(logits.float(), (mask.shape[0], mask.shape[1]))[0], mask
+
+    return score(predictions(), files.classes, files.ignore_index, pixels=True)
 
 
 def semantic(
@@ -255,28 +207,14 @@ def semantic(
 ) -> Iterator[Metric]:
     """Metrics of `score_files` after fine-tuning a UPerNet on streamed crops.
 
-    Args:
-        student: left as it is.
-        data: images with masks that stay on the disk; those to train on are drawn from its pool.
-        config: see `SemanticConfig`.
-        masks: labelled images to train on, drawn by the run's seed; None: all.
-        run: see `LongRun`.
+    `masks` images to train on (None: all) are drawn by the run's seed; the data stay on the disk.
     """
     files = drawn_files(data.pool, masks, run.seed)
-    norm, width, dropout = config.norm, config.width, config.dropout
-    model = train_dense(
-        student,
-        files,
-        config,
-        lambda: SegmentationHead(student.specs, len(files.classes), width, dropout, norm=norm),
-        freeze=False,
-        run=run,
+    head = functools.partial(
+        SegmentationHead, student.specs, len(files.classes), config.width, config.dropout, norm=config.norm
     )
+    model = train_dense(student, files, config, head, freeze=False, run=run)
     yield from score_files(model, data.test, config, precision=run.precision, workers=run.workers)
-
-
-def _run(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
-    return semantic(bench.student, bench.data, bench.settings, masks=masks, run=bench.long_run(seed))
 
 
 TASK = Task(
@@ -287,5 +225,7 @@ TASK = Task(
     config=SemanticConfig,
     budgets=lambda config: config.semantic.mask_counts,
     long=True,
-    run=_run,
+    run=lambda bench, masks, seed: semantic(
+        bench.student, bench.data, bench.settings, masks=masks, run=bench.long_run(seed)
+    ),
 )
