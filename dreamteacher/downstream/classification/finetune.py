@@ -24,7 +24,7 @@ from dreamteacher.downstream.features import (
     frozen,
     take,
     to_input,
-)  # fmt: skip
+)
 from dreamteacher.downstream.loop import Saved, run_steps
 from dreamteacher.downstream.task import Bench, Task, always
 from dreamteacher.downstream.tasks import Metric

@@ -25,13 +25,7 @@ _SMALLEST = 1e-2  # pixels: boxes below are left out
 
 
 class BoxPredictor(nn.Module):
-    """Class logits and box deltas from a vector.
-
-    Args:
-        channels: of the vector.
-        classes: with the background.
-        agnostic: one box for all classes instead of one per class.
-    """
+    """Class logits (with the background) and box deltas from a vector; agnostic: one box for all classes."""
 
     def __init__(self, channels: int, classes: int, *, agnostic: bool) -> None:
         super().__init__()
@@ -74,39 +68,22 @@ class CascadeHeads(RoIHeads):
     where there is none of its likeliest. The score of a box is the mean of the three stages' probabilities, its
     place that of the last. The mask head is trained on the boxes of the first stage.
 
-    Args:
-        pool: of the box heads.
-        make_head: makes a box head.
-        make_predictor: makes what comes after it.
-        samples: boxes of an image that a stage is trained on.
-        score_threshold: less likely detections are left out.
-        nms_threshold: IoU above which the less likely of two boxes of a class is left out.
-        detections: most that are kept of an image.
-        mask_pool: of the mask head.
-        mask_head: before the mask predictor.
-        mask_predictor: gives one mask per class.
-
     Source: Cai and Vasconcelos, arXiv 1712.00726 (weights of the losses: as in mmdetection; masks: one head
     instead of one per stage, as in detectron2).
     """
 
     def __init__(
         self,
-        *,
         pool: MultiScaleRoIAlign,
         make_head: Callable[[], nn.Module],
         make_predictor: Callable[[], nn.Module],
+        *,
         samples: int,
-        score_threshold: float,
-        nms_threshold: float,
         detections: int,
-        mask_pool: MultiScaleRoIAlign,
-        mask_head: nn.Module,
-        mask_predictor: nn.Module,
+        masks: tuple[MultiScaleRoIAlign, nn.Module, nn.Module],
     ) -> None:
         super().__init__(
-            pool, None, None, IOUS[0], IOUS[0], samples, 0.25, CODER_WEIGHTS[0],
-            score_threshold, nms_threshold, detections, mask_pool, mask_head, mask_predictor,
+            pool, None, None, IOUS[0], IOUS[0], samples, 0.25, CODER_WEIGHTS[0], 0.05, 0.5, detections, *masks
         )  # fmt: skip
         self.heads = nn.ModuleList([make_head() for _ in IOUS])
         self.predictors = nn.ModuleList([make_predictor() for _ in IOUS])

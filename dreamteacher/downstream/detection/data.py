@@ -96,11 +96,7 @@ class InstanceSet:
         return len(self.images)
 
     def image(self, index: int) -> Tensor:
-        """uint8 3 x H x W.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """uint8 3 x H x W; a UserError where the file is damaged."""
         image = self.images[index]
         if isinstance(image, Tensor):
             return image
@@ -112,13 +108,8 @@ class InstanceSet:
     def take(self, index: Tensor) -> InstanceSet:
         """Some of them (int64 K), in this order."""
         chosen = index.tolist()
-        return replace(
-            self,
-            images=[self.images[i] for i in chosen],
-            sizes=[self.sizes[i] for i in chosen],
-            counts=[self.counts[i] for i in chosen],
-            truth=lambda i: self.truth(chosen[i]),
-        )
+        lists = {name: [getattr(self, name)[i] for i in chosen] for name in ("images", "sizes", "counts")}
+        return replace(self, **lists, truth=lambda i: self.truth(chosen[i]))
 
     def shown(self) -> InstanceSet:
         """The images that show an object; nothing is learned from a batch without any."""
@@ -126,11 +117,7 @@ class InstanceSet:
 
 
 def checked(data: Split[InstanceSet]) -> Split[InstanceSet]:
-    """The same, if both parts have the same classes and show objects.
-
-    Raises:
-        UserError: they do not.
-    """
+    """The same; a UserError where the parts have different classes, or one shows no object."""
     if data.pool.classes != data.test.classes:
         differ = sorted(set(data.pool.classes) ^ set(data.test.classes)) or ["their order"]
         raise UserError(
@@ -144,9 +131,6 @@ def checked(data: Split[InstanceSet]) -> Split[InstanceSet]:
                 "Give images with instances: without them there is nothing to learn or to score.",
             )
     return data
-
-
-# --- files --------------------------------------------------------------------------------------------------
 
 
 def load_instances(images: Path, instances: Path) -> InstanceSet:
@@ -204,11 +188,11 @@ def _of_layout(files: InstanceFiles) -> InstanceSet:
             raise UserError(f"'{error.path}' cannot be read: {error.reason}.", "Replace it.") from None
         return CocoImage(id=i, path=files.images[i], size=size, annotations=files.read(i))
 
-    def count(i: int) -> tuple[Size, int]:
+    def counted(i: int) -> tuple[Size, int]:
         found = image(i)
-        return found.size, sum(not a.crowd for a in found.annotations)
+        return found.size, _count(found)
 
-    found = in_threads(count, range(len(files.images)), 2, "reading instances")
+    found = in_threads(counted, range(len(files.images)), 2, "reading instances")
     return InstanceSet(
         images=files.images,
         sizes=[size for size, _ in found],
@@ -223,10 +207,14 @@ def _load_coco(images: Path, path: Path) -> InstanceSet:
     return InstanceSet(
         images=[image.path for image in everything.images],
         sizes=[image.size for image in everything.images],
-        counts=[sum(not a.crowd for a in image.annotations) for image in everything.images],
+        counts=[_count(image) for image in everything.images],
         truth=lambda index: instances_of_coco(everything.images[index]),
         classes=everything.names,
     )
+
+
+def _count(image: CocoImage) -> int:
+    return sum(not a.crowd for a in image.annotations)
 
 
 def _load_folder(images: Path, folder: Path) -> InstanceSet:
@@ -247,19 +235,17 @@ def _load_folder(images: Path, folder: Path) -> InstanceSet:
             return f"{error.path} ({error.reason})"
 
     found = in_threads(load, pairs, 2, "reading instances")
-    wrong = [each for each in found if isinstance(each, str)]
-    if wrong:
+    if wrong := [each for each in found if isinstance(each, str)]:
         raise UserError(
             f"{len(wrong)} of {len(pairs)} instance PNGs in '{folder}' cannot be used: {shorten(wrong)}.",
             "Save the number of each pixel's object as grey PNG, 8 or 16 bits, at the size of the image.",
         )
     good = [each for each in found if not isinstance(each, str)]
-    objects = [instances for _, instances in good]
     return InstanceSet(
         images=[image for image, _ in pairs],
         sizes=[size for size, _ in good],
-        counts=[len(each.masks) for each in objects],
-        truth=objects.__getitem__,
+        counts=[len(objects.masks) for _, objects in good],
+        truth=lambda index: good[index][1],
         classes=("object",),
     )
 
@@ -320,9 +306,6 @@ def instances_of_coco(image: CocoImage) -> Instances:
     )
 
 
-# --- training -----------------------------------------------------------------------------------------------
-
-
 class Example(NamedTuple):
     """An image (float32 3 x H x W in [0, 1]) and its objects as torchvision's detectors take them."""
 
@@ -355,13 +338,7 @@ def scaled_image(image: Tensor, size: Size) -> Tensor:
 
 
 def example(data: InstanceSet, draw: Draw, longest: int) -> Example:
-    """One image of a set as it is trained on; crowds are left out.
-
-    Args:
-        data: the set.
-        draw: see `Draw`.
-        longest: bound on the longer side.
-    """
+    """One image of a set as it is trained on, its longer side bound by `longest`; crowds are left out."""
     image, truth, have = data.image(draw.image), data.truth(draw.image), data.sizes[draw.image]
     size = scaled_size(have, draw.short, longest)
     keep = [i for i in range(len(truth.masks)) if not (truth.crowd and truth.crowd[i])]
@@ -379,34 +356,23 @@ def scaled_masks(masks: Sequence[Mask], have: Size, size: Size) -> Tensor:
     """Masks of a picture of size `have` in the scaled picture: uint8 K x H x W, nearest neighbour."""
     result = torch.zeros(len(masks), *size, dtype=torch.uint8)
     ys, xs = (nearest(old, new) for old, new in zip(have, size, strict=True))
-    for mask, (top, left, pixels) in zip(result, masks, strict=True):
-        height, width = pixels.shape
+    for whole, (top, left, pixels) in zip(result, masks, strict=True):
         rows, columns = (
-            ((ys >= top) & (ys < top + height)).nonzero(),
-            ((xs >= left) & (xs < left + width)).nonzero(),
+            slice(*torch.searchsorted(places, torch.tensor([first, first + length])).tolist())
+            for places, first, length in zip((ys, xs), (top, left), pixels.shape, strict=True)
         )
-        if len(rows) and len(columns):
-            rows, columns = rows[:, 0], columns[:, 0]
-            part = pixels[(ys[rows] - top)[:, None], xs[columns] - left]
-            mask[int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1] = part
+        whole[rows, columns] = pixels[(ys[rows] - top)[:, None], xs[columns] - left]
     return result
 
 
 def example_batches(
-    data: InstanceSet, draws: Sequence[Sequence[Draw]], longest: int, workers: int
+    make: Callable[[Draw], Example], draws: Sequence[Sequence[Draw]], workers: int
 ) -> Iterator[list[Example]]:
-    """The batches of these draws, in order; the next ones are decoded in threads meanwhile.
-
-    Args:
-        data: the set.
-        draws: per batch, per example.
-        longest: bound on the longer side of an image.
-        workers: threads; change speed only.
-    """
+    """The batches of these draws, in order; the next ones are made in threads meanwhile, which change speed only."""
     waiting: deque[list[Future[Example]]] = deque()
     with helpers(workers) as pool:
         for batch in draws:
-            waiting.append([pool.submit(example, data, draw, longest) for draw in batch])
+            waiting.append([pool.submit(make, draw) for draw in batch])
             if len(waiting) > _AHEAD:
                 yield [future.result() for future in waiting.popleft()]
         while waiting:

@@ -138,18 +138,10 @@ def build_detector(
     masks = roi_pool(specs, 14), mask_head, MaskRCNNPredictor(width, width, classes + 1)
     heads: RoIHeads
     if cascade:
+        make_predictor = partial(BoxPredictor, config.fc, classes + 1, agnostic=config.agnostic)
         heads = CascadeHeads(
-            pool=roi_pool(specs, 7),
-            make_head=box_head,
-            make_predictor=partial(BoxPredictor, config.fc, classes + 1, agnostic=config.agnostic),
-            samples=config.rois,
-            score_threshold=0.05,
-            nms_threshold=0.5,
-            detections=config.detections,
-            mask_pool=masks[0],
-            mask_head=masks[1],
-            mask_predictor=masks[2],
-        )
+            roi_pool(specs, 7), box_head, make_predictor, samples=config.rois, detections=config.detections, masks=masks
+        )  # fmt: skip
     else:
         predictor = BoxPredictor(config.fc, classes + 1, agnostic=False)
         heads = RoIHeads(

@@ -26,6 +26,7 @@ from dreamteacher.downstream.detection.data import (
     Instances,
     InstanceSet,
     cut_mask,
+    example,
     example_batches,
     load_detection,
     scaled_image,
@@ -34,14 +35,13 @@ from dreamteacher.downstream.detection.data import (
 from dreamteacher.downstream.detection.model import build_detector
 from dreamteacher.downstream.detection.scores import check_scores, scores_of
 from dreamteacher.downstream.features import device_of, frozen
-from dreamteacher.downstream.loop import Saved, run_steps
+from dreamteacher.downstream.loop import UNKEPT, LongRun, run_steps
 from dreamteacher.downstream.task import Bench, Budgets, Group, Task, always
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.distributed.device import seeded
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.optim import layer_decay_groups, lr_at, parameter_groups
-from dreamteacher.runtime.settings import Precision
 
 if TYPE_CHECKING:
     from dreamteacher.downstream.config import EvaluateConfig
@@ -51,12 +51,13 @@ _CALIBRATION = 200
 _NEEDS = "The detection tasks need instances.", "Give both --images and --instances."
 
 
-def build_groups(model: GeneralizedRCNN, config: DetectConfig) -> list[dict[str, Any]]:
-    """Parameter groups with `factor`: the backbone's by depth, then everything else."""
+def build_groups(model: GeneralizedRCNN, config: DetectConfig, *others: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups with `factor`: the backbone's by depth, then everything else of the detector, then `others`."""
     student = model.backbone.student
     head = nn.ModuleList([model.backbone.simple, model.backbone.fpn, model.rpn, model.roi_heads])
     groups: list[dict[str, Any]] = layer_decay_groups(student.model, config.weight_decay, config.layer_decay)
-    groups += [{**group, "factor": 1.0} for group in parameter_groups([head], config.weight_decay)]
+    for part in (head, *others):
+        groups += [{**group, "factor": 1.0} for group in parameter_groups([part], config.weight_decay)]
     return [group for group in groups if group["params"]]
 
 
@@ -67,67 +68,6 @@ def rate_at(step: int, config: DetectConfig) -> float:
         return lr_at(step, total=config.steps, warmup=warmup, peak=config.lr)
     passed = sum(step >= round(m * config.steps) for m in config.milestones)
     return config.lr * min(1.0, (step + 1) / warmup) * config.cut**passed
-
-
-def train_detector(
-    student: Student,
-    data: InstanceSet,
-    config: DetectConfig,
-    *,
-    cascade: bool,
-    seed: int,
-    precision: Precision = "auto",
-    log: Callable[[int, dict[str, float]], None] | None = None,
-    saved: Saved | None = None,
-) -> GeneralizedRCNN:
-    """A detector in evaluation mode. On a CPU the seed decides every bit; on a GPU RoIAlign adds in any order.
-
-    Args:
-        student: left as it is; a fine-tuned copy of it is part of the result.
-        data: images to train on; those that show no object are left out.
-        config: see `DetectConfig`.
-        cascade: Cascade Mask R-CNN instead of Mask R-CNN.
-        seed: of the heads, the batches, scales, mirroring, and of what torchvision draws (anchors, proposals).
-        precision: of the matrix products of the backbone and the FPN.
-        log: called with (step, losses by name) before each update.
-        saved: where the training is kept; None: it is not.
-
-    Raises:
-        UserError: for settings out of their range.
-    """
-    check_detect(config)
-    device = device_of(student)
-    data = data.shown()
-    generator = step_generator(seed, 0, "detect")
-    with seeded(seed, device):
-        backbone = copy.deepcopy(student)
-        model = build_detector(
-            backbone, config, classes=len(data.classes), cascade=cascade, precision=precision
-        )
-        model.to(device).train()
-        if config.backbone_norm == "frozen":
-            freeze_norms(backbone)
-        optimizer = make_optimizer(build_groups(model, config), config)
-        draws = training_draws(len(data), config, generator)[saved.step if saved else 0 :]
-        batches = example_batches(data, draws, config.longest_side, config.workers)
-
-        def losses_at(step: int) -> list[Tensor]:
-            losses: dict[str, Tensor] = model(*_on(next(batches), device))
-            if log is not None:
-                log(step, {name: float(loss.detach()) for name, loss in losses.items()})
-            return [torch.stack(list(losses.values())).sum()]
-
-        run_steps(
-            [model], optimizer, losses_at, lambda step: rate_at(step, config),
-            steps=config.steps, saved=saved, title="training",
-        )  # fmt: skip
-
-        def show(draws: Sequence[list[Draw]]) -> None:
-            for batch in example_batches(data, draws, config.longest_side, config.workers):
-                model(*_on(batch, device))
-
-        calibrate(model, config, len(data), show)
-    return model.eval()
 
 
 def training_draws(count: int, config: DetectConfig, generator: torch.Generator) -> list[list[Draw]]:
@@ -145,68 +85,117 @@ def training_draws(count: int, config: DetectConfig, generator: torch.Generator)
     ]
 
 
+def fit(
+    detector: GeneralizedRCNN,
+    *others: nn.Module,
+    loss_of: Callable[[list[Tensor], list[dict[str, Tensor]]], Tensor],
+    make: Callable[[Draw], Example],
+    draws: Sequence[list[Draw]],
+    count: int,
+    config: DetectConfig,
+    run: LongRun,
+) -> None:
+    """Trains a detector on examples; then BatchNorm's statistics are set on images of the test's scale.
+
+    Args:
+        detector: on the device, as are `others`, which are trained with it.
+        loss_of: images and targets on that device -> the loss.
+        make: how an example is made of its draw.
+        draws: see `training_draws`.
+        count: number of training images.
+        config: see `DetectConfig`.
+        run: see `LongRun`.
+    """
+    student, device = detector.backbone.student, device_of(detector)
+    is_frozen = config.backbone_norm == "frozen"
+    trained = nn.ModuleList([detector, *others]).train() if others else detector.train()
+    for norm in student.modules() if is_frozen else ():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):  # keeps its statistics, weight and bias
+            norm.eval().requires_grad_(False)
+    groups = build_groups(detector, config, *others)
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
+
+    def losses(draws: Sequence[list[Draw]]) -> Iterator[Tensor]:
+        for batch in example_batches(make, draws, config.workers):
+            yield loss_of(*_on(batch, device))
+
+    stream = losses(draws[run.first :])
+    run_steps(
+        [trained], optimizer, lambda _step: [next(stream)], lambda step: rate_at(step, config),
+        steps=config.steps, saved=run.saved, title="training",
+    )  # fmt: skip
+
+    size = min(config.batch_size, count)
+    plain = [Draw(i, config.test_side, False) for i in range(count - count % size)]
+
+    def calibrate() -> None:
+        for part in (detector, detector.rpn, detector.roi_heads):  # it is what makes them sample boxes
+            part.training = True
+        for _ in losses([plain[i : i + size] for i in range(0, len(plain), size)][:_CALIBRATION]):
+            pass
+
+    parts = [detector.rpn, detector.roi_heads, detector.backbone.fpn, *(() if is_frozen else (student,))]
+    recalibrate(nn.ModuleList(parts), calibrate)
+
+
 def _on(batch: Sequence[Example], device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     images = [each.image.to(device) for each in batch]
     return images, [{name: part.to(device) for name, part in each.target.items()} for each in batch]
 
 
-def make_optimizer(groups: list[dict[str, Any]], config: DetectConfig) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum 0.9, on groups from `build_groups`."""
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
-
-
-def freeze_norms(module: nn.Module) -> None:
-    """Every BatchNorm keeps its statistics, weight and bias."""
-    for norm in module.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            norm.eval().requires_grad_(False)
-
-
-def calibrate(
-    model: GeneralizedRCNN, config: DetectConfig, count: int, show: Callable[[Sequence[list[Draw]]], None]
-) -> None:
-    """BatchNorm's statistics from the training images at the test's scale, on sampled boxes as in training.
+def train_detector(
+    student: Student, data: InstanceSet, config: DetectConfig, *, cascade: bool, run: LongRun = UNKEPT
+) -> GeneralizedRCNN:
+    """A detector in evaluation mode. On a CPU the seed decides every bit; on a GPU RoIAlign adds in any order.
 
     Args:
-        model: in training mode; in evaluation mode afterwards.
-        config: batch size, test side, and whether the backbone's norms are frozen.
-        count: number of training images.
-        show: computes the losses of batches of these draws.
+        student: left as it is; a fine-tuned copy of it is part of the result.
+        data: images to train on; those that show no object are left out.
+        config: see `DetectConfig`.
+        cascade: Cascade Mask R-CNN instead of Mask R-CNN.
+        run: its seed is that of the heads, the batches, scales, mirroring, and of what torchvision draws (anchors,
+            proposals); its precision that of the matrix products of the backbone and the FPN.
+
+    Raises:
+        UserError: for settings out of their range.
     """
-    size = min(config.batch_size, count)
-    draws = [Draw(i, config.test_side, False) for i in range(count - count % size)]
-    batches = [draws[i : i + size] for i in range(0, len(draws), size)][:_CALIBRATION]
-    trained = [model.rpn, model.roi_heads, model.backbone.fpn]
-    trained += [] if config.backbone_norm == "frozen" else [model.backbone.student]
-
-    def forward() -> None:
-        for part in (model, model.rpn, model.roi_heads):  # it is what makes them sample boxes
-            part.training = True
-        show(batches)
-
-    recalibrate(nn.ModuleList(trained), forward)
+    check_detect(config)
+    data = data.shown()
+    device, count = device_of(student), len(data)
+    draws = training_draws(count, config, step_generator(run.seed, 0, "detect"))
+    with seeded(run.seed, device):
+        model = build_detector(
+            copy.deepcopy(student),
+            config,
+            classes=len(data.classes),
+            cascade=cascade,
+            precision=run.precision,
+        ).to(device)
+        fit(
+            model, loss_of=lambda *batch: torch.stack(list(model(*batch).values())).sum(),
+            make=lambda draw: example(data, draw, config.longest_side), draws=draws, count=count, config=config, run=run,
+        )  # fmt: skip
+    return model.eval()
 
 
 def predict(model: GeneralizedRCNN, data: InstanceSet, config: DetectConfig) -> Iterator[Instances]:
-    """What the detector finds in each image, at the image's own size.
-
-    Args:
-        model: left as it is.
-        data: its truth is not looked at.
-        config: test side, longest side.
-    """
+    """What the detector finds in each image, at the image's own size; the truth is not looked at."""
     device = device_of(model)
     for index in range(len(data)):
         size = data.sizes[index]
         scaled = scaled_size(size, config.test_side, config.longest_side)
         with frozen(model):
             (found,) = model([scaled_image(data.image(index), scaled).to(device)])
-        yield _at_size({name: part.cpu() for name, part in found.items()}, scaled, size)
+        yield at_size(found, scaled, size)
 
 
-def _at_size(found: dict[str, Tensor], scaled: Size, size: Size) -> Instances:
+def at_size(found: dict[str, Tensor], scaled: Size, size: Size) -> Instances:
+    """torchvision's detections in a scaled image, in the image as it was."""
+    found = {name: part.cpu() for name, part in found.items()}
     boxes = found["boxes"] * torch.tensor([size[1] / scaled[1], size[0] / scaled[0]]).repeat(2)
     masks = [  # one by one: a hundred masks of a large picture would fill the memory
         cut_mask(paste_masks_in_image(mask[None], box[None], size)[0, 0] >= 0.5)
@@ -222,9 +211,7 @@ def detect(
     *,
     images: int | None,
     cascade: bool,
-    seed: int,
-    precision: Precision = "auto",
-    saved: Saved | None = None,
+    run: LongRun = UNKEPT,
 ) -> Iterator[Metric]:
     """COCO's AP, AP50 and AP75 of boxes and masks on the test images, after training on some of the pool.
 
@@ -234,26 +221,18 @@ def detect(
         config: see `DetectConfig`.
         images: images with objects to train on, drawn from the pool; none: all of them.
         cascade: Cascade Mask R-CNN instead of Mask R-CNN.
-        seed: of the draw and of the training.
-        precision: of the matrix products of the backbone and the FPN.
-        saved: where the training is kept; None: it is not.
+        run: see `train_detector`.
 
     Raises:
         UserError: faster-coco-eval is missing, or there are too few images.
     """
     check_scores()
     pool, test = data.pool.shown(), data.test
-    drawn = draw_images(len(pool), len(pool) if images is None else images, seed)
-    model = train_detector(
-        student, pool.take(drawn), config, cascade=cascade, seed=seed, precision=precision, saved=saved
-    )
+    drawn = draw_images(len(pool), len(pool) if images is None else images, run.seed)
+    model = train_detector(student, pool.take(drawn), config, cascade=cascade, run=run)
     found = list(predict(model, test, config))
     truth = [test.truth(i) for i in range(len(test))]
     yield from scores_of(truth, found, test.sizes, classes=len(test.classes), most=config.detections)
-
-
-def _given(config: EvaluateConfig) -> bool:
-    return config.instances is not None
 
 
 def _check_places(config: EvaluateConfig, _budgets: Budgets) -> None:
@@ -280,17 +259,8 @@ def _check(config: EvaluateConfig) -> None:
 
 
 def _run(bench: Bench, images: int | None, seed: int, *, cascade: bool) -> Iterator[Metric]:
-    config, saved = bench.config, bench.saved
-    return detect(
-        bench.student,
-        bench.data,
-        config.detect,
-        images=images,
-        cascade=cascade,
-        seed=seed,
-        precision=config.precision,
-        saved=saved,
-    )
+    config, run = bench.config.detect, bench.long_run(seed)
+    return detect(bench.student, bench.data, config, images=images, cascade=cascade, run=run)
 
 
 INSTANCES = Group(
@@ -298,7 +268,7 @@ INSTANCES = Group(
     needs=_NEEDS,
     headline="mask_ap",
     places=("images", "instances", "test_images", "test_instances"),
-    given=_given,
+    given=lambda config: config.instances is not None,
     check=_check_places,
     load=_load,
 )

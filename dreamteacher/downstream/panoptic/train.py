@@ -5,6 +5,7 @@ Source: Kirillov et al., Panoptic Feature Pyramid Networks, arXiv 1901.02446.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import sys
@@ -14,44 +15,33 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.image_list import ImageList
 from tqdm import tqdm
 
 from dreamteacher.data.draws import check_draw, draw_images
 from dreamteacher.data.images import BadImageError, Size
 from dreamteacher.data.layouts.table import Part, check, layout_of, panoptic_files
-from dreamteacher.data.loader import load_ahead
 from dreamteacher.data.panoptic_set import PanopticSet, of_layout, read_panoptic
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.data.split import Split, halved
-from dreamteacher.downstream.detection.config import DetectConfig, check_detect
+from dreamteacher.downstream.detection.config import check_detect
 from dreamteacher.downstream.detection.data import Draw, Example, instances_of_ids, scaled_image, scaled_size
 from dreamteacher.downstream.detection.model import build_detector
-from dreamteacher.downstream.detection.train import (
-    build_groups,
-    calibrate,
-    freeze_norms,
-    make_optimizer,
-    rate_at,
-    training_draws,
-)
+from dreamteacher.downstream.detection.train import at_size, fit, training_draws
 from dreamteacher.downstream.features import device_of, frozen
-from dreamteacher.downstream.loop import Saved, run_steps
+from dreamteacher.downstream.loop import UNKEPT, LongRun
 from dreamteacher.downstream.panoptic.config import PanopticConfig
-from dreamteacher.downstream.panoptic.merge import merge
 from dreamteacher.downstream.segmentation.crops import scaled_mask
 from dreamteacher.downstream.segmentation.few_masks import pixel_loss
 from dreamteacher.downstream.segmentation.semantic import classes_at
-from dreamteacher.downstream.task import Bench, Budgets, Group, Task
+from dreamteacher.downstream.task import Budgets, Group, Task
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.metrics import VOID, Segments, panoptic_counts, panoptic_quality
 from dreamteacher.models.regressor import resize
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.distributed.device import seeded
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.runtime.optim import parameter_groups
 from dreamteacher.runtime.settings import Precision
 from dreamteacher.spec import FeatureSpec
 
@@ -63,11 +53,7 @@ _NEEDS = "panoptic needs segments.", "Give --images, --masks and --segments."
 
 
 def checked(data: Split[PanopticSet]) -> Split[PanopticSet]:
-    """The same, if both parts have the same classes, of both kinds, and the pool shows a thing.
-
-    Raises:
-        UserError: they do not.
-    """
+    """The same; a UserError unless both parts have the same classes, of both kinds, and the pool shows a thing."""
     if (data.pool.names, data.pool.things) != (data.test.names, data.test.things):
         raise UserError(
             "The categories of the training and the test segments differ.",
@@ -91,7 +77,7 @@ def load_panoptic(
     *,
     workers: int = 2,
 ) -> Split[PanopticSet]:
-    """Both parts from their files; see `dreamteacher.data.panoptic_set.read_panoptic`.
+    """Both parts from their files; see `dreamteacher.data.panoptic_set.read_panoptic`, also for its UserErrors.
 
     Args:
         images: folder of the training images; or LAYOUT:ROOT (coco, cityscapes, bdd100k), with both its parts.
@@ -101,9 +87,6 @@ def load_panoptic(
         test_masks: none: they are in `masks`.
         test_segments: JSON file of the test; none: half of the images is set aside.
         workers: threads.
-
-    Raises:
-        UserError: for anything wrong with the files.
     """
     if layout_of(images) is not None:
         parts: tuple[Part, Part] = "train", "val"
@@ -118,9 +101,6 @@ def load_panoptic(
         test = read_panoptic(test_segments, *places, whole=True, workers=workers)
         return checked(Split(pool=pool, test=test))
     return checked(halved(pool))
-
-
-# --- model ----------------------------------------------------------------------------------------------------
 
 
 class SemanticBranch(nn.Module):
@@ -184,22 +164,22 @@ class PanopticFPN(nn.Module):
         strides = [spec.stride for spec in self.specs]
         self.branch = SemanticBranch(strides, config.detect.width, 1 + len(self.stuff), config.width)
 
-    def losses(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Those of Mask R-CNN by torchvision's names, and "loss_semantic"; targets have a map "semantic"."""
-        device = device_of(self)
-        images = [e.image.to(device) for e in examples]
-        targets = [{name: part.to(device) for name, part in e.target.items()} for e in examples]
+    def _logits(self, batch: ImageList, maps: dict[str, Tensor]) -> Tensor:
+        size = batch.tensors.shape[-2], batch.tensors.shape[-1]
+        return self.branch([maps[spec.name] for spec in self.specs], size)
+
+    def losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The sum of those of Mask R-CNN, and that of the branch; targets have a map "semantic"."""
         batch, _ = self.detector.transform(images, targets)
         maps = self.detector.backbone(batch.tensors)
         proposals, found = self.detector.rpn(batch, maps, targets)
         _, more = self.detector.roi_heads(maps, proposals, batch.image_sizes, targets)
-        size = (batch.tensors.shape[-2], batch.tensors.shape[-1])
-        logits = self.branch([maps[spec.name] for spec in self.specs], size)
-        truth = torch.full((len(targets), *size), _IGNORED, device=device)
+        logits = self._logits(batch, maps)
+        truth = torch.full((len(targets), *logits.shape[-2:]), _IGNORED, device=logits.device)
         for whole, target in zip(truth, targets, strict=True):
             part = target["semantic"]
             whole[: part.shape[0], : part.shape[1]] = part
-        return {**found, **more, "loss_semantic": pixel_loss(logits, truth, _IGNORED)}
+        return torch.stack([*found.values(), *more.values()]).sum(), pixel_loss(logits, truth, _IGNORED)
 
     def forward(self, image: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """float32 3 x H x W in [0, 1] -> torchvision's detections, and logits 1 x classes x H x W."""
@@ -207,24 +187,13 @@ class PanopticFPN(nn.Module):
         maps = self.detector.backbone(batch.tensors)
         proposals, _ = self.detector.rpn(batch, maps)
         (found,), _ = self.detector.roi_heads(maps, proposals, batch.image_sizes)
-        size = (batch.tensors.shape[-2], batch.tensors.shape[-1])
-        logits = self.branch([maps[spec.name] for spec in self.specs], size)
-        return found, logits[..., : image.shape[-2], : image.shape[-1]]
-
-
-# --- training -------------------------------------------------------------------------------------------------
+        return found, self._logits(batch, maps)[..., : image.shape[-2], : image.shape[-1]]
 
 
 def panoptic_example(data: PanopticSet, draw: Draw, longest: int) -> Example:
     """One image as it is trained on: boxes, labels and masks of its things, and the map "semantic" of its stuff.
 
-    Args:
-        data: the set.
-        draw: which image, how large, whether mirrored.
-        longest: bound on the longer side.
-
-    Raises:
-        BadImageError: a file cannot be read.
+    A BadImageError where a file cannot be read; `longest` bounds the longer side.
     """
     image, segments = data.read(draw.image)
     size = scaled_size((image.shape[1], image.shape[2]), draw.short, longest)
@@ -249,115 +218,106 @@ def panoptic_example(data: PanopticSet, draw: Draw, longest: int) -> Example:
     return Example(scaled, target)
 
 
-class _Examples(Dataset[list[Example]]):
-    """Item (draws of a batch) is that batch; what cannot be read gives way to the next image."""
-
-    def __init__(self, data: PanopticSet, longest: int) -> None:
-        self.data, self.longest = data, longest
-
-    def __getitem__(self, draws: list[Draw]) -> list[Example]:
-        made = []
-        for draw in draws:
-            for i in range(len(self.data)):
-                try:
-                    other = draw._replace(image=(draw.image + i) % len(self.data))
-                    made.append(panoptic_example(self.data, other, self.longest))
-                    break
-                except BadImageError:
-                    continue
-        return made if len(made) == len(draws) else []
-
-
-def _batches(data: PanopticSet, draws: Sequence[list[Draw]], config: DetectConfig) -> Iterator[list[Example]]:
-    for batch in load_ahead(_Examples(data, config.longest_side), draws, config.workers):
-        if not batch:
-            raise UserError(
-                "None of the images with segments can be read.", "Check that the disk is still there."
-            )
-        yield batch
-
-
 def train_panoptic(
-    student: Student,
-    data: PanopticSet,
-    config: PanopticConfig,
-    *,
-    seed: int,
-    precision: Precision = "auto",
-    saved: Saved | None = None,
+    student: Student, data: PanopticSet, config: PanopticConfig, *, run: LongRun = UNKEPT
 ) -> PanopticFPN:
     """A Panoptic FPN in evaluation mode, trained as `dreamteacher.downstream.detection.train` trains Mask R-CNN.
 
     Args:
         student: left as it is; a fine-tuned copy of it is part of the result.
-        data: images that show things (see `PanopticSet.shown`).
+        data: images that show things (see `PanopticSet.shown`); what cannot be read gives way to the next one.
         config: see `PanopticConfig`.
-        seed: of the heads, the batches, scales, mirroring, and of what torchvision draws.
-        precision: of the matrix products of the backbone and the FPN.
-        saved: where the training is kept; None: it is not.
+        run: see `train_detector`.
     """
-    device, detect = device_of(student), config.detect
-    draws = training_draws(len(data), detect, step_generator(seed, 0, "panoptic"))
-    with seeded(seed, device):
-        backbone = copy.deepcopy(student)
-        model = PanopticFPN(backbone, config, data.things, precision).to(device).train()
-        if detect.backbone_norm == "frozen":
-            freeze_norms(backbone)
-        groups = build_groups(model.detector, detect)
-        groups += [{**g, "factor": 1.0} for g in parameter_groups([model.branch], detect.weight_decay)]
-        optimizer = make_optimizer(groups, detect)
-        batches = _batches(data, draws[saved.step if saved else 0 :], detect)
+    device, detect, count = device_of(student), config.detect, len(data)
 
-        def losses_at(step: int) -> list[Tensor]:
-            losses = model.losses(next(batches))
-            stuff = losses.pop("loss_semantic")
-            total = torch.stack(list(losses.values())).sum()
-            return [config.instance_weight * total + config.semantic_weight * stuff]
+    def make(draw: Draw) -> Example:
+        for i in range(count):
+            with contextlib.suppress(BadImageError):
+                return panoptic_example(
+                    data, draw._replace(image=(draw.image + i) % count), detect.longest_side
+                )
+        raise UserError(
+            "None of the images with segments can be read.", "Check that the disk is still there."
+        )
 
-        run_steps(
-            [model], optimizer, losses_at, lambda step: rate_at(step, detect),
-            steps=detect.steps, saved=saved, title="training",
+    with seeded(run.seed, device):
+        model = PanopticFPN(copy.deepcopy(student), config, data.things, run.precision).to(device)
+
+        def loss_of(images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
+            things, stuff = model.losses(images, targets)
+            return config.instance_weight * things + config.semantic_weight * stuff
+
+        draws = training_draws(count, detect, step_generator(run.seed, 0, "panoptic"))
+        fit(
+            model.detector, model.branch, loss_of=loss_of, make=make, draws=draws, count=count, config=detect, run=run
         )  # fmt: skip
-
-        def show(draws: Sequence[list[Draw]]) -> None:
-            for batch in _batches(data, draws, detect):
-                model.losses(batch)
-
-        calibrate(model.detector, detect, len(data), show)
     return model.eval()
 
 
-# --- test -----------------------------------------------------------------------------------------------------
+def merge(
+    masks: Tensor,
+    classes: Tensor,
+    scores: Tensor,
+    stuff: Tensor,
+    *,
+    score: float = 0.5,
+    overlap: float = 0.5,
+    stuff_area: int = 4096,
+) -> Segments:
+    """Instances by falling score, each on what is left free; then stuff on the rest: no pixel has two segments.
+
+    Args:
+        masks: bool K x H x W, of instances.
+        classes: int64 K, their class ids.
+        scores: float K.
+        stuff: int64 H x W, each pixel's class id of stuff, or -1 where there is none.
+        score: instances below it are left out.
+        overlap: an instance is left out when more than this share of it is taken already.
+        stuff_area: a class of stuff is left out when fewer pixels of it are free.
+
+    Returns:
+        Segments numbered from 1, instances first; what nobody takes is void.
+
+    Source: Kirillov et al., arXiv 1801.00868, sec. 6 (0.5, 0.5), and its public code (64 x 64 pixels of stuff).
+    """
+    ids = torch.full(stuff.shape, VOID, dtype=torch.int64)
+    found: dict[int, int] = {}
+    for i in scores.argsort(descending=True, stable=True).tolist():
+        area = int(masks[i].sum())
+        if float(scores[i]) < score or not area:
+            continue
+        free = masks[i] & (ids == VOID)
+        left = int(free.sum())
+        if not left or area - left > overlap * area:
+            continue
+        found[len(found) + 1] = int(classes[i])
+        ids[free] = len(found)
+    for c in stuff[stuff >= 0].unique().tolist():
+        free = (stuff == c) & (ids == VOID)
+        if int(free.sum()) >= max(1, stuff_area):
+            found[len(found) + 1] = c
+            ids[free] = len(found)
+    return Segments(ids=ids, classes=found)
 
 
 def predict_segments(model: PanopticFPN, image: Tensor, config: PanopticConfig) -> Segments:
-    """The segments of one image, at its own size.
-
-    Args:
-        model: left as it is.
-        image: uint8 3 x H x W.
-        config: its test and longest side, and the three thresholds of the merging.
-    """
+    """The segments of one image (uint8 3 x H x W), at its own size."""
     size: Size = (image.shape[1], image.shape[2])
     scaled = scaled_size(size, config.detect.test_side, config.detect.longest_side)
     with frozen(model):
         found, logits = model(scaled_image(image, scaled).to(device_of(model)))
     keep = found["scores"] >= config.score
-    boxes = found["boxes"][keep].cpu() * torch.tensor([size[1] / scaled[1], size[0] / scaled[0]]).repeat(2)
-    small = found["masks"][keep].cpu()
-    masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
-    for i in range(len(boxes)):  # one by one: a hundred masks of a large picture would fill the memory
-        masks[i] = paste_masks_in_image(small[i : i + 1], boxes[i : i + 1], size)[0, 0] >= 0.5
+    things = at_size({name: part[keep] for name, part in found.items()}, scaled, size)
+    masks = torch.zeros(len(things.masks), *size, dtype=torch.bool)
+    for whole, mask in zip(masks, things.masks, strict=True):
+        whole[:] = mask.whole(size)
     table = torch.tensor([-1, *model.stuff])
+    assert things.scores is not None
     return merge(
-        masks,
-        torch.tensor(model.things)[found["labels"][keep].cpu() - 1],
-        found["scores"][keep].cpu(),
-        table[classes_at(logits, size)[0].cpu()],
-        score=config.score,
-        overlap=config.overlap,
-        stuff_area=config.stuff_area,
-    )
+        masks, torch.tensor(model.things)[things.labels - 1], things.scores, table[classes_at(logits, size)[0].cpu()],
+        score=config.score, overlap=config.overlap, stuff_area=config.stuff_area,
+    )  # fmt: skip
 
 
 def panoptic(
@@ -366,24 +326,15 @@ def panoptic(
     config: PanopticConfig,
     *,
     images: int | None = None,
-    seed: int = 0,
-    precision: Precision = "auto",
-    saved: Saved | None = None,
+    run: LongRun = UNKEPT,
 ) -> Iterator[Metric]:
     """PQ, SQ and RQ of all classes, of things and of stuff, after fine-tuning a Panoptic FPN.
 
-    Args:
-        student: left as it is.
-        data: images with segments; training images without a thing are left out.
-        config: see `PanopticConfig`.
-        images: images to train on, drawn by the seed; none: all.
-        seed: of the draw and of the training.
-        precision: of the matrix products of the backbone and the FPN.
-        saved: where the training is kept; None: it is not.
+    `images` that show things (none: all) are drawn from the pool by the run's seed; see also `train_panoptic`.
     """
     shown = data.pool.take(torch.tensor(data.pool.shown()))
-    drawn = draw_images(len(shown), images or len(shown), seed)
-    model = train_panoptic(student, shown.take(drawn), config, seed=seed, precision=precision, saved=saved)
+    drawn = draw_images(len(shown), images or len(shown), run.seed)
+    model = train_panoptic(student, shown.take(drawn), config, run=run)
     counts = torch.zeros(len(data.test.names), 4, dtype=torch.float64)
     for i in tqdm(range(len(data.test)), desc="testing", disable=not sys.stderr.isatty()):
         try:
@@ -395,10 +346,6 @@ def panoptic(
             ) from None
         counts += panoptic_counts(predict_segments(model, image, config), truth, len(data.test.names))
     yield from panoptic_quality(counts, data.test.things).items()
-
-
-def _given(config: EvaluateConfig) -> bool:
-    return config.segments is not None
 
 
 def _check_places(config: EvaluateConfig, _budgets: Budgets) -> None:
@@ -417,23 +364,12 @@ def _load(config: EvaluateConfig, budgets: Budgets) -> Split[PanopticSet]:
     return data
 
 
-def _check(config: EvaluateConfig) -> None:
-    check_detect(config.panoptic.detect)
-
-
-def _run(bench: Bench, images: int | None, seed: int) -> Iterator[Metric]:
-    precision, saved = bench.config.precision, bench.saved
-    return panoptic(
-        bench.student, bench.data, bench.settings, images=images, seed=seed, precision=precision, saved=saved
-    )
-
-
 SEGMENTS = Group(
     name="panoptic",
     needs=_NEEDS,
     headline="pq",
     places=("images", "masks", "test_images", "test_masks", "segments", "test_segments"),
-    given=_given,
+    given=lambda config: config.segments is not None,
     check=_check_places,
     load=_load,
 )
@@ -446,6 +382,8 @@ TASK = Task(
     config=PanopticConfig,
     budgets=lambda config: config.panoptic.detect.image_counts,
     long=True,
-    check=_check,
-    run=_run,
+    check=lambda config: check_detect(config.panoptic.detect),
+    run=lambda bench, images, seed: panoptic(
+        bench.student, bench.data, bench.settings, images=images, run=bench.long_run(seed)
+    ),
 )
