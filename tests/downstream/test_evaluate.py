@@ -27,11 +27,11 @@ from dreamteacher.downstream.classification.config import FinetuneConfig, Finetu
 from dreamteacher.downstream.classification.data import CLASSIFICATION
 from dreamteacher.downstream.classification.knn import knn
 from dreamteacher.downstream.config import EvaluateConfig
+from dreamteacher.downstream.distilled import run_files
 from dreamteacher.downstream.features import ClassificationData
 from dreamteacher.downstream.segmentation import few_masks
 from dreamteacher.downstream.segmentation.config import SegmentConfig
 from dreamteacher.downstream.segmentation.data import IN_MEMORY
-from dreamteacher.downstream.distilled import run_files
 from dreamteacher.downstream.segmentation.linear import segment_linear
 from dreamteacher.downstream.segmentation.segment import segment
 from dreamteacher.downstream.task import Bench, Task, find_task
@@ -123,8 +123,6 @@ def test_features_are_those_of_the_frozen_backbone(student: Student, data: Class
     with torch.no_grad():
         maps = copy(images.float() / 255)
     assert torch.allclose(found, maps[-1].mean((2, 3)), atol=1e-5)
-    everything = features.extract_features(student, images, precision="float32", levels="all")
-    assert torch.allclose(everything, torch.cat([m.mean((2, 3)) for m in maps], dim=1), atol=1e-5)
     half = features.extract_features(student, images, precision="bfloat16")
     assert half.dtype == torch.float32
     assert metrics.cosine(half, found) > 0.99

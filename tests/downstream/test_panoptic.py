@@ -23,14 +23,15 @@ from dreamteacher.downstream import evaluate
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.detection.config import DetectConfig
 from dreamteacher.downstream.detection.data import Draw
+from dreamteacher.downstream.loop import LongRun
 from dreamteacher.downstream.panoptic.config import PRESETS, PanopticConfig
-from dreamteacher.downstream.panoptic.merge import merge
 from dreamteacher.downstream.panoptic.train import (
     TASK,
     PanopticFPN,
     SemanticBranch,
     checked,
     load_panoptic,
+    merge,
     panoptic,
     panoptic_example,
     train_panoptic,
@@ -308,7 +309,7 @@ def test_crowds_are_no_examples(data: Split[PanopticSet]) -> None:
 def test_panoptic_solves_the_toy(student: Student, data: Split[PanopticSet]) -> None:
     detect = dataclasses.replace(TINY.detect, steps=60, batch_size=4)
     config = dataclasses.replace(TINY, detect=detect, semantic_weight=1.0)
-    found = dict(panoptic(student, data, config, precision="float32"))
+    found = dict(panoptic(student, data, config, run=LongRun(precision="float32")))
     assert found["pq_stuff"] > 0.8
     assert found["pq_things"] > 0.6
     assert found["pq"] == pytest.approx((2 * found["pq_stuff"] + found["pq_things"]) / 3)
@@ -321,7 +322,9 @@ def test_a_perfect_prediction_has_quality_one(data: Split[PanopticSet]) -> None:
 
 def test_training_is_reproducible(student: Student, data: Split[PanopticSet]) -> None:
     def weights(seed: int) -> Tensor:
-        model: PanopticFPN = train_panoptic(student, data.pool, TINY, seed=seed, precision="float32")
+        model: PanopticFPN = train_panoptic(
+            student, data.pool, TINY, run=LongRun(seed=seed, precision="float32")
+        )
         assert not any(part.training for part in model.modules())
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 

@@ -18,12 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from dreamteacher.cli.main import main
 from dreamteacher.data.layouts.table import instance_files
 from dreamteacher.distill.config import PretrainConfig, TrainInterpreterConfig
-from dreamteacher.downstream.evaluate import check_config
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.detection.config import PRESETS as DETECT
 from dreamteacher.downstream.detection.data import load_detection
 from dreamteacher.downstream.detection.model import build_detector
-from dreamteacher.downstream.evaluate import evaluate
+from dreamteacher.downstream.evaluate import check_config, evaluate
 from dreamteacher.downstream.presets import PRESETS, preset_config
 from dreamteacher.downstream.segmentation.few_masks import SegmentationHead
 from dreamteacher.downstream.segmentation.semantic import FCNHead

@@ -97,22 +97,17 @@ PRESETS: dict[str, DetectConfig] = {
 
 def check_detect(config: DetectConfig) -> None:
     """Raises UserError for settings that nothing can be trained with."""
-    check_training(config.steps, config.batch_size, config.lr)
+    check_training(config)
     least, greatest = config.short_side
-    if (
-        not 32 <= least <= greatest <= config.longest_side
-        or not 32 <= config.test_side <= config.longest_side
-    ):
+    if not 32 <= least <= greatest <= config.longest_side >= config.test_side >= 32:
         raise UserError(
             f"Sides of {least} to {greatest} (test {config.test_side}), at most {config.longest_side}.",
             "Give at least 32 pixels, in rising order.",
         )
-    if config.image_counts and (
-        min(config.image_counts) < 2 or len(set(config.image_counts)) < len(config.image_counts)
-    ):
+    counts = config.image_counts
+    if any(count < 2 for count in counts) or len(set(counts)) < len(counts):
         raise UserError(
-            f"image_counts is {config.image_counts}.",
-            "Give different numbers of at least 2, or none for all.",
+            f"image_counts is {counts}.", "Give different numbers of at least 2, or none for all."
         )
     for name in ("layer_decay", "cut"):
         if not 0 < getattr(config, name) <= 1:

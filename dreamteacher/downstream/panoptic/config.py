@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dreamteacher.downstream.classification.config import check_numbers
 from dreamteacher.downstream.detection.config import PRESETS as DETECT_PRESETS
 from dreamteacher.downstream.detection.config import DetectConfig
 from dreamteacher.runtime.errors import UserError
@@ -31,8 +32,7 @@ class PanopticConfig:
     def __post_init__(self) -> None:
         if self.width < 8 or self.width % 8:
             raise UserError(f"width is {self.width}.", "Give a multiple of 8.")
-        if min(self.instance_weight, self.semantic_weight, self.stuff_area) < 0:
-            raise UserError("A weight or stuff_area is below 0.", "Give 0 or more.")
+        check_numbers(self, least=("instance_weight", "semantic_weight", "stuff_area"))
         if not 0 <= self.score <= 1 or not 0 <= self.overlap <= 1:
             raise UserError(f"score {self.score}, overlap {self.overlap}.", "Give shares from 0 to 1.")
 

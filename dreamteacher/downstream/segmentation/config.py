@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from dreamteacher.downstream.classification.config import BackboneRate, FineTuning, Optimizer, check_training
+from dreamteacher.downstream.classification.config import (
+    BackboneRate,
+    FineTuning,
+    Optimizer,
+    check_numbers,
+    check_training,
+)
 from dreamteacher.runtime.errors import UserError
 
 
@@ -128,14 +134,10 @@ class SemanticConfig(BackboneRate, DenseTraining):
     """Share of a window that the next one sees too, [0, 1)."""
 
     def __post_init__(self) -> None:
-        check_training(self.steps, self.batch_size, self.lr)
-        for name in ("warmup", "overlap", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}.", "Give a share from 0 to below 1.")
-        if min(self.power, self.auxiliary, self.width - 1) < 0:
-            raise UserError(
-                "power, auxiliary or width is too small.", "Give 0 or more; a width of at least 1."
-            )
+        check_training(self)
+        check_numbers(
+            self, above=("width",), least=("power", "auxiliary"), shares=("warmup", "overlap", "dropout")
+        )
         if any(count < 2 for count in self.mask_counts) or len(set(self.mask_counts)) < len(self.mask_counts):
             raise UserError(f"mask_counts is {self.mask_counts}.", "Give different numbers, each at least 2.")
 

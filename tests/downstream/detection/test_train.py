@@ -20,6 +20,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from dreamteacher.data.split import Split, halved
 from dreamteacher.downstream.config import EvaluateConfig
+from dreamteacher.downstream.detection import train
 from dreamteacher.downstream.detection.cascade import CascadeHeads, box_losses
 from dreamteacher.downstream.detection.config import PRESETS, check_detect
 from dreamteacher.downstream.detection.data import (
@@ -38,12 +39,14 @@ from dreamteacher.downstream.detection.model import Batcher, build_detector, roi
 from dreamteacher.downstream.detection.scores import average_precision
 from dreamteacher.downstream.detection.train import build_groups, detect, predict, rate_at, train_detector
 from dreamteacher.downstream.evaluate import evaluate
+from dreamteacher.downstream.loop import LongRun
 from dreamteacher.downstream.tables import summary_table
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.optim import layer_decay_groups, layer_depths
 from dreamteacher.testing import check_task
 from tests.builders.pictures import cut, noise, refused
 from tests.builders.squares import TINY, draw_scene, save_coco, save_folder, scenes
+from tests.builders.students import noted_losses
 from tests.downstream.detection.test_scores import random_instances
 
 # pycocotools 2.0.11 decodes into an array that numpy 2 finds old-fashioned.
@@ -330,26 +333,22 @@ def test_a_later_stage_is_stricter(student):
 # --- training -----------------------------------------------------------------------------------------------
 
 LEARN = dataclasses.replace(TINY, steps=60)
+FLOAT32 = LongRun(precision="float32")
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["mask", "cascade"])
 def learnt(request, student):
     """A detector trained on two scenes, the losses on the way, and what it then finds there."""
-    losses: list[dict[str, float]] = []
     data = scenes(0, 1)
-    model = train_detector(
-        student, data, LEARN, cascade=request.param, seed=0, precision="float32",
-        log=lambda _, found: losses.append(found),
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        losses = noted_losses(patch, train)
+        model = train_detector(student, data, LEARN, cascade=request.param, run=FLOAT32)
     return model, losses, data, list(predict(model, data, LEARN))
 
 
 def test_the_loss_falls(learnt):
     _, losses, _, _ = learnt
-    total = [sum(each.values()) for each in losses]
-    assert sum(total[-5:]) < 0.6 * sum(total[:5])
-    for part in ("loss_mask", "loss_objectness"):
-        assert sum(each[part] for each in losses[-5:]) < 0.7 * sum(each[part] for each in losses[:5])
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
 def test_an_overfitted_scene_is_found(learnt):
@@ -376,15 +375,8 @@ def test_the_seed_decides_everything_and_nothing_else_is_touched(student, cascad
     config = dataclasses.replace(TINY, short_side=(64, 96))
 
     def weights(seed: int, workers: int) -> dict[str, Tensor]:
-        made = train_detector(
-            student,
-            data,
-            dataclasses.replace(config, workers=workers),
-            cascade=cascade,
-            seed=seed,
-            precision="float32",
-        )
-        return made.state_dict()
+        run, settings = dataclasses.replace(FLOAT32, seed=seed), dataclasses.replace(config, workers=workers)
+        return train_detector(student, data, settings, cascade=cascade, run=run).state_dict()
 
     state = torch.get_rng_state()
     first = weights(0, 1)
@@ -398,9 +390,9 @@ def test_the_seed_decides_everything_and_nothing_else_is_touched(student, cascad
 def test_detection_keeps_the_contract_of_tasks(student):
     data = Split(pool=scenes(0, 1, 2, 3), test=scenes(4, 5))
     for cascade in (False, True):
-        check_task(lambda s, c=cascade: detect(s, data, TINY, images=2, cascade=c, seed=0), student)
+        check_task(lambda s, c=cascade: detect(s, data, TINY, images=2, cascade=c), student)
     refused(
-        lambda: list(detect(student, data, TINY, images=5, cascade=False, seed=0)),
+        lambda: list(detect(student, data, TINY, images=5, cascade=False)),
         "5 labelled images",
         "2 to 4",
     )
@@ -415,7 +407,7 @@ def test_images_without_objects_are_left_out_of_the_training(student):
         len(truths[0].masks),
         len(truths[2].masks),
     ]
-    model = train_detector(student, data, TINY, cascade=True, seed=0)
+    model = train_detector(student, data, TINY, cascade=True)
     assert all(bool(torch.isfinite(v).all()) for v in model.state_dict().values())
 
 
@@ -427,7 +419,7 @@ def test_norms(student):
 
     def made(**settings: object):
         config = dataclasses.replace(TINY, steps=1, optimizer="sgd", **settings)  # type: ignore[arg-type]
-        return train_detector(student, data, config, cascade=False, seed=0)
+        return train_detector(student, data, config, cascade=False)
 
     frozen = made(backbone_norm="frozen", head_norm="none").backbone
     before = student.state_dict()

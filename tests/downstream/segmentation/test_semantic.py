@@ -27,8 +27,8 @@ from dreamteacher.downstream.loop import LongRun
 from dreamteacher.downstream.segmentation import crops, few_masks, semantic
 from dreamteacher.downstream.segmentation.config import PRESETS, CropConfig, ReadoutConfig, SemanticConfig
 from dreamteacher.downstream.segmentation.crops import random_crop
-from dreamteacher.downstream.segmentation.readout import readout
 from dreamteacher.downstream.segmentation.data import load_masks
+from dreamteacher.downstream.segmentation.readout import readout
 from dreamteacher.downstream.task import Bench, find_task
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.distributed.device import seeded
