@@ -22,14 +22,7 @@ from dreamteacher.runtime.distributed.device import pick_device
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.loggers import check_loggers
 
-__all__ = [
-    "EvaluateConfig",
-    "check_config",
-    "evaluate",
-    "evaluate_student",
-    "separated",
-    "summary_table",
-]
+__all__ = ["EvaluateConfig", "check_config", "evaluate", "evaluate_student", "separated", "summary_table"]
 
 
 def default_tasks(config: EvaluateConfig, groups: Iterable[str] | None = None) -> tuple[Task, ...]:

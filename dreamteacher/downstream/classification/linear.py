@@ -93,14 +93,7 @@ def balanced_folds(y: Tensor, count: int, seed: int) -> Tensor:
 
 
 def linear(
-    train_x: Tensor,
-    train_y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
-    *,
-    classes: int,
-    labels: int,
-    seed: int,
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, *, classes: int, labels: int, seed: int
 ) -> Iterator[Metric]:
     """Accuracy, balanced accuracy and AUROC of a linear probe on `labels` labelled images per class, drawn by the seed.
 

@@ -56,8 +56,7 @@ def checked(data: Split[PanopticSet]) -> Split[PanopticSet]:
     """The same; a UserError unless both parts have the same classes, of both kinds, and the pool shows a thing."""
     if (data.pool.names, data.pool.things) != (data.test.names, data.test.things):
         raise UserError(
-            "The categories of the training and the test segments differ.",
-            "Give both files the same ones.",
+            "The categories of the training and the test segments differ.", "Give both files the same ones."
         )
     if len(set(data.pool.things)) < 2 or not data.pool.shown():
         raise UserError(
