@@ -16,20 +16,20 @@ Row: TypeAlias = dict[str, Any]
 
 # Tasks whose settings stand in `EvaluateConfig`.
 BUILT_IN: dict[str, str] = {
-    "segment-frozen": "dreamteacher.downstream.segmentation.segment:FROZEN",
+    "segment-frozen": "dreamteacher.downstream.segmentation.few_masks:FROZEN",
     "segment-linear": "dreamteacher.downstream.segmentation.linear:TASK",
-    "segment-finetune": "dreamteacher.downstream.segmentation.segment:TASK",
-    "linear": "dreamteacher.downstream.classification.linear:TASK",
+    "segment-finetune": "dreamteacher.downstream.segmentation.few_masks:FINETUNE",
+    "linear": "dreamteacher.downstream.classification.probes:LINEAR",
     "finetune": "dreamteacher.downstream.classification.finetune:TASK",
-    "knn": "dreamteacher.downstream.classification.knn:TASK",
+    "knn": "dreamteacher.downstream.classification.probes:KNN",
     "detect": "dreamteacher.downstream.detection.train:TASK",
     "detect-cascade": "dreamteacher.downstream.detection.train:CASCADE",
     "distilled": "dreamteacher.downstream.distilled:TASK",
     "distilled-classes": "dreamteacher.downstream.distilled:CLASSES",
-    "linear-sgd": "dreamteacher.downstream.classification.linear_sgd:TASK",
+    "linear-sgd": "dreamteacher.downstream.classification.probes:LINEAR_SGD",
     "finetune-full": "dreamteacher.downstream.classification.finetune_full:TASK",
     "semantic": "dreamteacher.downstream.segmentation.semantic:TASK",
-    "readout": "dreamteacher.downstream.segmentation.readout:TASK",
+    "readout": "dreamteacher.downstream.segmentation.semantic:READOUT",
     "panoptic": "dreamteacher.downstream.panoptic.train:TASK",
 }
 

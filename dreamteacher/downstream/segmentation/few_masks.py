@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from dreamteacher.data.draws import draw_images
 from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.finetune import recalibrate, shuffled_batches, train
 from dreamteacher.downstream.features import device_of, frozen, to_input
 from dreamteacher.downstream.segmentation.config import SegmentConfig
+from dreamteacher.downstream.segmentation.data import IN_MEMORY
+from dreamteacher.downstream.task import Bench, Task, always
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.metrics import confusion, iou_per_class, mean_iou
+from dreamteacher.models.distilled import REGRESSOR, neck_weights
 from dreamteacher.models.regressor import LabelHead, Neck, resize
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.distributed.device import autocast, seeded
@@ -30,12 +37,8 @@ _MAPS_BYTES = 2 << 30
 class SegmentationHead(nn.Module):
     """UPerNet's neck, its maps side by side at the finest stride, and a per-pixel classifier.
 
-    Args:
-        specs: the backbone's levels, fine to coarse.
-        classes: number of classes.
-        width: channels of every inner map.
-        dropout: probability of dropping a channel before the last layer.
-        norm: normalise each level's channels first (LayerNorm), which ConvNeXt's raw maps need.
+    `specs` are the backbone's levels, fine to coarse; `width` is that of every inner map. `norm` normalises each level's
+    channels first (LayerNorm), which ConvNeXt's raw maps need.
 
     Source: UPerNet, arXiv 1807.10221; narrower than the 512 channels there. Equal to segmentation-models-pytorch's
     with its weights, but for the last resize: `tests/downstream/segmentation/test_upernet.py`.
@@ -118,7 +121,7 @@ def train_segmenter(
             head.neck.load_state_dict(neck)
         head = head.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         backbone = copy.deepcopy(student).train(not freeze)
-        maps_of = _FrozenMaps(backbone, images, config, precision) if freeze else None
+        maps_of = _frozen_maps(backbone, images, config, precision) if freeze else None
         batches = shuffled_batches(len(images), config.batch_size, config.steps, generator)
 
         def forward(index: Tensor, mirror: bool) -> Tensor:
@@ -147,32 +150,27 @@ def train_segmenter(
     return Segmenter(backbone, head).eval()
 
 
-class _FrozenMaps:
+def _frozen_maps(
+    student: Student, images: Tensor, config: SegmentConfig, precision: Precision
+) -> Callable[[Tensor, bool], list[Tensor]]:
     """(indices, mirrored) -> the frozen backbone's maps of these images, computed once where they fit in memory."""
+    device = device_of(student)
 
-    def __init__(self, student: Student, images: Tensor, config: SegmentConfig, precision: Precision) -> None:
-        self.student, self.images, self.precision = student, images, precision
-        self.device = device_of(student)
-        height, width = images.shape[-2:]
-        per_image = sum(s.channels * (height // s.stride) * (width // s.stride) for s in student.specs)
-        sides = (False, True) if config.flip else (False,)
-        self.kept: dict[bool, list[Tensor]] = {}
-        if 4 * per_image * len(images) * len(sides) <= _MAPS_BYTES:
-            everything = torch.arange(len(images), device=self.device)
-            self.kept = {side: self._computed(everything, side) for side in sides}
-
-    def __call__(self, index: Tensor, mirror: bool) -> list[Tensor]:
-        if self.kept:
-            return [m[index] for m in self.kept[mirror]]
-        return self._computed(index, mirror)
-
-    def _computed(self, index: Tensor, mirror: bool) -> list[Tensor]:
+    def computed(index: Tensor, mirror: bool) -> list[Tensor]:
         parts = []
-        with frozen(self.student), autocast(self.device, self.precision):
+        with frozen(student), autocast(device, precision):
             for part in index.split(64):
-                batch = to_input(self.images[part], self.device)
-                parts.append(self.student(batch.flip(3) if mirror else batch))
+                batch = to_input(images[part], device)
+                parts.append(student(batch.flip(3) if mirror else batch))
         return [torch.cat(level) for level in zip(*parts, strict=True)]
+
+    height, width = images.shape[-2:]
+    per_image = sum(s.channels * (height // s.stride) * (width // s.stride) for s in student.specs)
+    sides = (False, True) if config.flip else (False,)
+    if 4 * per_image * len(images) * len(sides) > _MAPS_BYTES:
+        return computed
+    kept = {side: computed(torch.arange(len(images), device=device), side) for side in sides}
+    return lambda index, mirror: [m[index] for m in kept[mirror]]
 
 
 def score(
@@ -220,3 +218,36 @@ def score_segmenter(
                 yield model(to_input(test.images[index], device)).argmax(1), test.targets[index]
 
     yield from score(predictions(), test.classes, ignore_index)
+
+
+def _run(bench: Bench, masks: int | None, seed: int, *, freeze: bool) -> Iterator[Metric]:
+    """mIoU and per-class IoU on the test set after training with images drawn from the pool."""
+    assert masks is not None
+    config, pool = bench.config, bench.data.pool
+    drawn = draw_images(len(pool.images), masks, seed)
+    model = train_segmenter(
+        bench.student, pool.images[drawn], pool.targets[drawn], config.segment, classes=len(pool.classes),
+        freeze=freeze, seed=seed, ignore_index=config.ignore_index, precision=config.precision,
+        neck=neck_weights(bench.run_folder()) if config.neck else None,
+    )  # fmt: skip
+    return score_segmenter(model, bench.data.test, config.ignore_index, **bench.passes())
+
+
+FINETUNE = Task(
+    name="segment-finetune",
+    what="segmentation, fine-tuned",
+    group=IN_MEMORY,
+    unit="masks",
+    settings=("segment",),
+    budgets=lambda config: config.mask_counts,
+    default=always,
+    files=lambda config: (Path(config.init).expanduser() / REGRESSOR,) if config.neck else (),
+    run=functools.partial(_run, freeze=False),
+)
+
+FROZEN = dataclasses.replace(
+    FINETUNE,
+    name="segment-frozen",
+    what="segmentation, frozen backbone",
+    run=functools.partial(_run, freeze=True),
+)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dreamteacher.data.draws import draw_images
-from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.data.seeds import step_generator
-from dreamteacher.data.split import Split
-from dreamteacher.downstream.classification.linear import choose_l2, fit_logistic, standardisation
+from dreamteacher.downstream.classification.probes import choose_l2, fit_logistic, standardisation
 from dreamteacher.downstream.features import device_of, frozen, to_input
 from dreamteacher.downstream.segmentation.data import IN_MEMORY
 from dreamteacher.downstream.segmentation.few_masks import score
@@ -25,26 +23,18 @@ from dreamteacher.runtime.settings import Precision
 
 # Pixels that the linear probe is fitted on, at most: bounds its memory (float64) and time.
 _LINEAR_PIXELS = 20_000
+_L2_GRID = (1.0, 0.1, 0.01, 0.001)
 
 
-def segment_linear(
-    student: Student,
-    data: Split[LabelledSet],
-    *,
-    masks: int,
-    seed: int,
-    ignore_index: int = 255,
-    grid: Sequence[float] = (1.0, 0.1, 0.01, 0.001),
-    precision: Precision = "auto",
-    batch_size: int = 64,
-) -> Iterator[Metric]:
+def segment_linear(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
     """mIoU and per-class IoU of a linear classifier of each pixel's frozen features.
 
-    Every level is resized to the finest one and concatenated; the classifier is fitted there and its logits
-    are resized to the image. Its L2 strength (of `grid`, strongest first) is chosen by cross-validation over whole
-    labelled images, of which `masks` are drawn by the seed.
+    Every level is resized to the finest one and concatenated; the classifier is fitted there and its logits are resized
+    to the image. Its L2 strength is chosen by cross-validation over whole labelled images.
     """
-    pool, test = data.pool, data.test
+    assert masks is not None
+    student, precision, ignore_index = bench.student, bench.config.precision, bench.config.ignore_index
+    pool, test = bench.data.pool, bench.data.test
     drawn = draw_images(len(pool.images), masks, seed)
     columns = _columns(student, pool.images[drawn], precision)
     finest = (columns.shape[-2], columns.shape[-1])
@@ -59,13 +49,13 @@ def segment_linear(
     x, y, image = x[keep], y[keep], image[keep]
     mean, deviation = standardisation(x)
     x = (x.double() - mean) / deviation
-    l2 = choose_l2(x, y, image % min(3, masks), classes=len(pool.classes), grid=grid)
+    l2 = choose_l2(x, y, image % min(3, masks), classes=len(pool.classes), grid=_L2_GRID)
     weight, bias = fit_logistic(x, y, classes=len(pool.classes), l2=l2, tolerance=1e-4)
     scaled = (weight / deviation).float()
     shift = (bias - (weight / deviation) @ mean).float()
 
     def predictions() -> Iterator[tuple[Tensor, Tensor]]:
-        for index in torch.arange(len(test.images)).split(batch_size):
+        for index in torch.arange(len(test.images)).split(bench.config.batch_size):
             maps = _columns(student, test.images[index], precision)
             logits = torch.einsum("nchw,kc->nkhw", maps, scaled) + shift[:, None, None]
             target = test.targets[index]
@@ -86,12 +76,6 @@ def _columns(student: Student, images: Tensor, precision: Precision, batch_size:
     return torch.cat(parts)
 
 
-def _run(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
-    assert masks is not None
-    how = {"ignore_index": bench.config.ignore_index, **bench.passes()}
-    return segment_linear(bench.student, bench.data, masks=masks, seed=seed, **how)
-
-
 TASK = Task(
     name="segment-linear",
     what="segmentation, linear per pixel",
@@ -99,5 +83,5 @@ TASK = Task(
     unit="masks",
     budgets=lambda config: config.mask_counts,
     default=always,
-    run=_run,
+    run=segment_linear,
 )

@@ -1,4 +1,4 @@
-"""Semantic segmentation at full size (ADE20K, Cityscapes, BDD100K): UPerNet, crops streamed from the disk.
+"""Semantic segmentation at full size (ADE20K, Cityscapes, BDD100K): UPerNet, or a read-out, crops streamed from the disk.
 
 Source: section 8 and appendix of arXiv 2307.07487; what it leaves open follows MMSegmentation's UPerNet settings
 (auxiliary head, crops of which no class fills more than three quarters, sliding windows).
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from dreamteacher.data.masks.reader import MaskedImages
-from dreamteacher.data.split import Split
 from dreamteacher.downstream.classification.finetune import train
 from dreamteacher.downstream.features import device_of, frozen, to_input
 from dreamteacher.downstream.loop import UNKEPT, LongRun
-from dreamteacher.downstream.segmentation.config import SemanticConfig
+from dreamteacher.downstream.segmentation.config import ReadoutConfig, SemanticConfig
 from dreamteacher.downstream.segmentation.crops import FILL, crops, drawn_files, whole_images
 from dreamteacher.downstream.segmentation.data import STREAMED
 from dreamteacher.downstream.segmentation.few_masks import SegmentationHead, Segmenter, pixel_loss, score
-from dreamteacher.downstream.task import Task
+from dreamteacher.downstream.task import Bench, Task
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.regressor import conv_bn_relu, resize
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.distributed.device import autocast, seeded
+from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.settings import Precision
 from dreamteacher.spec import FeatureSpec
 
@@ -36,13 +36,7 @@ _CLASSES_AT_ONCE = 16
 
 
 class FCNHead(nn.Module):
-    """3x3 convolution to a quarter of the channels, dropout, per-pixel classifier, on one map.
-
-    Args:
-        specs: the backbone's levels, fine to coarse.
-        classes: number of classes.
-        level: which of them is read.
-        dropout: probability of dropping a pixel's channel before the last layer.
+    """3x3 convolution to a quarter of the channels, dropout, per-pixel classifier, on the map of one `level` of `specs`.
 
     Source: the head of torchvision's FCN (arXiv 1411.4038), equal in `tests/downstream/segmentation/test_semantic.py`.
     """
@@ -71,15 +65,9 @@ def train_dense(
     freeze: bool,
     run: LongRun = UNKEPT,
 ) -> Segmenter:
-    """A head trained on crops with a copy of the backbone, frozen or fine-tuned; in evaluation mode.
+    """A head, made within the seed's random numbers, and a copy of the backbone, trained on crops; in evaluation mode.
 
-    Args:
-        student: left as it is.
-        files: to train on.
-        config: see `SemanticConfig`.
-        make_head: makes the head, within the seed's random numbers.
-        freeze: train the head alone: the backbone stays in evaluation mode.
-        run: see `LongRun`.
+    `freeze` trains the head alone: the backbone stays in evaluation mode.
     """
     device = device_of(student)
     ignored = files.ignore_index
@@ -131,12 +119,9 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
 
 
 def predict_logits(model: nn.Module, image: Tensor, config: SemanticConfig) -> Tensor:
-    """Logits 1 x classes x H x W of one image in evaluation mode, whole or averaged over windows.
+    """Logits 1 x classes x H x W of one image in evaluation mode, whole or averaged over windows of the crops' size.
 
-    Args:
-        model: images in [0, 1] -> logits.
-        image: uint8 3 x H x W, scaled as it is to be seen; filled up to multiples of 32 (or to one window).
-        config: its `test`, `overlap` and the size of its `crops`.
+    The image, uint8 3 x H x W and scaled as it is to be seen, is filled up to multiples of 32 (or to one window).
     """
     device = device_of(model)
     height, width = image.shape[1:]
@@ -197,24 +182,39 @@ def score_files(
     return score(predictions(), files.classes, files.ignore_index, pixels=True)
 
 
-def semantic(
-    student: Student,
-    data: Split[MaskedImages],
-    config: SemanticConfig,
-    *,
-    masks: int | None = None,
-    run: LongRun = UNKEPT,
-) -> Iterator[Metric]:
-    """Metrics of `score_files` after fine-tuning a UPerNet on streamed crops.
-
-    `masks` images to train on (None: all) are drawn by the run's seed; the data stay on the disk.
-    """
-    files = drawn_files(data.pool, masks, run.seed)
+def semantic(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
+    """Metrics of `score_files` after fine-tuning a UPerNet on streamed crops of `masks` images of the pool (None: all)."""
+    student, config, run = bench.student, bench.settings, bench.long_run(seed)
+    files = drawn_files(bench.data.pool, masks, seed)
     head = functools.partial(
         SegmentationHead, student.specs, len(files.classes), config.width, config.dropout, norm=config.norm
     )
     model = train_dense(student, files, config, head, freeze=False, run=run)
-    yield from score_files(model, data.test, config, precision=run.precision, workers=run.workers)
+    return score_files(model, bench.data.test, config, precision=run.precision, workers=run.workers)
+
+
+def level_of(student: Student, config: ReadoutConfig) -> int:
+    """The number of the map that is read; a UserError where the backbone has none of that stride."""
+    strides = [spec.stride for spec in student.specs]
+    if config.stride not in strides:
+        raise UserError(
+            f"'{student.name}' has no map of stride {config.stride}.",
+            f"Set --readout.stride to one of {', '.join(map(str, strides))}.",
+        )
+    return strides.index(config.stride)
+
+
+def readout(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
+    """Metrics of `score_files` of a head on the frozen backbone's map of one stride: how well it finds objects there.
+
+    Source: section 8 of arXiv 2307.07487: frozen backbone, FCN, SGD 0.01, poly 0.9, 20k iterations. Neither the
+    head's layers nor the map are stated: torchvision's FCN head on the coarsest map, not dilated.
+    """
+    student, config, run = bench.student, bench.settings, bench.long_run(seed)
+    files, training, level = bench.data.pool, config.training(), level_of(student, config)
+    head = functools.partial(FCNHead, student.specs, len(files.classes), level, config.dropout)
+    model = train_dense(student, drawn_files(files, masks, seed), training, head, freeze=True, run=run)
+    return score_files(model, bench.data.test, training, precision=run.precision, workers=run.workers)
 
 
 TASK = Task(
@@ -225,7 +225,17 @@ TASK = Task(
     config=SemanticConfig,
     budgets=lambda config: config.semantic.mask_counts,
     long=True,
-    run=lambda bench, masks, seed: semantic(
-        bench.student, bench.data, bench.settings, masks=masks, run=bench.long_run(seed)
-    ),
+    run=semantic,
+)
+
+READOUT = Task(
+    name="readout",
+    what="read-out, frozen backbone",
+    group=STREAMED,
+    unit="masks",
+    config=ReadoutConfig,
+    budgets=lambda config: config.readout.mask_counts,
+    long=True,
+    fits=lambda student, config: level_of(student, config.readout),
+    run=readout,
 )
