@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,6 @@ from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.config import FinetuneConfig, Optimizer
 from dreamteacher.downstream.classification.data import CLASSIFICATION
 from dreamteacher.downstream.features import (
-    ClassificationData,
     Images,
     class_metrics,
     device_of,
@@ -30,7 +30,7 @@ from dreamteacher.downstream.task import Bench, Task, always
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.distributed.device import autocast, seeded
-from dreamteacher.runtime.optim import lr_at, parameter_groups, poly_lr_at
+from dreamteacher.runtime.optim import build_optimizer, lr_at, parameter_groups, poly_lr_at
 from dreamteacher.runtime.settings import Precision
 
 
@@ -43,6 +43,13 @@ def shuffled_batches(count: int, batch_size: int, steps: int, generator: torch.G
             left = torch.cat([left, torch.randperm(count, generator=generator)])
         yield left[:batch_size]
         left = left[batch_size:]
+
+
+def adamw_or_sgd(name: Optimizer, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    """AdamW with betas 0.9 and 0.999, or SGD with momentum 0.9."""
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+    return build_optimizer("adamw", groups, lr, (0.9, 0.999))
 
 
 def train(
@@ -68,20 +75,14 @@ def train(
         weight_decay: of matrices and kernels.
         warmup: share of the steps.
         optimizer: AdamW (betas 0.9, 0.999), or SGD with momentum 0.9.
-        power: of a polynomial decay (see `dreamteacher.runtime.optim.poly_lr_at`); None: a half cosine.
+        power: of a polynomial decay; None: a half cosine.
         saved: where the training is kept; None: it is not.
         title: of a progress bar; none without one.
     """
-    groups: list[dict[str, object]] = []
+    groups: list[dict[str, Any]] = []
     for module, factor in modules:
         groups += [{**group, "factor": factor} for group in parameter_groups([module], weight_decay)]
     groups = [group for group in groups if group["params"]]
-    update: torch.optim.Optimizer
-    if optimizer == "sgd":
-        update = torch.optim.SGD(groups, lr=lr, momentum=0.9)
-    else:
-        # Fused: one pass over the weights. With tiny batches on a CPU the update is else a third of the time.
-        update = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
     first = max(1, round(warmup * steps))
 
     def rate_at(step: int) -> float:
@@ -90,7 +91,7 @@ def train(
         return poly_lr_at(step, total=steps, warmup=first, peak=lr, power=power)
 
     run_steps(
-        [module for module, _ in modules], update, lambda step: [loss_at(step)], rate_at,
+        [module for module, _ in modules], adamw_or_sgd(optimizer, groups, lr), lambda step: [loss_at(step)], rate_at,
         steps=steps, saved=saved, title=title,
     )  # fmt: skip
 
@@ -198,30 +199,16 @@ def predict(
     return torch.cat(scores)
 
 
-def finetune(
-    student: Student,
-    data: ClassificationData,
-    config: FinetuneConfig,
-    *,
-    labels: int,
-    seed: int,
-    precision: Precision = "auto",
-    batch_size: int = 128,
-) -> Iterator[Metric]:
-    """Accuracy, balanced accuracy and AUROC after fine-tuning a copy on `labels` labelled images per class."""
-    classes = len(data.classes)
-    drawn = draw_labels(data.train_labels, labels, classes=classes, seed=seed)
-    images, targets = take(data.train, drawn), data.train_labels[drawn]
-    model = train_classifier(
-        student, images, targets, config, classes=classes, seed=seed, precision=precision
-    )
-    scores = predict(model, data.test, batch_size=batch_size, precision=precision)
-    yield from class_metrics(scores, data.test_labels)
-
-
-def _run(bench: Bench, labels: int | None, seed: int) -> Iterator[Metric]:
+def finetune(bench: Bench, labels: int | None, seed: int) -> Iterator[Metric]:
+    """Accuracy, balanced accuracy and AUROC after fine-tuning on some labelled images per class, drawn by the seed."""
     assert labels is not None
-    return finetune(bench.student, bench.data, bench.settings, labels=labels, seed=seed, **bench.passes())
+    data, classes = bench.data, len(bench.data.classes)
+    drawn = draw_labels(data.train_labels, labels, classes=classes, seed=seed)
+    images, targets, precision = take(data.train, drawn), data.train_labels[drawn], bench.config.precision
+    model = train_classifier(
+        bench.student, images, targets, bench.settings, classes=classes, seed=seed, precision=precision
+    )
+    return class_metrics(predict(model, data.test, **bench.passes()), data.test_labels)
 
 
 TASK = Task(
@@ -232,5 +219,5 @@ TASK = Task(
     config=FinetuneConfig,
     budgets=lambda config: config.labels,
     default=always,
-    run=_run,
+    run=finetune,
 )

@@ -23,7 +23,7 @@ from dreamteacher.downstream.classification.augment import Augmentation, augment
 from dreamteacher.downstream.classification.config import FinetuneFullConfig, Loss, check_numbers
 from dreamteacher.downstream.classification.data import CLASSIFICATION, class_counts
 from dreamteacher.downstream.classification.finetune import predict
-from dreamteacher.downstream.features import ClassificationData, Images, class_metrics, device_of
+from dreamteacher.downstream.features import Images, class_metrics, device_of
 from dreamteacher.downstream.loop import UNKEPT, LongRun, run_steps
 from dreamteacher.downstream.task import Bench, Task
 from dreamteacher.downstream.tasks import Metric
@@ -257,29 +257,18 @@ def train_full(
     return model.eval()
 
 
-def finetune_full(
-    student: Student,
-    data: ClassificationData,
-    config: FinetuneFullConfig,
-    *,
-    size: Size,
-    batch_size: int = 128,
-    run: LongRun = UNKEPT,
-) -> Iterator[Metric]:
+def finetune_full(bench: Bench, _budget: int | None, seed: int) -> Iterator[Metric]:
     """Accuracy, top-5, balanced accuracy and AUROC after fine-tuning a copy on all labels by a published recipe.
 
-    The test images (`batch_size` at once) are seen as the set decodes them: their whole centre, where A2 and ConvNeXt
-    keep 95 % and 87.5 % of the side.
+    The test images are seen as the set decodes them: their whole centre, where A2 and ConvNeXt keep 95 % and 87.5 % of
+    the side.
     """
+    data, size, run = bench.data, bench.config.size, bench.long_run(seed)
     classes = len(data.classes)
-    model = train_full(student, data.train, data.train_labels, config, classes=classes, size=size, run=run)
-    scores = predict(model, data.test, batch_size=batch_size, precision=run.precision)
-    yield from class_metrics(scores, data.test_labels)
-
-
-def _run(bench: Bench, _budget: int | None, seed: int) -> Iterator[Metric]:
-    size, batch_size, run = bench.config.size, bench.config.batch_size, bench.long_run(seed)
-    return finetune_full(bench.student, bench.data, bench.settings, size=size, batch_size=batch_size, run=run)
+    model = train_full(
+        bench.student, data.train, data.train_labels, bench.settings, classes=classes, size=size, run=run
+    )
+    return class_metrics(predict(model, data.test, **bench.passes()), data.test_labels)
 
 
 def _fits(student: Student, config: EvaluateConfig) -> None:
@@ -297,5 +286,5 @@ TASK = Task(
     long=True,
     check=lambda config: recipe_of(config.finetune_full),
     fits=_fits,
-    run=_run,
+    run=finetune_full,
 )

@@ -46,13 +46,8 @@ def deltas_of(deltas: Tensor, labels: Tensor) -> Tensor:
 def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy over all boxes; smooth L1 (beta 1/9) over those of objects, divided by the number of all.
 
-    As torchvision's `fastrcnn_loss`, and for class-agnostic deltas too.
-
-    Args:
-        logits: N x classes.
-        deltas: N x 4 or N x (4 classes).
-        labels: N class ids, 0 = background (int64).
-        targets: N x 4 deltas.
+    As torchvision's `fastrcnn_loss`, and for class-agnostic deltas too: logits are N x classes, deltas N x 4 or
+    N x (4 classes), labels N class ids (0 = background), targets N x 4 deltas.
     """
     objects = (labels > 0).nonzero().flatten()
     ours = deltas_of(deltas[objects], labels[objects])

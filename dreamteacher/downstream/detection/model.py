@@ -32,13 +32,8 @@ from dreamteacher.spec import FeatureSpec
 class Pyramid(nn.Module):
     """A backbone and its FPN, with one more level that halves the coarsest one.
 
-    A plain ViT's map goes through a simple pyramid first; `specs` are the levels that the FPN takes.
-
-    Args:
-        student: taken in, not copied; it normalises images itself.
-        width: channels of every level.
-        norm: layer of the FPN, or None.
-        precision: of the matrix products here; the maps are float32, for box coordinates need their digits.
+    A plain ViT's map goes through a simple pyramid first; `specs` are the levels that the FPN takes. The student is taken
+    in and normalises images itself. The maps are float32, for box coordinates need their digits.
 
     Source: Lin et al., arXiv 1612.03144.
     """
@@ -65,11 +60,7 @@ class Batcher(nn.Module):
     """Images of mixed sizes, side by side in one batch, in the place of torchvision's transform.
 
     It scales and normalises nothing: images come at their size, and a student normalises by itself. What is
-    padded is the student's mean, which becomes 0 there, as padding is in torchvision.
-
-    Args:
-        mean: of the student, 1 x 3 x 1 x 1, in [0, 1].
-        multiple: of the batch's height and width in pixels.
+    padded, up to a multiple of pixels, is the student's mean, which becomes 0 there, as padding is in torchvision.
     """
 
     mean: Tensor
@@ -110,12 +101,7 @@ def build_detector(
 ) -> GeneralizedRCNN:
     """A detector, randomly initialised from torch's global generator but for the student, which is taken in.
 
-    Args:
-        student: its levels are those of the FPN, but for a plain ViT.
-        config: see `DetectConfig`.
-        classes: number of classes, the background not counted.
-        cascade: Cascade Mask R-CNN instead of Mask R-CNN.
-        precision: of the matrix products of the backbone and the FPN.
+    `classes` are counted without the background.
 
     Source: He et al., Mask R-CNN, arXiv 1703.06870, with the 4conv1fc box head of arXiv 1803.08494.
     """

@@ -18,7 +18,7 @@ from dreamteacher.data.images import Size
 from dreamteacher.data.layouts.table import check, layout_of
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.data.split import Split
-from dreamteacher.downstream.classification.finetune import recalibrate, shuffled_batches
+from dreamteacher.downstream.classification.finetune import adamw_or_sgd, recalibrate, shuffled_batches
 from dreamteacher.downstream.detection.config import DetectConfig, check_detect
 from dreamteacher.downstream.detection.data import (
     Draw,
@@ -113,11 +113,7 @@ def fit(
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):  # keeps its statistics, weight and bias
             norm.eval().requires_grad_(False)
     groups = build_groups(detector, config, *others)
-    optimizer: torch.optim.Optimizer
-    if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
+    optimizer = adamw_or_sgd(config.optimizer, groups, config.lr)
 
     def losses(draws: Sequence[list[Draw]]) -> Iterator[Tensor]:
         for batch in example_batches(make, draws, config.workers):
@@ -159,9 +155,6 @@ def train_detector(
         cascade: Cascade Mask R-CNN instead of Mask R-CNN.
         run: its seed is that of the heads, the batches, scales, mirroring, and of what torchvision draws (anchors,
             proposals); its precision that of the matrix products of the backbone and the FPN.
-
-    Raises:
-        UserError: for settings out of their range.
     """
     check_detect(config)
     data = data.shown()
@@ -204,35 +197,15 @@ def at_size(found: dict[str, Tensor], scaled: Size, size: Size) -> Instances:
     return Instances(boxes=boxes, labels=found["labels"], masks=tuple(masks), scores=found["scores"])
 
 
-def detect(
-    student: Student,
-    data: Split[InstanceSet],
-    config: DetectConfig,
-    *,
-    images: int | None,
-    cascade: bool,
-    run: LongRun = UNKEPT,
-) -> Iterator[Metric]:
-    """COCO's AP, AP50 and AP75 of boxes and masks on the test images, after training on some of the pool.
-
-    Args:
-        student: where training starts; left as it is.
-        data: images with instances; those to train on are drawn from its pool.
-        config: see `DetectConfig`.
-        images: images with objects to train on, drawn from the pool; none: all of them.
-        cascade: Cascade Mask R-CNN instead of Mask R-CNN.
-        run: see `train_detector`.
-
-    Raises:
-        UserError: faster-coco-eval is missing, or there are too few images.
-    """
+def _run(bench: Bench, images: int | None, seed: int, *, cascade: bool) -> Iterator[Metric]:
+    """COCO's AP, AP50 and AP75 of boxes and masks on the test images, after training on images with objects."""
     check_scores()
-    pool, test = data.pool.shown(), data.test
-    drawn = draw_images(len(pool), len(pool) if images is None else images, run.seed)
-    model = train_detector(student, pool.take(drawn), config, cascade=cascade, run=run)
+    config, pool, test = bench.config.detect, bench.data.pool.shown(), bench.data.test
+    drawn = draw_images(len(pool), len(pool) if images is None else images, seed)
+    model = train_detector(bench.student, pool.take(drawn), config, cascade=cascade, run=bench.long_run(seed))
     found = list(predict(model, test, config))
     truth = [test.truth(i) for i in range(len(test))]
-    yield from scores_of(truth, found, test.sizes, classes=len(test.classes), most=config.detections)
+    return scores_of(truth, found, test.sizes, classes=len(test.classes), most=config.detections)
 
 
 def _check_places(config: EvaluateConfig, _budgets: Budgets) -> None:
@@ -256,11 +229,6 @@ def _load(config: EvaluateConfig, budgets: Budgets) -> Split[InstanceSet]:
 def _check(config: EvaluateConfig) -> None:
     check_detect(config.detect)
     check_scores()
-
-
-def _run(bench: Bench, images: int | None, seed: int, *, cascade: bool) -> Iterator[Metric]:
-    config, run = bench.config.detect, bench.long_run(seed)
-    return detect(bench.student, bench.data, config, images=images, cascade=cascade, run=run)
 
 
 INSTANCES = Group(

@@ -35,7 +35,7 @@ from dreamteacher.downstream.panoptic.config import PanopticConfig
 from dreamteacher.downstream.segmentation.crops import scaled_mask
 from dreamteacher.downstream.segmentation.few_masks import pixel_loss
 from dreamteacher.downstream.segmentation.semantic import classes_at
-from dreamteacher.downstream.task import Budgets, Group, Task
+from dreamteacher.downstream.task import Bench, Budgets, Group, Task
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.metrics import VOID, Segments, panoptic_counts, panoptic_quality
 from dreamteacher.models.regressor import resize
@@ -105,11 +105,7 @@ def load_panoptic(
 class SemanticBranch(nn.Module):
     """Each level of the pyramid enlarged step by step to the finest one, their sum, a per-pixel classifier.
 
-    Args:
-        strides: of the levels, fine to coarse, each twice the one before it.
-        channels: of every level.
-        classes: number of classes.
-        width: channels inside.
+    The `strides` are those of the levels, fine to coarse, each twice the one before it.
 
     Source: sec. 3 of arXiv 1901.02446: a stage is 3x3 convolution, GroupNorm, ReLU, bilinear x2.
     """
@@ -139,15 +135,9 @@ class SemanticBranch(nn.Module):
 
 
 class PanopticFPN(nn.Module):
-    """Mask R-CNN and a semantic branch on its pyramid.
+    """Mask R-CNN on a student, which is taken in, and a semantic branch on its pyramid.
 
     The branch tells the classes of stuff apart, and one class more for everything that is a thing.
-
-    Args:
-        student: taken in, not copied.
-        config: see `PanopticConfig`.
-        things: whether a class has countable objects.
-        precision: of the matrix products of the backbone and the FPN.
     """
 
     def __init__(
@@ -319,21 +309,12 @@ def predict_segments(model: PanopticFPN, image: Tensor, config: PanopticConfig) 
     )  # fmt: skip
 
 
-def panoptic(
-    student: Student,
-    data: Split[PanopticSet],
-    config: PanopticConfig,
-    *,
-    images: int | None = None,
-    run: LongRun = UNKEPT,
-) -> Iterator[Metric]:
-    """PQ, SQ and RQ of all classes, of things and of stuff, after fine-tuning a Panoptic FPN.
-
-    `images` that show things (none: all) are drawn from the pool by the run's seed; see also `train_panoptic`.
-    """
+def panoptic(bench: Bench, images: int | None, seed: int) -> Iterator[Metric]:
+    """PQ, SQ and RQ of all classes, of things and of stuff, after fine-tuning a Panoptic FPN on images with things."""
+    data, config = bench.data, bench.settings
     shown = data.pool.take(torch.tensor(data.pool.shown()))
-    drawn = draw_images(len(shown), images or len(shown), run.seed)
-    model = train_panoptic(student, shown.take(drawn), config, run=run)
+    drawn = draw_images(len(shown), images or len(shown), seed)
+    model = train_panoptic(bench.student, shown.take(drawn), config, run=bench.long_run(seed))
     counts = torch.zeros(len(data.test.names), 4, dtype=torch.float64)
     for i in tqdm(range(len(data.test)), desc="testing", disable=not sys.stderr.isatty()):
         try:
@@ -344,7 +325,7 @@ def panoptic(
                 "Check that the disk is still there.",
             ) from None
         counts += panoptic_counts(predict_segments(model, image, config), truth, len(data.test.names))
-    yield from panoptic_quality(counts, data.test.things).items()
+    return iter(panoptic_quality(counts, data.test.things).items())
 
 
 def _check_places(config: EvaluateConfig, _budgets: Budgets) -> None:
@@ -382,7 +363,5 @@ TASK = Task(
     budgets=lambda config: config.panoptic.detect.image_counts,
     long=True,
     check=lambda config: check_detect(config.panoptic.detect),
-    run=lambda bench, images, seed: panoptic(
-        bench.student, bench.data, bench.settings, images=images, run=bench.long_run(seed)
-    ),
+    run=panoptic,
 )
