@@ -44,8 +44,7 @@ def group_budgets(tasks: Iterable[Task], config: EvaluateConfig) -> Mapping[Grou
 def check_config(config: EvaluateConfig) -> tuple[str, ...]:
     """The names of the tasks that will run; reads no image.
 
-    Raises:
-        UserError: for missing or differing folders, settings of a task that do not fit, or more labels than there are.
+    A UserError for missing or differing folders, settings of a task that do not fit, or more labels than there are.
     """
     pick_device(config.device)
     tasks = tuple(find_task(name) for name in config.tasks) or default_tasks(config)
@@ -87,9 +86,9 @@ def evaluate_student(
         results: where rows are kept, and those that are there are not computed again; None: nowhere.
 
     Yields:
-        {"method", "student", "task", "metric", "value", "labels", "seed", "seconds"}: `labels` is per class
-        (None: all of them, as for knn) or a number of masks or images, `seconds` that of the whole task (after a
-        stop: of its last part). With `results` also "key", of all that decides the row.
+        {"method", "student", "task", "metric", "value", "labels", "seed", "seconds"}: `labels` is per class (None: all)
+        or a number of masks or images, `seconds` that of the whole task (after a stop: of its last part). With
+        `results` also "key", of all that decides the row.
     """
     device = pick_device(config.device)
     tasks = tuple(find_task(name) for name in config.tasks) or default_tasks(config, data)
@@ -121,17 +120,9 @@ def evaluate_student(
 
 
 def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> list[Row]:
-    """Evaluates one backbone on folders of images; every check comes before any work.
+    """The rows of one backbone on folders of images, also added to out/results.jsonl; lines for the screen go to `log`.
 
-    Args:
-        config: see `EvaluateConfig`.
-        log: receives lines for the screen.
-
-    Returns:
-        The rows, as `evaluate_student` yields them; they are also added to out/results.jsonl.
-
-    Raises:
-        UserError: for anything wrong with the config, the folders or the weights.
+    Every check of config, folders and weights comes before any work, as a UserError.
     """
     check_loggers(config.log_to)
     check_preset(config)
@@ -164,13 +155,9 @@ def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> l
             results.check(first)
         config.out.mkdir(parents=True, exist_ok=True)
     rows = []
+    run_of = (lambda _seed: run) if run.is_dir() else None
     for row in evaluate_student(
-        make_student,
-        config,
-        method=method,
-        data=data,
-        run_of=(lambda _seed: run) if run.is_dir() else None,
-        results=results,
+        make_student, config, method=method, data=data, run_of=run_of, results=results
     ):
         rows.append(row)
         if row["metric"] == find_task(row["task"]).headline:

@@ -126,11 +126,8 @@ def _listing(place: Path, out: Path) -> str:
         here = Path(folder)
         folders[:] = sorted(name for name in folders if (here / name).resolve() != out)
         files += [here / name for name in sorted(names)]
-    for file in files:
-        try:
-            facts = file.stat()
-        except OSError:
-            continue  # a broken link is no data
+    for file in filter(Path.exists, files):  # a broken link is no data
+        facts = file.stat()
         name = os.fsencode(file.relative_to(root)) if file != root else os.fsencode(file.name)
         digest.update(name + f"|{facts.st_size}|{facts.st_mtime_ns}|".encode())
     return digest.hexdigest()[:16]

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from dreamteacher.downstream.config import EvaluateConfig
+from dreamteacher.downstream.task import Bench, find_task
 from dreamteacher.models.student import Student
 
 
@@ -39,3 +41,12 @@ def noted_losses(patch: pytest.MonkeyPatch, module: Any) -> list[float]:
 
     patch.setattr(module, "run_steps", run_steps)
     return losses
+
+
+def run_task(
+    name: str, student: Student, data: Any, budget: int | None = None, *, seed: int = 0, **settings: Any
+) -> dict[str, float]:
+    """The metrics of a task on data in memory."""
+    task = find_task(name)
+    config = EvaluateConfig(**{"device": "cpu", "precision": "float32", "workers": 0, **settings})
+    return dict(task.run(Bench(student, config, {task.group.name: data}, task=task), budget, seed))

@@ -26,13 +26,12 @@ from dreamteacher.downstream.detection.data import Draw
 from dreamteacher.downstream.loop import LongRun
 from dreamteacher.downstream.panoptic.config import PRESETS, PanopticConfig
 from dreamteacher.downstream.panoptic.train import (
+    SEGMENTS,
     TASK,
     PanopticFPN,
     SemanticBranch,
     checked,
-    load_panoptic,
     merge,
-    panoptic,
     panoptic_example,
     train_panoptic,
 )
@@ -43,7 +42,7 @@ from dreamteacher.runtime.distributed.device import seeded
 from dreamteacher.testing import check_task
 from tests.builders.layouts import cityscapes, coco
 from tests.builders.pictures import cut, refused
-from tests.builders.students import left_alone
+from tests.builders.students import left_alone, run_task
 
 NAME = "test_resnet"
 TINY = PanopticConfig(
@@ -186,7 +185,7 @@ def test_every_flaw_is_named(harm: Callable[[Path], None], words: str, tmp_path:
 def test_layouts_are_read(make: Callable[[Path], object], tmp_path: Path) -> None:
     make(tmp_path)
     source = Path(f"{make.__name__}:{tmp_path}")
-    found = load_panoptic(source, None, None)
+    found = SEGMENTS.load(EvaluateConfig(images=source), ())
     for part, files in ((found.pool, panoptic_files(source)), (found.test, panoptic_files(source, "val"))):
         assert (part.names, part.things) == (files.names, files.things)
         assert len(part) == len(files.images) > 0
@@ -309,7 +308,7 @@ def test_crowds_are_no_examples(data: Split[PanopticSet]) -> None:
 def test_panoptic_solves_the_toy(student: Student, data: Split[PanopticSet]) -> None:
     detect = dataclasses.replace(TINY.detect, steps=60, batch_size=4)
     config = dataclasses.replace(TINY, detect=detect, semantic_weight=1.0)
-    found = dict(panoptic(student, data, config, run=LongRun(precision="float32")))
+    found = run_task("panoptic", student, data, panoptic=config)
     assert found["pq_stuff"] > 0.8
     assert found["pq_things"] > 0.6
     assert found["pq"] == pytest.approx((2 * found["pq_stuff"] + found["pq_things"]) / 3)
@@ -378,7 +377,10 @@ def test_evaluate_runs_it_from_files(root: Path, tmp_path: Path) -> None:
 
 def test_without_a_test_file_half_is_set_aside(root: Path) -> None:
     folder = root / "train"
-    found = load_panoptic(folder / "images", folder / "masks", folder / "panoptic.json", None, None, None)
+    config = EvaluateConfig(
+        images=folder / "images", masks=folder / "masks", segments=folder / "panoptic.json"
+    )
+    found = SEGMENTS.load(config, ())
     assert (len(found.pool), len(found.test)) == (4, 4)
     assert not {s.image for s in found.pool.scenes} & {s.image for s in found.test.scenes}
 

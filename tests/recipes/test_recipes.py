@@ -20,8 +20,8 @@ from dreamteacher.data.layouts.table import instance_files
 from dreamteacher.distill.config import PretrainConfig, TrainInterpreterConfig
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.detection.config import PRESETS as DETECT
-from dreamteacher.downstream.detection.data import load_detection
 from dreamteacher.downstream.detection.model import build_detector
+from dreamteacher.downstream.detection.train import INSTANCES
 from dreamteacher.downstream.evaluate import check_config, evaluate
 from dreamteacher.downstream.presets import PRESETS, preset_config
 from dreamteacher.downstream.segmentation.few_masks import SegmentationHead
@@ -416,7 +416,7 @@ def test_a_dry_run_of_evaluate(data: Path, tmp_path: Path, capsys: pytest.Captur
 def test_detection_on_a_layout(data: Path) -> None:
     """Objects of BDD100K's bitmasks, as the layout reads them."""
     source = Path(f"bdd100k:{data}/bdd100k")
-    found, files = load_detection(source, None, None, None), instance_files(source, "val")
+    found, files = INSTANCES.load(EvaluateConfig(images=source), ()), instance_files(source, "val")
     assert (found.pool.classes, len(found.pool), len(found.test)) == (files.names, 2, 2)
     for i in range(2):
         truth, read = found.test.truth(i), files.read(i)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,36 +16,24 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dreamteacher.data.image_set import ImageSet
-from dreamteacher.data.images import BadImageError, Size, read_image
+from dreamteacher.data.images import Size
 from dreamteacher.data.loader import load_ahead
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.config import Source
 from dreamteacher.downstream.features import Images, take
 from dreamteacher.runtime.errors import UserError
 
-_MOST_TRIED = 100
-
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What happens to each image, by itself, in timm's words.
+    """What happens to each image, by itself, in timm's words."""
 
-    Args:
-        size: (height, width) of what comes out.
-        scale: smallest and largest share of the area that a random resized crop keeps.
-        flip: probability of mirroring left to right.
-        rand_augment: timm's policy, "rand-m7-mstd0.5-inc1" for example, or "" for none.
-        erase: probability that a random rectangle is filled with noise.
-        mean: subtracted from each colour.
-        std: each colour is divided by it.
-    """
-
-    size: Size
-    scale: tuple[float, float] = (0.08, 1.0)
-    flip: float = 0.5
-    rand_augment: str = ""
-    erase: float = 0.0
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    size: Size  # of what comes out
+    scale: tuple[float, float] = (0.08, 1.0)  # smallest and largest share of the area that a crop keeps
+    flip: float = 0.5  # probability of mirroring left to right
+    rand_augment: str = ""  # timm's policy, "rand-m7-mstd0.5-inc1" for example; "": none
+    erase: float = 0.0  # probability that a random rectangle is filled with noise
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # subtracted from each colour, which is then divided by std
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def transform(self) -> Any:
@@ -121,9 +108,9 @@ class _Steps(Dataset[tuple[Tensor, Tensor]]):
         source: Source,
         repeats: int,
     ) -> None:
-        self.images, self.transform = images, augmentation.transform()
+        self.images, self.transform = whole_images(images, source), augmentation.transform()
         self.batch_size, self.repeats = min(batch_size, len(images)), repeats
-        self.source, self.seed = source, seed
+        self.seed = seed
         self.known: tuple[int, Tensor] | None = None  # the present epoch's order: a million take a while
 
     def indices(self, step: int) -> Tensor:
@@ -139,34 +126,18 @@ class _Steps(Dataset[tuple[Tensor, Tensor]]):
         index = self.indices(step)
         shown = []
         for place, i in enumerate(index.tolist()):
-            image = to_pil_image(whole_image(self.images, i, self.source))
+            image = to_pil_image(take(self.images, torch.tensor([i]))[0])
             drawn = step_generator(self.seed, step * self.batch_size + place, "augment")
             with drawn_from(drawn.initial_seed()):
                 shown.append(self.transform(image))
         return torch.stack(shown), index
 
 
-def whole_image(images: Images, i: int, source: Source) -> Tensor:
-    """Image `i` as uint8 3 x H x W: as large as its "file", or as the set has it "decoded" (a tensor has no files).
-
-    A file that cannot be read gives way to the next readable one of its class; a UserError after a hundred of them.
-    """
-    if not isinstance(images, ImageSet) or source == "decoded":
-        return take(images, torch.tensor([i]))[0]
-    tried = 0
-    for j in itertools.chain(range(i, len(images)), range(i)):
-        if images.labels is not None and images.labels[j] != images.labels[i]:
-            continue
-        try:
-            return read_image(images.paths[j], None)
-        except BadImageError as error:
-            tried, reason = tried + 1, error.reason
-        if tried == _MOST_TRIED:
-            break
-    raise UserError(
-        f"'{images.paths[i]}' and {tried - 1} images after it cannot be read ({reason}).",
-        "Check that the disk is still there.",
-    )
+def whole_images(images: Images, source: Source) -> Images:
+    """The same, each as large as its "file", or as the set has it "decoded" (a tensor has no files)."""
+    if source == "file" and isinstance(images, ImageSet):
+        return replace(images, size=None, cache=None)
+    return images
 
 
 def augmented_batches(

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from dreamteacher.data.coco.annotations import CocoImage, Rle, instance_mask, read_coco
+from dreamteacher.data.draws import check_draw
 from dreamteacher.data.images import (
     BadImageError,
     Size,
@@ -31,8 +32,12 @@ from dreamteacher.data.images import (
 from dreamteacher.data.layouts.table import InstanceFiles, instance_files, layout_of
 from dreamteacher.data.masks.pairs import find_pairs
 from dreamteacher.data.split import Split, halved
+from dreamteacher.downstream.task import Budgets
 from dreamteacher.runtime.errors import UserError, shorten
 from dreamteacher.runtime.threads import helpers, in_threads
+
+if TYPE_CHECKING:
+    from dreamteacher.downstream.config import EvaluateConfig
 
 # Batches that are decoded ahead of the one that is trained on.
 _AHEAD = 2
@@ -76,21 +81,13 @@ class Instances:
 
 @dataclass(frozen=True, kw_only=True)
 class InstanceSet:
-    """Images with their objects, decoded when they are asked for.
+    """Images with their objects, decoded when they are asked for."""
 
-    Args:
-        images: paths, or uint8 3 x H x W.
-        sizes: height and width of each.
-        counts: objects of each, crowds left out.
-        truth: index -> the objects of that image.
-        classes: names; label 1 is the first.
-    """
-
-    images: Sequence[Path | Tensor]
-    sizes: Sequence[Size]
-    counts: Sequence[int]
-    truth: Callable[[int], Instances]
-    classes: tuple[str, ...]
+    images: Sequence[Path | Tensor]  # a tensor is uint8 3 x H x W
+    sizes: Sequence[Size]  # height and width of each
+    counts: Sequence[int]  # objects of each, crowds left out
+    truth: Callable[[int], Instances]  # index -> the objects of that image
+    classes: tuple[str, ...]  # label 1 is the first
 
     def __len__(self) -> int:
         return len(self.images)
@@ -155,27 +152,22 @@ def load_instances(images: Path, instances: Path) -> InstanceSet:
     return _load_folder(images, instances) if instances.is_dir() else _load_coco(images, instances)
 
 
-def load_detection(
-    images: Path, instances: Path | None, test_images: Path | None, test_instances: Path | None
-) -> Split[InstanceSet]:
-    """Training and test images with instances; see `load_instances`.
-
-    Args:
-        images: folder of the training images, or LAYOUT:ROOT (see `layouts.instance_files`), instances included.
-        instances: of them; none for a layout.
-        test_images: none: they are in `images` too, which of a layout is its validation part.
-        test_instances: of the test images; none: half of the training images is set aside for the test.
-
-    Raises:
-        UserError: as `load_instances`, and for classes that differ or parts without objects.
-    """
+def load_detection(config: EvaluateConfig, budgets: Budgets) -> Split[InstanceSet]:
+    """Training and test images with instances: of a layout, of `load_instances`, or two halves of one."""
+    images, instances = config.images, config.instances
+    assert images is not None
     if layout_of(images) is not None or instances is None:
-        test = instance_files(test_images or images, "val")
-        return checked(Split(pool=_of_layout(instance_files(images)), test=_of_layout(test)))
-    pool = load_instances(images, instances)
-    if test_instances is None:
-        return checked(halved(pool))
-    return checked(Split(pool=pool, test=load_instances(test_images or images, test_instances)))
+        test = instance_files(config.test_images or images, "val")
+        data = Split(pool=_of_layout(instance_files(images)), test=_of_layout(test))
+    else:
+        pool = load_instances(images, instances)
+        if config.test_instances is None:
+            data = halved(pool)
+        else:
+            test_images = config.test_images or images
+            data = Split(pool=pool, test=load_instances(test_images, config.test_instances))
+    check_draw(len(checked(data).pool.shown()), budgets)
+    return data
 
 
 def _of_layout(files: InstanceFiles) -> InstanceSet:

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from dreamteacher.data.draws import check_draw, draw_images
+from dreamteacher.data.draws import draw_images
 from dreamteacher.data.images import Size
 from dreamteacher.data.layouts.table import check, layout_of
 from dreamteacher.data.seeds import step_generator
-from dreamteacher.data.split import Split
 from dreamteacher.downstream.classification.finetune import adamw_or_sgd, recalibrate, shuffled_batches
 from dreamteacher.downstream.detection.config import DetectConfig, check_detect
 from dreamteacher.downstream.detection.data import (
@@ -219,13 +218,6 @@ def _check_places(config: EvaluateConfig, _budgets: Budgets) -> None:
         raise UserError("The test images have no instances.", "Give --test-instances too.")
 
 
-def _load(config: EvaluateConfig, budgets: Budgets) -> Split[InstanceSet]:
-    assert config.images is not None
-    data = load_detection(config.images, config.instances, config.test_images, config.test_instances)
-    check_draw(len(data.pool.shown()), budgets)
-    return data
-
-
 def _check(config: EvaluateConfig) -> None:
     check_detect(config.detect)
     check_scores()
@@ -238,7 +230,7 @@ INSTANCES = Group(
     places=("images", "instances", "test_images", "test_instances"),
     given=lambda config: config.instances is not None,
     check=_check_places,
-    load=_load,
+    load=load_detection,
 )
 
 TASK = Task(

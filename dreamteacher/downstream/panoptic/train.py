@@ -10,13 +10,11 @@ import copy
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.image_list import ImageList
 from tqdm import tqdm
 
 from dreamteacher.data.draws import check_draw, draw_images
@@ -66,40 +64,27 @@ def checked(data: Split[PanopticSet]) -> Split[PanopticSet]:
     return data
 
 
-def load_panoptic(
-    images: Path,
-    masks: Path | None,
-    segments: Path | None,
-    test_images: Path | None = None,
-    test_masks: Path | None = None,
-    test_segments: Path | None = None,
-    *,
-    workers: int = 2,
-) -> Split[PanopticSet]:
-    """Both parts from their files; see `dreamteacher.data.panoptic_set.read_panoptic`, also for its UserErrors.
-
-    Args:
-        images: folder of the training images; or LAYOUT:ROOT (coco, cityscapes, bdd100k), with both its parts.
-        masks: folder of their PNGs.
-        segments: the JSON file.
-        test_images: none: they are in `images`.
-        test_masks: none: they are in `masks`.
-        test_segments: JSON file of the test; none: half of the images is set aside.
-        workers: threads.
-    """
+def _load(config: EvaluateConfig, budgets: Budgets) -> Split[PanopticSet]:
+    """Both parts: of a layout, of two JSON files, or two halves of one."""
+    images, masks, segments, workers = config.images, config.masks, config.segments, config.workers
+    assert images is not None
     if layout_of(images) is not None:
         parts: tuple[Part, Part] = "train", "val"
         pool, test = (of_layout(panoptic_files(images, part), workers=workers) for part in parts)
-        return checked(Split(pool=pool, test=test))
-    if masks is None or segments is None:
-        raise UserError(*_NEEDS)
-    alone = test_segments is None
-    pool = read_panoptic(segments, images, masks, whole=alone, workers=workers)
-    if test_segments is not None:
-        places = test_images or images, test_masks or masks
-        test = read_panoptic(test_segments, *places, whole=True, workers=workers)
-        return checked(Split(pool=pool, test=test))
-    return checked(halved(pool))
+        data = Split(pool=pool, test=test)
+    else:
+        assert masks is not None
+        assert segments is not None
+        alone = config.test_segments is None
+        pool = read_panoptic(segments, images, masks, whole=alone, workers=workers)
+        if config.test_segments is None:
+            data = halved(pool)
+        else:
+            places = config.test_images or images, config.test_masks or masks
+            test = read_panoptic(config.test_segments, *places, whole=True, workers=workers)
+            data = Split(pool=pool, test=test)
+    check_draw(len(checked(data).pool.shown()), budgets)
+    return data
 
 
 class SemanticBranch(nn.Module):
@@ -153,30 +138,31 @@ class PanopticFPN(nn.Module):
         strides = [spec.stride for spec in self.specs]
         self.branch = SemanticBranch(strides, config.detect.width, 1 + len(self.stuff), config.width)
 
-    def _logits(self, batch: ImageList, maps: dict[str, Tensor]) -> Tensor:
+    def _passed(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> tuple[list[dict[str, Tensor]], list[Tensor], Tensor]:
+        """torchvision's detections, or with targets its losses, and the logits of the batch."""
+        batch, _ = self.detector.transform(images, targets)
+        maps = self.detector.backbone(batch.tensors)
+        proposals, losses = self.detector.rpn(batch, maps, targets)
+        found, more = self.detector.roi_heads(maps, proposals, batch.image_sizes, targets)
         size = batch.tensors.shape[-2], batch.tensors.shape[-1]
-        return self.branch([maps[spec.name] for spec in self.specs], size)
+        logits = self.branch([maps[spec.name] for spec in self.specs], size)
+        return found, [*losses.values(), *more.values()], logits
 
     def losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
         """The sum of those of Mask R-CNN, and that of the branch; targets have a map "semantic"."""
-        batch, _ = self.detector.transform(images, targets)
-        maps = self.detector.backbone(batch.tensors)
-        proposals, found = self.detector.rpn(batch, maps, targets)
-        _, more = self.detector.roi_heads(maps, proposals, batch.image_sizes, targets)
-        logits = self._logits(batch, maps)
+        _, losses, logits = self._passed(images, targets)
         truth = torch.full((len(targets), *logits.shape[-2:]), _IGNORED, device=logits.device)
         for whole, target in zip(truth, targets, strict=True):
             part = target["semantic"]
             whole[: part.shape[0], : part.shape[1]] = part
-        return torch.stack([*found.values(), *more.values()]).sum(), pixel_loss(logits, truth, _IGNORED)
+        return torch.stack(losses).sum(), pixel_loss(logits, truth, _IGNORED)
 
     def forward(self, image: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """float32 3 x H x W in [0, 1] -> torchvision's detections, and logits 1 x classes x H x W."""
-        batch, _ = self.detector.transform([image])
-        maps = self.detector.backbone(batch.tensors)
-        proposals, _ = self.detector.rpn(batch, maps)
-        (found,), _ = self.detector.roi_heads(maps, proposals, batch.image_sizes)
-        return found, self._logits(batch, maps)[..., : image.shape[-2], : image.shape[-1]]
+        (found,), _, logits = self._passed([image])
+        return found, logits[..., : image.shape[-2], : image.shape[-1]]
 
 
 def panoptic_example(data: PanopticSet, draw: Draw, longest: int) -> Example:
@@ -212,11 +198,7 @@ def train_panoptic(
 ) -> PanopticFPN:
     """A Panoptic FPN in evaluation mode, trained as `dreamteacher.downstream.detection.train` trains Mask R-CNN.
 
-    Args:
-        student: left as it is; a fine-tuned copy of it is part of the result.
-        data: images that show things (see `PanopticSet.shown`); what cannot be read gives way to the next one.
-        config: see `PanopticConfig`.
-        run: see `train_detector`.
+    The student is copied. What cannot be read of the data, which show things, gives way to the next image.
     """
     device, detect, count = device_of(student), config.detect, len(data)
 
@@ -261,9 +243,7 @@ def merge(
         classes: int64 K, their class ids.
         scores: float K.
         stuff: int64 H x W, each pixel's class id of stuff, or -1 where there is none.
-        score: instances below it are left out.
-        overlap: an instance is left out when more than this share of it is taken already.
-        stuff_area: a class of stuff is left out when fewer pixels of it are free.
+        score, overlap, stuff_area: see `PanopticConfig`.
 
     Returns:
         Segments numbered from 1, instances first; what nobody takes is void.
@@ -333,15 +313,6 @@ def _check_places(config: EvaluateConfig, _budgets: Budgets) -> None:
         check(config.images, "panoptic")
     elif None in (config.images, config.masks, config.segments):
         raise UserError(*_NEEDS)
-
-
-def _load(config: EvaluateConfig, budgets: Budgets) -> Split[PanopticSet]:
-    assert config.images is not None
-    train = config.images, config.masks, config.segments
-    test = config.test_images, config.test_masks, config.test_segments
-    data = load_panoptic(*train, *test, workers=config.workers)
-    check_draw(len(data.pool.shown()), budgets)
-    return data
 
 
 SEGMENTS = Group(

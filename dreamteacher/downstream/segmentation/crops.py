@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,7 +23,7 @@ from dreamteacher.data.masks.reader import MaskedImages
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.finetune import shuffled_batches
 from dreamteacher.downstream.segmentation.config import CropConfig
-from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.errors import UserError
 
 # What lies beyond an image: close to 0 once a student has normalised it.
 FILL = (124, 116, 104)
@@ -67,15 +69,8 @@ def random_crop(
 ) -> tuple[Tensor, Tensor]:
     """A crop of an image at a random scale, and of its mask; mirrored or not; filled up where it is too small.
 
-    Args:
-        image: uint8 3 x H x W.
-        mask: int64 class ids of the same scene, at any resolution.
-        config: see `CropConfig`.
-        ignore_index: id in the mask that is no class, and of what is filled up.
-        generator: of all draws.
-
-    Returns:
-        uint8 3 x size and int64 size.
+    The image is uint8 3 x H x W, the mask int64 class ids of the same scene, at any resolution; `ignore_index` is no
+    class, and what is filled up. Returns uint8 3 x size and int64 size.
     """
     low, high = config.scale
     factor = low + (high - low) * float(torch.rand((), generator=generator))
@@ -99,36 +94,35 @@ def random_crop(
     return pixels, ids
 
 
-class _Crops(NamedTuple):
-    images: Tensor
-    masks: Tensor
-    bad: list[BadImage]
+@functools.cache
+def _say(path: Path, reason: str) -> None:
+    print(f"'{path}' is damaged ({reason}): other images take its place.", file=sys.stderr)
 
 
-class _CropSet(Dataset[_Crops]):
+class _CropSet(Dataset[Any]):
     """Item (step, indices) is the batch of that step, whatever came before it and in which process."""
 
     def __init__(self, files: MaskedImages, config: CropConfig, seed: int) -> None:
         self.files, self.config, self.seed = files, config, seed
 
-    def __getitem__(self, item: tuple[int, Tensor]) -> _Crops:
+    def __getitem__(self, item: tuple[int, Tensor]) -> tuple[Tensor, Tensor] | BadImage:
         step, index = item
-        made, bad = [], []
+        made, ignored = [], self.files.ignore_index
         for place, first in enumerate(index.tolist()):
             generator = step_generator(self.seed, step, f"crop/{place}")
             for i in range(first, first + len(self.files)):  # a damaged pair gives way to the next
                 try:
                     image, mask = self.files.read(i % len(self.files))
                 except BadImageError as error:
-                    bad.append(BadImage(error.path, error.reason))
+                    bad = BadImage(error.path, error.reason)
+                    _say(*bad)
                     continue
-                ignored = self.files.ignore_index
                 made.append(random_crop(image, mask, self.config, ignore_index=ignored, generator=generator))
                 break
-        if len(made) < len(index):
-            return _Crops(torch.empty(0), torch.empty(0), bad)
+            else:
+                return bad
         images, masks = zip(*made, strict=True)
-        return _Crops(torch.stack(images), torch.stack(masks), bad)
+        return torch.stack(images), torch.stack(masks)
 
 
 def crops(
@@ -143,26 +137,19 @@ def crops(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches `first` to `steps` - 1 of crops, uint8 N x 3 x H x W, and masks, int64 N x H x W.
 
-    The same for every number of workers, and wherever they begin. A pair found damaged gives way to the next, which is said on stderr.
-
-    Raises:
-        UserError: nothing can be read any more.
+    The same for every number of workers, and wherever they begin. A pair found damaged gives way to the next, which is
+    said on stderr; a UserError where nothing can be read any more.
     """
     order = shuffled_batches(len(files), batch_size, steps, step_generator(seed, 0, "semantic"))
     wanted = itertools.islice(enumerate(order), first, None)
     stream = load_ahead(_CropSet(files, config, seed), wanted, workers)
-    known: set[BadImage] = set()
     for batch in stream:
-        known |= set(batch.bad)
-        if not len(batch.images):
+        if isinstance(batch, BadImage):
             raise UserError(
-                f"None of {len(files)} images with masks can be read any more ({batch.bad[-1].path}).",
+                f"None of {len(files)} images with masks can be read any more ({batch.path}).",
                 "Check that the disk is still there.",
             )
-        yield batch.images, batch.masks
-    if known:
-        some = shorten(f"{b.path} ({b.reason})" for b in sorted(known))
-        print(f"{len(known)} damaged files gave way to others: {some}", file=sys.stderr)
+        yield batch
 
 
 class _TestSet(Dataset[Any]):
@@ -185,8 +172,7 @@ def whole_images(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Each image, uint8 3 x H x W scaled to `short_side` (0: as it is), and its mask, as large as it is.
 
-    Raises:
-        UserError: one of them cannot be read any more.
+    A UserError where one of them cannot be read any more.
     """
     stream = load_ahead(_TestSet(files, short_side), range(len(files)), workers)
     for item in tqdm(stream, total=len(files), desc="testing", disable=not sys.stderr.isatty()):

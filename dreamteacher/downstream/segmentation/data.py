@@ -19,52 +19,6 @@ if TYPE_CHECKING:
     from dreamteacher.downstream.config import EvaluateConfig
 
 
-def load_masks(
-    images: Path | None,
-    masks: Path | None,
-    test_images: Path | None,
-    test_masks: Path | None,
-    size: Size | None = None,
-    *,
-    ignore_index: int,
-    binary: bool,
-    workers: int = 2,
-) -> Split[MaskedImages]:
-    """The images to draw labels from and those to score on: given ones, a layout's two parts, or two halves.
-
-    Args:
-        images: to train on.
-        masks: of `images`; None for a layout.
-        test_images: to test on, or None.
-        test_masks: of `test_images`.
-        size: (height, width) at which images and masks will be loaded; None: they stay on the disk, and every test
-            image is decoded once, for none may be damaged.
-        ignore_index: id in the masks that is no class.
-        binary: masks are black and white.
-        workers: threads.
-
-    Raises:
-        UserError: see `data.masks.reader.read_masks`.
-    """
-
-    def read(images: Path | None, masks: Path | None, part: Part, tested: bool) -> MaskedImages:
-        assert images is not None
-        return read_masks(
-            images, masks, size, ignore_index=ignore_index, binary=binary, absent_ok=True, part=part,
-            whole=tested and size is None, workers=workers,
-        )  # fmt: skip
-
-    if test_images is None and masks is not None:
-        return halved(read(images, masks, "train", True))
-    pool = read(images, masks, "train", False)
-    test = read(test_images or images, test_masks if test_images else None, "val", True)
-    # A small set may lack the last classes: both take the larger number.
-    classes = max(pool.classes, test.classes, key=len)
-    return Split(
-        pool=dataclasses.replace(pool, classes=classes), test=dataclasses.replace(test, classes=classes)
-    )
-
-
 def _check(config: EvaluateConfig, _budgets: Budgets) -> None:
     """Checks folders of images and masks by their names alone, and all that a layout needs."""
     images, masks = config.images, config.masks
@@ -89,10 +43,32 @@ def _check(config: EvaluateConfig, _budgets: Budgets) -> None:
 
 
 def _load_streamed(config: EvaluateConfig, budgets: Budgets, size: Size | None = None) -> Split[MaskedImages]:
-    data = load_masks(
-        config.images, config.masks, config.test_images, config.test_masks, size,
-        ignore_index=config.ignore_index, binary=config.binary_masks, workers=config.workers,
-    )  # fmt: skip
+    """The images to draw labels from and those to score on: given ones, a layout's two parts, or two halves.
+
+    Without a `size` they stay on the disk, and every test image is decoded once, for none may be damaged.
+    """
+
+    def read(images: Path | None, masks: Path | None, part: Part, tested: bool) -> MaskedImages:
+        assert images is not None
+        return read_masks(
+            images, masks, size, ignore_index=config.ignore_index, binary=config.binary_masks, absent_ok=True,
+            part=part, whole=tested and size is None, workers=config.workers,
+        )  # fmt: skip
+
+    if config.test_images is None and config.masks is not None:
+        data = halved(read(config.images, config.masks, "train", True))
+    else:
+        pool = read(config.images, config.masks, "train", False)
+        test = read(
+            config.test_images or config.images,
+            config.test_masks if config.test_images else None,
+            "val",
+            True,
+        )
+        # A small set may lack the last classes: both take the larger number.
+        classes = max(pool.classes, test.classes, key=len)
+        pool, test = (dataclasses.replace(part, classes=classes) for part in (pool, test))
+        data = Split(pool=pool, test=test)
     check_draw(len(data.pool), budgets)
     return data
 

@@ -100,7 +100,6 @@ def train_dense(
             trained, loss_at, steps=config.steps, lr=config.lr, weight_decay=config.weight_decay,
             warmup=config.warmup, optimizer=config.optimizer, power=config.power, saved=run.saved, title="training",
         )  # fmt: skip
-        next(batches, None)  # lets it say what was damaged
     return model.eval()
 
 

@@ -22,11 +22,11 @@ from dreamteacher import metrics
 from dreamteacher.cli import main as cli
 from dreamteacher.data.image_set import load_images
 from dreamteacher.downstream import evaluate, features
-from dreamteacher.downstream.classification import augment, finetune_full, linear_sgd
+from dreamteacher.downstream.classification import augment, finetune_full, probes
 from dreamteacher.downstream.classification.augment import Augmentation
 from dreamteacher.downstream.classification.config import FinetuneFullConfig, LinearSgdConfig
 from dreamteacher.downstream.classification.finetune_full import TimmClassifier, recipe_of
-from dreamteacher.downstream.classification.linear import fit_logistic
+from dreamteacher.downstream.classification.probes import fit_logistic
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.features import ClassificationData
 from dreamteacher.downstream.loop import LongRun
@@ -118,7 +118,7 @@ def test_lars_ends_where_lbfgs_does(l2: float, lr: float) -> None:
     x, y = overlapping()
     weight, bias = fit_logistic(x, y, classes=3, l2=l2)
     config = LinearSgdConfig(epochs=1500, batch_size=1000, lr=lr, weight_decay=l2)
-    w, b = linear_sgd.fit_lars(x, y, config, classes=3)
+    w, b = probes.fit_lars(x, y, config, classes=3)
     # Without a penalty a constant may be added to every class: compare what is seen of it.
     ours, theirs = x @ w.T + b, x.double() @ weight.T + bias
     assert torch.allclose(
@@ -131,7 +131,7 @@ def test_lars_ends_where_lbfgs_does(l2: float, lr: float) -> None:
 def test_lars_steps_against_a_loop() -> None:
     x, y = overlapping(30)
     config = LinearSgdConfig(epochs=4, batch_size=30, lr=10.0, weight_decay=0.1, momentum=0.9)
-    w, b = linear_sgd.fit_lars(x, y, config, classes=3)
+    w, b = probes.fit_lars(x, y, config, classes=3)
     weight, bias = torch.zeros(3, 4).double(), torch.zeros(3).double()
     moving = [torch.zeros_like(weight), torch.zeros_like(bias)]
     for step in range(4):
@@ -154,7 +154,7 @@ def probe(
 ) -> dict[str, float]:
     x, z = (features.extract_features(student, part) for part in (data.train, data.test))
     parts = x, data.train_labels, z, data.test_labels
-    return dict(linear_sgd.linear_sgd(*parts, config, classes=2, run=LongRun(seed=seed)))
+    return dict(probes.linear_sgd(*parts, config, classes=2, run=LongRun(seed=seed)))
 
 
 def test_the_probe_solves_the_toy(student: Student, data: ClassificationData) -> None:
@@ -233,12 +233,16 @@ def test_crops_come_from_the_file_or_from_the_set(tmp_path: Path) -> None:
         Image.fromarray(pixels.numpy()).save(tmp_path / name / "0.png")
         Image.fromarray(pixels.numpy()).save(tmp_path / name / "1.png")
     images = load_images(tmp_path, (16, 16), cache_gb=0)
-    assert torch.equal(augment.whole_image(images, 0, "file"), pixels.expand(3, -1, -1))
-    assert torch.equal(augment.whole_image(images, 0, "decoded"), images.get(torch.tensor([0]))[0])
+
+    def shown(i: int, source: str) -> Tensor:
+        return features.take(augment.whole_images(images, source), torch.tensor([i]))[0]
+
+    assert torch.equal(shown(0, "file"), pixels.expand(3, -1, -1))
+    assert torch.equal(shown(0, "decoded"), images.get(torch.tensor([0]))[0])
     (tmp_path / "b" / "0.png").write_bytes(b"no picture")
-    assert torch.equal(augment.whole_image(images, 2, "file"), pixels.expand(3, -1, -1))
+    assert torch.equal(shown(2, "file"), pixels.expand(3, -1, -1))
     (tmp_path / "b" / "1.png").write_bytes(b"no picture")
-    refused(lambda: augment.whole_image(images, 2, "file"), "b/0.png' and 1 images after it")
+    refused(lambda: shown(2, "file"), "b/1.png", "nor any image that could take its place")
 
 
 # ---- fine-tuning: its parts

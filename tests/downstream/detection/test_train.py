@@ -30,14 +30,13 @@ from dreamteacher.downstream.detection.data import (
     cut_mask,
     example,
     instances_of_ids,
-    load_detection,
     load_instances,
     scaled_masks,
     scaled_size,
 )
 from dreamteacher.downstream.detection.model import Batcher, build_detector, roi_pool
 from dreamteacher.downstream.detection.scores import average_precision
-from dreamteacher.downstream.detection.train import build_groups, detect, predict, rate_at, train_detector
+from dreamteacher.downstream.detection.train import build_groups, predict, rate_at, train_detector
 from dreamteacher.downstream.evaluate import evaluate
 from dreamteacher.downstream.loop import LongRun
 from dreamteacher.downstream.tables import summary_table
@@ -46,7 +45,7 @@ from dreamteacher.runtime.optim import layer_decay_groups, layer_depths
 from dreamteacher.testing import check_task
 from tests.builders.pictures import cut, noise, refused
 from tests.builders.squares import TINY, draw_scene, save_coco, save_folder, scenes
-from tests.builders.students import noted_losses
+from tests.builders.students import noted_losses, run_task
 from tests.downstream.detection.test_scores import random_instances
 
 # pycocotools 2.0.11 decodes into an array that numpy 2 finds old-fashioned.
@@ -194,7 +193,8 @@ def test_bad_instances_are_found_before_training(tmp_path):
     refused(lambda: checked(halved(empty())), "None of the 1 training images shows an object")
     images, path = save_coco(tmp_path / "coco", 1, 2)
     others, other = save_coco(tmp_path / "other", 1, 2, names=("square", "circle"))
-    refused(lambda: load_detection(images, path, others, other), "differ: circle")
+    config = EvaluateConfig(images=images, instances=path, test_images=others, test_instances=other)
+    refused(lambda: train.INSTANCES.load(config, ()), "differ: circle")
     cut(path, 0.5)
     refused(lambda: load_instances(images, path), "is not JSON")
 
@@ -389,13 +389,9 @@ def test_the_seed_decides_everything_and_nothing_else_is_touched(student, cascad
 
 def test_detection_keeps_the_contract_of_tasks(student):
     data = Split(pool=scenes(0, 1, 2, 3), test=scenes(4, 5))
-    for cascade in (False, True):
-        check_task(lambda s, c=cascade: detect(s, data, TINY, images=2, cascade=c), student)
-    refused(
-        lambda: list(detect(student, data, TINY, images=5, cascade=False)),
-        "5 labelled images",
-        "2 to 4",
-    )
+    for name in ("detect", "detect-cascade"):
+        check_task(lambda s, n=name: run_task(n, s, data, 2, detect=TINY).items(), student)
+    refused(lambda: run_task("detect", student, data, 5, detect=TINY), "5 labelled images", "2 to 4")
 
 
 def test_images_without_objects_are_left_out_of_the_training(student):
