@@ -26,14 +26,8 @@ class Saved:
     The caller begins its stream of batches at `step`; `run_steps` does the rest. Random numbers that layers
     draw from torch's global generators (see `dreamteacher.runtime.distributed.device.seeded`) go on where they stopped.
 
-    Args:
-        folder: made and locked; it belongs to this training alone.
-        facts: all that decides the training, as JSON values; kept in its config.json for the reader.
-        minutes: between two checkpoints; 0: only at the end.
-        log_to: services that the log also goes to.
-
-    Raises:
-        UserError: another process trains it, its checkpoint cannot be read, or it cannot be written.
+    The folder, which it makes and locks, belongs to this training alone; `facts`, all that decides it, are kept there for
+    the reader. A UserError where another process trains it, its checkpoint cannot be read, or it cannot be written.
     """
 
     def __init__(
@@ -95,14 +89,11 @@ def run_steps(
             before it was differentiated, so that parts of a batch need the memory of one.
         rate_at: step -> learning rate.
         steps: number of updates.
-        saved: where the training is kept; None: it is not.
+        saved: where the training is kept; it then raises a UserError for a loss that is not finite, and a SystemExit
+            (128 + n) after SIGINT or SIGTERM, where signals are handled.
         clip: largest norm of all gradients; 0: no clipping.
         ema: the moving average of the only module.
         title: of a progress bar in a terminal; none without one.
-
-    Raises:
-        SystemExit: 128 + n after SIGINT or SIGTERM, where the training is kept and signals are handled.
-        UserError: the loss of one that is kept is not finite.
     """
     named = {f"module{i}": module for i, module in enumerate(modules)}
     device = next(p for module in modules for p in module.parameters()).device

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dreamteacher.downstream.features import ClassificationData, extract_features
 from dreamteacher.downstream.loop import LongRun, Saved
-from dreamteacher.downstream.tasks import TASKS, Metric
+from dreamteacher.downstream.tasks import Metric, place_of
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.errors import UserError, did_you_mean
+from dreamteacher.runtime.errors import UserError
 
 if TYPE_CHECKING:  # an added task is imported by the module of the config: see `added_settings` there
     from dreamteacher.downstream.config import EvaluateConfig
@@ -172,10 +172,6 @@ def find_task(name: str) -> Task:
         >>> find_task("knn").headline
         'accuracy'
     """
-    if name not in TASKS:
-        raise UserError(
-            f"There is no task '{name}'.{did_you_mean(name, TASKS)}", f"Tasks: {', '.join(TASKS)}."
-        )
-    module, _, attribute = TASKS[name].partition(":")
+    module, _, attribute = place_of(name).partition(":")
     task: Task = getattr(importlib.import_module(module), attribute)
     return task

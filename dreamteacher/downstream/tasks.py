@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+from dreamteacher.runtime.errors import UserError, did_you_mean
+
 Metric: TypeAlias = tuple[str, float]
-
-
 Row: TypeAlias = dict[str, Any]
-
 
 # Tasks whose settings stand in `EvaluateConfig`.
 BUILT_IN: dict[str, str] = {
     "segment-frozen": "dreamteacher.downstream.segmentation.few_masks:FROZEN",
-    "segment-linear": "dreamteacher.downstream.segmentation.linear:TASK",
+    "segment-linear": "dreamteacher.downstream.segmentation.few_masks:LINEAR",
     "segment-finetune": "dreamteacher.downstream.segmentation.few_masks:FINETUNE",
     "linear": "dreamteacher.downstream.classification.probes:LINEAR",
     "finetune": "dreamteacher.downstream.classification.finetune:TASK",
@@ -33,9 +32,16 @@ BUILT_IN: dict[str, str] = {
     "panoptic": "dreamteacher.downstream.panoptic.train:TASK",
 }
 
-
 # Tasks that were added. What `Task.config` holds becomes settings of `evaluate`: --NAME.setting.
 ADDED: dict[str, str] = {}
 
-
 TASKS: dict[str, str] = BUILT_IN | ADDED
+
+
+def place_of(name: str) -> str:
+    """Where the task of this name is; a UserError where there is none."""
+    if name not in TASKS:
+        raise UserError(
+            f"There is no task '{name}'.{did_you_mean(name, TASKS)}", f"Tasks: {', '.join(TASKS)}."
+        )
+    return TASKS[name]

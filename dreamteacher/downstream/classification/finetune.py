@@ -74,10 +74,9 @@ def train(
         lr: peak learning rate.
         weight_decay: of matrices and kernels.
         warmup: share of the steps.
-        optimizer: AdamW (betas 0.9, 0.999), or SGD with momentum 0.9.
+        optimizer: see `adamw_or_sgd`.
         power: of a polynomial decay; None: a half cosine.
-        saved: where the training is kept; None: it is not.
-        title: of a progress bar; none without one.
+        saved, title: see `run_steps`.
     """
     groups: list[dict[str, Any]] = []
     for module, factor in modules:

@@ -91,10 +91,7 @@ _BINARISE_ABOVE = 0.2
 
 
 def recipe_of(config: FinetuneFullConfig) -> FinetunePreset:
-    """The preset with what the config sets in its place.
-
-    Raises:
-        UserError: a number is out of range, or batches cannot be split or mixed.
+    """The preset with what the config sets in its place; a UserError for what is out of range or cannot be split.
 
     Example:
         >>> recipe_of(FinetuneFullConfig(batch_size=512)).lr
@@ -124,8 +121,7 @@ def recipe_of(config: FinetuneFullConfig) -> FinetunePreset:
 class TimmClassifier(nn.Module):
     """timm's classifier with a copy of a backbone's weights: images in [0, 1] -> logits.
 
-    Raises:
-        UserError: timm's model has no stochastic depth, and `drop_path` is its largest rate.
+    A UserError where timm's model has no stochastic depth, of which `drop_path` is the largest rate.
     """
 
     mean: Tensor
@@ -200,14 +196,8 @@ def train_full(
 ) -> TimmClassifier:
     """A classifier trained from a copy of the backbone, in evaluation mode, on the student's device.
 
-    Args:
-        student: where training starts; left as it is.
-        images: uint8 N x 3 x H x W, or an image set, which is streamed.
-        labels: N class ids (int64).
-        config: see `recipe_of`.
-        classes: number of classes.
-        size: (height, width) of the training images.
-        run: its seed is that of the head, the order, all augmentation, and stochastic depth.
+    The images are uint8 N x 3 x H x W, or an image set, which is streamed; crops of them have `size`. The run's seed is that
+    of the head, the order, all augmentation, and stochastic depth.
     """
     recipe, accumulate, saved = recipe_of(config), config.accumulate, run.saved
     device = device_of(student)

@@ -44,17 +44,11 @@ def fit_logistic(
 ) -> tuple[Tensor, Tensor]:
     """Multinomial logistic regression: mean cross-entropy + l2 / 2 * ||weight||^2, the bias not penalised.
 
-    Args:
-        x: N x C features; computed in float64.
-        y: N class ids (int64).
-        classes: number of classes.
-        l2: strength >= 0. scikit-learn's C is 1 / (l2 * N); for two classes 2 / (l2 * N), because there it
-            penalises one weight vector, the difference of our two.
-        tolerance: LBFGS stops when no gradient element exceeds it.
-        max_iter: LBFGS iterations at most.
+    scikit-learn's C is 1 / (l2 * N); for two classes 2 / (l2 * N), because there it penalises one weight vector, the
+    difference of our two. LBFGS stops when no gradient element exceeds `tolerance`.
 
     Returns:
-        Weight (classes x C) and bias (classes), float64, on the device of `x`.
+        Weight (classes x C) and bias (classes), float64, on the device of `x`, N x C.
     """
     x = x.double()
     basis = None

@@ -60,23 +60,18 @@ class Mask(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Instances:
-    """The objects of one image, or what was found in it.
+    """The objects of one image, or what was found in it."""
 
-    Args:
-        boxes: float32 K x 4: left, top, right, bottom in pixels, right > left, bottom > top.
-        labels: int64 K, 1 for the first class: torchvision's detectors keep 0 for the background.
-        masks: K of them.
-        crowd: K: whether it is a region of many objects, which is neither trained on nor counted; none: no such.
-        scores: float32 K, of what was found; none: this is the truth.
-        outlines: K segmentations in COCO's format where the file has them: the score draws polygons its own way.
-    """
-
-    boxes: Tensor
-    labels: Tensor
+    boxes: Tensor  # float32 K x 4: left, top, right, bottom in pixels, right > left, bottom > top
+    labels: Tensor  # int64 K, 1 for the first class: torchvision's detectors keep 0 for the background
     masks: tuple[Mask, ...]
-    crowd: tuple[bool, ...] = ()
-    scores: Tensor | None = None
-    outlines: tuple[Any, ...] = ()
+    crowd: tuple[
+        bool, ...
+    ] = ()  # regions of many objects, which are neither trained on nor counted; (): no such
+    scores: Tensor | None = None  # float32 K, of what was found; None: this is the truth
+    outlines: tuple[
+        Any, ...
+    ] = ()  # K segmentations in COCO's format, if any: the score draws polygons its own way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,15 +128,10 @@ def checked(data: Split[InstanceSet]) -> Split[InstanceSet]:
 def load_instances(images: Path, instances: Path) -> InstanceSet:
     """Images and their objects; everything that is wrong is found here, and counted.
 
-    Args:
-        images: folder of images.
-        instances: a COCO JSON file whose file names start from `images`; or a folder with one PNG per image,
-            of its size and under its name, where pixel values (up to 16 bits) are 0 for the background and k
-            for the k-th object. All objects of such a folder are of one class; images without a PNG are left
-            out. Of COCO's annotations those without extent are left out, which is said on stderr.
-
-    Raises:
-        UserError: for files that are missing, damaged, of another size, or hold no instance.
+    `instances` is a COCO JSON file whose file names start from `images` (annotations without extent are left out, which is
+    said on stderr); or a folder with one PNG per image, of its size and under its name, where pixel values (up to 16
+    bits) are 0 for the background and k for the k-th object. All objects of such a folder are of one class; images
+    without a PNG are left out.
     """
     images, instances = Path(images), Path(instances)
     if not instances.exists():

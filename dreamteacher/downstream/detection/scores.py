@@ -38,15 +38,8 @@ def average_precision(
     """AP (mean over IoU 0.50 to 0.95 in steps of 0.05), AP at IoU 0.50, and AP at IoU 0.75; each in [0, 1].
 
     The mean over the classes that occur in the truth of the precision at 101 recalls; what lies on a crowd is
-    neither right nor wrong. Parity with pycocotools: `tests/downstream/detection/test_scores.py`.
-
-    Args:
-        truth: the objects of each image.
-        found: what was found in each, with scores.
-        sizes: (height, width) of each.
-        classes: number of classes.
-        kind: which IoU: of boxes or of masks.
-        most: detections of an image that count, the best first; 100 is COCO's number.
+    neither right nor wrong. Of an image with (height, width) `sizes` the best `most` detections count, COCO's number is
+    100. Parity with pycocotools: `tests/downstream/detection/test_scores.py`.
 
     Raises:
         UserError: faster-coco-eval is not installed.

@@ -102,8 +102,7 @@ def fit(
         make: how an example is made of its draw.
         draws: see `training_draws`.
         count: number of training images.
-        config: see `DetectConfig`.
-        run: see `LongRun`.
+        config, run: see `train_detector`.
     """
     student, device = detector.backbone.student, device_of(detector)
     is_frozen = config.backbone_norm == "frozen"
@@ -147,13 +146,8 @@ def train_detector(
 ) -> GeneralizedRCNN:
     """A detector in evaluation mode. On a CPU the seed decides every bit; on a GPU RoIAlign adds in any order.
 
-    Args:
-        student: left as it is; a fine-tuned copy of it is part of the result.
-        data: images to train on; those that show no object are left out.
-        config: see `DetectConfig`.
-        cascade: Cascade Mask R-CNN instead of Mask R-CNN.
-        run: its seed is that of the heads, the batches, scales, mirroring, and of what torchvision draws (anchors,
-            proposals); its precision that of the matrix products of the backbone and the FPN.
+    The student is copied; images that show no object are left out. The run's seed is that of the heads, the batches, scales,
+    mirroring, and of what torchvision draws (anchors, proposals).
     """
     check_detect(config)
     data = data.shown()
