@@ -13,8 +13,7 @@ from dreamteacher.downstream.classification.config import (
     LinearSgdConfig,
     check_numbers,
 )
-from dreamteacher.downstream.detection.config import DetectConfig
-from dreamteacher.downstream.panoptic.config import PanopticConfig
+from dreamteacher.downstream.detection.config import DetectConfig, PanopticConfig
 from dreamteacher.downstream.segmentation.config import ReadoutConfig, SegmentConfig, SemanticConfig
 from dreamteacher.downstream.tasks import ADDED, place_of
 from dreamteacher.runtime.errors import UserError

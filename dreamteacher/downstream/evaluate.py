@@ -87,8 +87,7 @@ def evaluate_student(
 
     Yields:
         {"method", "student", "task", "metric", "value", "labels", "seed", "seconds"}: `labels` is per class (None: all)
-        or a number of masks or images, `seconds` that of the whole task (after a stop: of its last part). With
-        `results` also "key", of all that decides the row.
+        or a number of masks or images, `seconds` that of the whole task. With `results` also "key".
     """
     device = pick_device(config.device)
     tasks = tuple(find_task(name) for name in config.tasks) or default_tasks(config, data)

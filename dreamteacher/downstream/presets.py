@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from dreamteacher.downstream.classification.config import FinetuneFullConfig
 from dreamteacher.downstream.config import EvaluateConfig
+from dreamteacher.downstream.detection.config import PANOPTIC_PRESETS as PANOPTIC
 from dreamteacher.downstream.detection.config import PRESETS as DETECT
-from dreamteacher.downstream.panoptic.config import PRESETS as PANOPTIC
 from dreamteacher.downstream.segmentation.config import PRESETS as SEMANTIC
 from dreamteacher.downstream.segmentation.config import SegmentConfig
 from dreamteacher.runtime.errors import UserError, did_you_mean

@@ -29,7 +29,7 @@ BUILT_IN: dict[str, str] = {
     "finetune-full": "dreamteacher.downstream.classification.finetune_full:TASK",
     "semantic": "dreamteacher.downstream.segmentation.semantic:TASK",
     "readout": "dreamteacher.downstream.segmentation.semantic:READOUT",
-    "panoptic": "dreamteacher.downstream.panoptic.train:TASK",
+    "panoptic": "dreamteacher.downstream.panoptic:TASK",
 }
 
 # Tasks that were added. What `Task.config` holds becomes settings of `evaluate`: --NAME.setting.

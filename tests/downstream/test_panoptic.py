@@ -21,11 +21,10 @@ from dreamteacher.data.panoptic_set import PanopticSet, read_panoptic
 from dreamteacher.data.split import Split
 from dreamteacher.downstream import evaluate
 from dreamteacher.downstream.config import EvaluateConfig
-from dreamteacher.downstream.detection.config import DetectConfig
+from dreamteacher.downstream.detection.config import PANOPTIC_PRESETS, DetectConfig, PanopticConfig
 from dreamteacher.downstream.detection.data import Draw
 from dreamteacher.downstream.loop import LongRun
-from dreamteacher.downstream.panoptic.config import PRESETS, PanopticConfig
-from dreamteacher.downstream.panoptic.train import (
+from dreamteacher.downstream.panoptic import (
     SEGMENTS,
     TASK,
     PanopticFPN,
@@ -418,4 +417,4 @@ def test_categories_must_agree_and_have_both_kinds(data: Split[PanopticSet]) -> 
 @pytest.mark.parametrize("change", [{"width": 12}, {"stuff_area": -1}, {"score": 1.5}])
 def test_settings_are_checked(change: dict[str, Any]) -> None:
     refused(lambda: PanopticConfig(**change), "Give")
-    assert PRESETS["bdd100k-36"].detect.optimizer == "sgd"
+    assert PANOPTIC_PRESETS["bdd100k-36"].detect.optimizer == "sgd"

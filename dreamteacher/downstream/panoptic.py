@@ -23,13 +23,12 @@ from dreamteacher.data.layouts.table import Part, check, layout_of, panoptic_fil
 from dreamteacher.data.panoptic_set import PanopticSet, of_layout, read_panoptic
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.data.split import Split, halved
-from dreamteacher.downstream.detection.config import check_detect
+from dreamteacher.downstream.detection.config import PanopticConfig, check_detect
 from dreamteacher.downstream.detection.data import Draw, Example, instances_of_ids, scaled_image, scaled_size
 from dreamteacher.downstream.detection.model import build_detector
 from dreamteacher.downstream.detection.train import at_size, fit, training_draws
 from dreamteacher.downstream.features import device_of, frozen
 from dreamteacher.downstream.loop import UNKEPT, LongRun
-from dreamteacher.downstream.panoptic.config import PanopticConfig
 from dreamteacher.downstream.segmentation.crops import scaled_mask
 from dreamteacher.downstream.segmentation.few_masks import pixel_loss
 from dreamteacher.downstream.segmentation.semantic import classes_at
