@@ -23,27 +23,18 @@ from dreamteacher.runtime.distributed.device import autocast
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.settings import Precision
 
-Images: TypeAlias = Tensor | ImageSet
+Images: TypeAlias = Tensor | ImageSet  # a tensor is uint8 N x 3 x H x W
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationData:
-    """Labelled images in two parts that share their classes.
+    """Labelled images in two parts that share their classes."""
 
-    Args:
-        train: uint8 N x 3 x H x W or an image set; labels are drawn from here, and the probes may look at all
-            of these images without labels.
-        train_labels: N class ids (int64).
-        test: as `train`; seen by nothing but the final score.
-        test_labels: M class ids (int64).
-        classes: class names in id order.
-    """
-
-    train: Images
-    train_labels: Tensor
-    test: Images
+    train: Images  # labels are drawn from here, and the probes may look at all of these images without labels
+    train_labels: Tensor  # class ids (int64)
+    test: Images  # seen by nothing but the final score
     test_labels: Tensor
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # names in id order
 
 
 def labelled_data(train: ImageSet, test: ImageSet) -> ClassificationData:

@@ -25,7 +25,7 @@ from dreamteacher.downstream.detection.train import INSTANCES
 from dreamteacher.downstream.evaluate import check_config, evaluate
 from dreamteacher.downstream.presets import PRESETS, preset_config
 from dreamteacher.downstream.segmentation.few_masks import SegmentationHead
-from dreamteacher.downstream.segmentation.semantic import FCNHead
+from dreamteacher.downstream.segmentation.semantic import ReadoutHead
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime.errors import UserError
@@ -504,7 +504,7 @@ def test_operations_are_counted_anew(name: str) -> None:
         regressor = FeatureRegressor(student.specs, levels).eval()
         upernet, auxiliary = (
             SegmentationHead(student.specs, 150, 512).eval(),
-            FCNHead(student.specs, 150, -2).eval(),
+            ReadoutHead(student.specs, 150, -2).eval(),
         )
         detector = build_detector(student, DETECT["coco-1x"], classes=80, cascade=False).eval()
     maps = student(images)

@@ -19,7 +19,6 @@ from dreamteacher.data.image_set import ImageSet
 from dreamteacher.data.images import Size
 from dreamteacher.data.loader import load_ahead
 from dreamteacher.data.seeds import step_generator
-from dreamteacher.downstream.classification.config import Source
 from dreamteacher.downstream.features import Images, take
 from dreamteacher.runtime.errors import UserError
 
@@ -88,10 +87,6 @@ def repeated_order(order: Tensor, repeats: int) -> Tensor:
     So an epoch is as long as ever and shows a part of the images, each in `repeats` augmentations.
 
     Source: Hoffer et al., arXiv 1901.09335; timm's `RepeatAugSampler` on one process is the oracle.
-
-    Example:
-        >>> repeated_order(torch.tensor([4, 0, 2, 1]), 3).tolist()
-        [4, 4, 4, 0]
     """
     return order.repeat_interleave(repeats)[: len(order)]
 
@@ -105,10 +100,9 @@ class _Steps(Dataset[tuple[Tensor, Tensor]]):
         augmentation: Augmentation,
         batch_size: int,
         seed: int,
-        source: Source,
         repeats: int,
     ) -> None:
-        self.images, self.transform = whole_images(images, source), augmentation.transform()
+        self.images, self.transform = whole_images(images), augmentation.transform()
         self.batch_size, self.repeats = min(batch_size, len(images)), repeats
         self.seed = seed
         self.known: tuple[int, Tensor] | None = None  # the present epoch's order: a million take a while
@@ -133,11 +127,9 @@ class _Steps(Dataset[tuple[Tensor, Tensor]]):
         return torch.stack(shown), index
 
 
-def whole_images(images: Images, source: Source) -> Images:
-    """The same, each as large as its "file", or as the set has it "decoded" (a tensor has no files)."""
-    if source == "file" and isinstance(images, ImageSet):
-        return replace(images, size=None, cache=None)
-    return images
+def whole_images(images: Images) -> Images:
+    """The same, those of files each as large as its file."""
+    return replace(images, size=None, cache=None) if isinstance(images, ImageSet) else images
 
 
 def augmented_batches(
@@ -148,25 +140,23 @@ def augmented_batches(
     steps: int,
     seed: int,
     repeats: int = 1,
-    source: Source = "file",
     workers: int = 0,
     first: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Training batches `first` to `steps` - 1, each the same wherever they begin: a new order in every epoch, whose incomplete last batch is dropped.
 
     Args:
-        images: uint8 N x 3 x H x W, or an image set, which is streamed.
+        images: uint8 N x 3 x H x W, or an image set, whose files are streamed, each as large as it is.
         augmentation: drawn from (seed, step, place in the batch).
         batch_size: images in a batch; cut to the size of the set.
         steps: number of batches from the very first on.
         seed: of the order and of all draws.
         repeats: see `repeated_order`.
-        source: random crops are cut from the whole "file", or from the image "decoded" at the set's size.
         workers: processes that decode and augment; 0: this one.
         first: where to begin.
 
     Yields:
         float32 N x 3 x H x W, as the augmentation normalises it; int64 N, the images' places in their set.
     """
-    shown = _Steps(images, augmentation, batch_size, seed, source, repeats)
+    shown = _Steps(images, augmentation, batch_size, seed, repeats)
     yield from load_ahead(shown, range(first, steps), workers)

@@ -11,7 +11,6 @@ from dreamteacher.runtime.settings import OptimizerName
 
 Optimizer = Literal["adamw", "sgd"]
 Loss = Literal["bce", "ce"]
-Source = Literal["file", "decoded"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +26,8 @@ class FineTuning(BackboneRate):
     """A short training of a backbone and a head with few labels."""
 
     steps: int
-    """Updates, the same for every number of labels."""
     batch_size: int
-    """Images per update."""
     lr: float
-    """Peak learning rate of the head (AdamW, cosine)."""
     weight_decay: float = 0.05
     """Of matrices and kernels."""
 
@@ -102,8 +98,6 @@ class FinetuneFullConfig:
     """Decay of the averaged weights that are scored, 0 for none; none: the preset's."""
     accumulate: int = 1
     """Parts that a batch is split into to save memory; BatchNorm and mixup see one part at a time."""
-    crop_from: Source = "file"
-    """Random crops are cut from the whole file, or from the image decoded at --size."""
 
 
 @dataclass(frozen=True, kw_only=True)

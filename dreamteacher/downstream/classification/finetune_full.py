@@ -214,7 +214,7 @@ def train_full(
         mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
     batches = augmented_batches(
         images, augmentation, batch_size=batch_size, steps=total, seed=run.seed, repeats=recipe.repeats,
-        source=config.crop_from, workers=run.workers, first=run.first,
+        workers=run.workers, first=run.first,
     )  # fmt: skip
     with seeded(run.seed, device):
         model = TimmClassifier(student, classes, recipe.drop_path).to(device).train()

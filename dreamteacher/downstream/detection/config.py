@@ -59,8 +59,6 @@ class DetectConfig:
     """Proposals of an image that the heads are trained on."""
     detections: int = 100
     """Most detections of an image; also the most that are scored."""
-    agnostic: bool = True
-    """Cascade: one box for all classes instead of one per class."""
     workers: int = 2
     """Threads that decode training images; change speed only."""
 

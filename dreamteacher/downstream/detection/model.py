@@ -10,7 +10,7 @@ from typing import Any
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -124,12 +124,12 @@ def build_detector(
     masks = roi_pool(specs, 14), mask_head, MaskRCNNPredictor(width, width, classes + 1)
     heads: RoIHeads
     if cascade:
-        make_predictor = partial(BoxPredictor, config.fc, classes + 1, agnostic=config.agnostic)
+        make_predictor = partial(BoxPredictor, config.fc, classes + 1)
         heads = CascadeHeads(
             roi_pool(specs, 7), box_head, make_predictor, samples=config.rois, detections=config.detections, masks=masks
         )  # fmt: skip
     else:
-        predictor = BoxPredictor(config.fc, classes + 1, agnostic=False)
+        predictor = FastRCNNPredictor(config.fc, classes + 1)
         heads = RoIHeads(
             roi_pool(specs, 7), box_head(), predictor, 0.5, 0.5, config.rois, 0.25, None, 0.05, 0.5,
             config.detections, *masks,

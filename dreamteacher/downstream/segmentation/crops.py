@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,30 +99,46 @@ def _say(path: Path, reason: str) -> None:
     print(f"'{path}' is damaged ({reason}): other images take its place.", file=sys.stderr)
 
 
-class _CropSet(Dataset[Any]):
-    """Item (step, indices) is the batch of that step, whatever came before it and in which process."""
+class _Made(Dataset[Any]):
+    """Item k is what a function makes of k, wherever that is; a bad image where it can be made of none."""
 
-    def __init__(self, files: MaskedImages, config: CropConfig, seed: int) -> None:
-        self.files, self.config, self.seed = files, config, seed
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self.make = make
 
-    def __getitem__(self, item: tuple[int, Tensor]) -> tuple[Tensor, Tensor] | BadImage:
-        step, index = item
-        made, ignored = [], self.files.ignore_index
-        for place, first in enumerate(index.tolist()):
-            generator = step_generator(self.seed, step, f"crop/{place}")
-            for i in range(first, first + len(self.files)):  # a damaged pair gives way to the next
-                try:
-                    image, mask = self.files.read(i % len(self.files))
-                except BadImageError as error:
-                    bad = BadImage(error.path, error.reason)
-                    _say(*bad)
-                    continue
-                made.append(random_crop(image, mask, self.config, ignore_index=ignored, generator=generator))
-                break
-            else:
-                return bad
-        images, masks = zip(*made, strict=True)
-        return torch.stack(images), torch.stack(masks)
+    def __getitem__(self, item: Any) -> Any:
+        try:
+            return self.make(item)
+        except BadImageError as error:
+            return BadImage(error.path, error.reason)
+
+
+def _crop_batch(
+    files: MaskedImages, config: CropConfig, seed: int, item: tuple[int, Tensor]
+) -> tuple[Tensor, Tensor]:
+    step, index = item
+    made = []
+    for place, first in enumerate(index.tolist()):
+        generator = step_generator(seed, step, f"crop/{place}")
+        image, mask = _readable(files, first)
+        made.append(random_crop(image, mask, config, ignore_index=files.ignore_index, generator=generator))
+    images, masks = zip(*made, strict=True)
+    return torch.stack(images), torch.stack(masks)
+
+
+def _readable(files: MaskedImages, first: int) -> tuple[Tensor, Tensor]:
+    """The pair of this number, or where it is damaged the next."""
+    for i in range(first, first + len(files) - 1):
+        try:
+            return files.read(i % len(files))
+        except BadImageError as error:
+            _say(error.path, error.reason)
+    return files.read((first - 1) % len(files))
+
+
+def _scaled_pair(files: MaskedImages, short_side: int, index: int) -> tuple[Tensor, Tensor]:
+    image, mask = files.read(index)
+    size = scaled_size(image.shape[1:], short_side)
+    return scaled(image, size, 0, 0, size), mask
 
 
 def crops(
@@ -142,7 +158,7 @@ def crops(
     """
     order = shuffled_batches(len(files), batch_size, steps, step_generator(seed, 0, "semantic"))
     wanted = itertools.islice(enumerate(order), first, None)
-    stream = load_ahead(_CropSet(files, config, seed), wanted, workers)
+    stream = load_ahead(_Made(functools.partial(_crop_batch, files, config, seed)), wanted, workers)
     for batch in stream:
         if isinstance(batch, BadImage):
             raise UserError(
@@ -152,21 +168,6 @@ def crops(
         yield batch
 
 
-class _TestSet(Dataset[Any]):
-    """Item k is image k, scaled, and its mask as large as it is."""
-
-    def __init__(self, files: MaskedImages, short_side: int) -> None:
-        self.files, self.short_side = files, short_side
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | BadImage:
-        try:
-            image, mask = self.files.read(index)
-        except BadImageError as error:
-            return BadImage(error.path, error.reason)
-        size = scaled_size(image.shape[1:], self.short_side)
-        return scaled(image, size, 0, 0, size), mask
-
-
 def whole_images(
     files: MaskedImages, short_side: int, *, workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -174,7 +175,7 @@ def whole_images(
 
     A UserError where one of them cannot be read any more.
     """
-    stream = load_ahead(_TestSet(files, short_side), range(len(files)), workers)
+    stream = load_ahead(_Made(functools.partial(_scaled_pair, files, short_side)), range(len(files)), workers)
     for item in tqdm(stream, total=len(files), desc="testing", disable=not sys.stderr.isatty()):
         if isinstance(item, BadImage):
             raise UserError(

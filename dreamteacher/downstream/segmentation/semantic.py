@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.segmentation.fcn import FCNHead
 
 from dreamteacher.data.masks.reader import MaskedImages
 from dreamteacher.downstream.classification.finetune import train
@@ -24,7 +25,7 @@ from dreamteacher.downstream.segmentation.data import STREAMED
 from dreamteacher.downstream.segmentation.few_masks import SegmentationHead, Segmenter, pixel_loss, score
 from dreamteacher.downstream.task import Bench, Task
 from dreamteacher.downstream.tasks import Metric
-from dreamteacher.models.regressor import conv_bn_relu, resize
+from dreamteacher.models.regressor import resize
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.distributed.device import autocast, seeded
 from dreamteacher.runtime.errors import UserError
@@ -35,25 +36,19 @@ from dreamteacher.spec import FeatureSpec
 _CLASSES_AT_ONCE = 16
 
 
-class FCNHead(nn.Module):
-    """3x3 convolution to a quarter of the channels, dropout, per-pixel classifier, on the map of one `level` of `specs`.
-
-    Source: the head of torchvision's FCN (arXiv 1411.4038), equal in `tests/downstream/segmentation/test_semantic.py`.
-    """
+class ReadoutHead(nn.Module):
+    """torchvision's FCN head (arXiv 1411.4038) on the map of one `level` of `specs`."""
 
     def __init__(
         self, specs: Sequence[FeatureSpec], classes: int, level: int = -1, dropout: float = 0.1
     ) -> None:
         super().__init__()
-        self.level = level
-        width = max(1, specs[level].channels // 4)
-        self.fuse = conv_bn_relu(specs[level].channels, width, 3)
-        self.dropout = nn.Dropout(dropout)
-        self.classify = nn.Conv2d(width, classes, 1)
+        self.level, self.head = level, FCNHead(specs[level].channels, classes)
+        self.head[3].p = dropout
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """One map per level -> float32 logits N x classes x H x W of `size` = (H, W)."""
-        return resize(self.classify(self.dropout(self.fuse(maps[self.level]))).float(), size)
+        return resize(self.head(maps[self.level]).float(), size)
 
 
 def train_dense(
@@ -75,7 +70,9 @@ def train_dense(
         head = make_head()
         second = None
         if config.auxiliary and not freeze:
-            second = FCNHead(student.specs, len(files.classes), -min(2, len(student.specs)), config.dropout)
+            second = ReadoutHead(
+                student.specs, len(files.classes), -min(2, len(student.specs)), config.dropout
+            )
         model = Segmenter(copy.deepcopy(student), head, second).to(device)
         model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         batches = crops(
@@ -211,7 +208,7 @@ def readout(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
     """
     student, config, run = bench.student, bench.settings, bench.long_run(seed)
     files, training, level = bench.data.pool, config.training(), level_of(student, config)
-    head = functools.partial(FCNHead, student.specs, len(files.classes), level, config.dropout)
+    head = functools.partial(ReadoutHead, student.specs, len(files.classes), level, config.dropout)
     model = train_dense(student, drawn_files(files, masks, seed), training, head, freeze=True, run=run)
     return score_files(model, bench.data.test, training, precision=run.precision, workers=run.workers)
 

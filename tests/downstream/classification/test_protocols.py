@@ -42,7 +42,7 @@ RESIZE_ONLY = Augmentation(size=(SIDE, SIDE), scale=(1.0, 1.0), flip=0.0)
 # What a few dozen steps on 40 images can learn with.
 QUICK = FinetuneFullConfig(
     optimizer="adamw", epochs=10, batch_size=8, lr=2e-3, warmup_epochs=1, drop_path=0.05, repeats=1,
-    rand_augment="off", mixup=0.1, cutmix=0.1, crop_from="decoded",
+    rand_augment="off", mixup=0.1, cutmix=0.1,
 )  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def test_repeats_are_other_augmentations_of_one_image() -> None:
     assert not torch.equal(shown[0], shown[1])
 
 
-def test_crops_come_from_the_file_or_from_the_set(tmp_path: Path) -> None:
+def test_crops_come_from_the_file(tmp_path: Path) -> None:
     pixels = torch.arange(48 * 64, dtype=torch.float32).view(48, 64).mul(255 / 3071).to(torch.uint8)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -234,15 +234,14 @@ def test_crops_come_from_the_file_or_from_the_set(tmp_path: Path) -> None:
         Image.fromarray(pixels.numpy()).save(tmp_path / name / "1.png")
     images = load_images(tmp_path, (16, 16), cache_gb=0)
 
-    def shown(i: int, source: str) -> Tensor:
-        return features.take(augment.whole_images(images, source), torch.tensor([i]))[0]
+    def shown(i: int) -> Tensor:
+        return features.take(augment.whole_images(images), torch.tensor([i]))[0]
 
-    assert torch.equal(shown(0, "file"), pixels.expand(3, -1, -1))
-    assert torch.equal(shown(0, "decoded"), images.get(torch.tensor([0]))[0])
+    assert torch.equal(shown(0), pixels.expand(3, -1, -1))
     (tmp_path / "b" / "0.png").write_bytes(b"no picture")
-    assert torch.equal(shown(2, "file"), pixels.expand(3, -1, -1))
+    assert torch.equal(shown(2), pixels.expand(3, -1, -1))
     (tmp_path / "b" / "1.png").write_bytes(b"no picture")
-    refused(lambda: shown(2, "file"), "b/1.png", "nor any image that could take its place")
+    refused(lambda: shown(2), "b/1.png", "nor any image that could take its place")
 
 
 # ---- fine-tuning: its parts

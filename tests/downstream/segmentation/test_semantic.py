@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from sklearn.metrics import jaccard_score
 from torch import Tensor, nn
-from torchvision.models.segmentation.fcn import FCNHead as TorchvisionHead
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from dreamteacher.data.masks.reader import MaskedImages, read_masks
@@ -33,7 +32,6 @@ from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.distributed.device import seeded
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.optim import poly_lr_at
-from dreamteacher.spec import FeatureSpec
 from dreamteacher.testing import check_task
 from tests.builders.layouts import H, W, ade20k, cityscapes
 from tests.builders.pictures import cut, refused
@@ -311,30 +309,6 @@ def test_the_loss_is_averaged_over_what_counts() -> None:
     assert float(few_masks.pixel_loss(logits, torch.full_like(target, 255), 255)) == 0.0
 
 
-def test_the_fully_convolutional_head_is_torchvisions() -> None:
-    specs = (FeatureSpec("s16", 8, 16), FeatureSpec("s32", 32, 32))
-    with seeded(0, torch.device("cpu")):
-        ours, theirs = semantic.FCNHead(specs, 5).eval(), TorchvisionHead(32, 5).eval()
-    g = generator(0)
-    for value in theirs.state_dict().values():
-        if value.is_floating_point():
-            value.copy_(torch.rand(value.shape, generator=g) + 0.1)
-    names = {"fuse.0": "0", "fuse.1": "1", "classify": "4"}
-    weights = theirs.state_dict()
-    ours.load_state_dict(
-        {
-            ours_name + key.removeprefix(name): value
-            for ours_name, name in names.items()
-            for key, value in weights.items()
-            if key.startswith(f"{name}.")
-        }
-    )
-    maps = [torch.randn(spec.shape(2, (64, 96)), generator=g) for spec in specs]
-    with torch.no_grad():
-        expected = nn.functional.interpolate(theirs(maps[1]), (64, 96), mode="bilinear", align_corners=False)
-        torch.testing.assert_close(ours(maps, (64, 96)), expected)
-
-
 # ---- test
 
 
@@ -450,7 +424,7 @@ def head_weights(
         student,
         data.pool,
         dataclasses.replace(QUICK, steps=steps),
-        lambda: semantic.FCNHead(student.specs, 2),
+        lambda: semantic.ReadoutHead(student.specs, 2),
         freeze=freeze,
         run=LongRun(seed=seed, precision="float32"),
     )
