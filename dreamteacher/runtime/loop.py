@@ -105,7 +105,7 @@ class Loop:
         self._whole: int | None = (
             None  # steps whose state is in memory, all of it and no more; None: within a step
         )
-        self._begun = self._again = False
+        self._begun = False
 
     # --- begin and end ---------------------------------------------------------------------------------------
 
@@ -158,12 +158,8 @@ class Loop:
     def __iter__(self) -> Iterator[int]:
         for step in range(self.first, self.steps):
             self._step = step
-            self._again = True
-            while self._again:
-                self._note()
-                yield step
-                if self._again:
-                    self._undo_step()
+            self._note()
+            yield step
             self._finish(step + 1)
 
     def _note(self) -> None:
@@ -171,11 +167,7 @@ class Loop:
         self.meter.note()
         if self._undo is not None:
             self._undo.note()
-        self._begun, self._again = True, False
-
-    def again(self) -> None:
-        """Has the present step repeated, as if it had not begun; only before its update."""
-        self._again = True
+        self._begun = True
 
     def _undo_step(self) -> None:
         self.meter.undo()
