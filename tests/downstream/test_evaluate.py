@@ -631,7 +631,7 @@ def test_configs_round_trip(folders: Path) -> None:
         ({"mask_counts": (7,)}, "7 labelled images asked for"),
         ({"seeds": (0, 0)}, "different numbers"),
         ({"size": (30, 32)}, "multiples of 32"),
-        ({"knn_k": 0}, "at least 1"),
+        ({"knn_k": 0}, "knn_k is 0"),
         ({"student": "resnet81"}, "resnet81"),
         ({"device": "gpu9"}, "gpu9"),
     ],

@@ -129,7 +129,8 @@ class _Steps(Dataset[tuple[Tensor, Tensor]]):
 
 def whole_images(images: Images) -> Images:
     """The same, those of files each as large as its file."""
-    return replace(images, size=None, cache=None) if isinstance(images, ImageSet) else images
+    as_stored: dict[str, Any] = {"size": None, "cache": None}
+    return replace(images, **as_stored) if isinstance(images, ImageSet) else images
 
 
 def augmented_batches(

@@ -132,7 +132,7 @@ class TimmClassifier(nn.Module):
         extra = rebuilt_with(student.name, student.model)
         extra |= {"drop_path_rate": drop_path} if drop_path else {}
         try:
-            model = timm.create_model(student.name.split(".")[0], num_classes=classes, **extra)
+            model: Any = timm.create_model(student.name.split(".")[0], num_classes=classes, **extra)
         except TypeError as error:
             raise UserError(
                 f"timm's '{student.name}' has no stochastic depth.", "Set --finetune-full.drop-path 0."

@@ -100,7 +100,8 @@ class InstanceSet:
     def take(self, index: Tensor) -> InstanceSet:
         """Some of them (int64 K), in this order."""
         chosen = index.tolist()
-        lists = {name: [getattr(self, name)[i] for i in chosen] for name in ("images", "sizes", "counts")}
+        names = "images", "sizes", "counts"
+        lists: dict[str, Any] = {name: [getattr(self, name)[i] for i in chosen] for name in names}
         return replace(self, **lists, truth=lambda i: self.truth(chosen[i]))
 
     def shown(self) -> InstanceSet:
