@@ -71,23 +71,16 @@ def _pooled(config: EvaluateConfig) -> bool | None:
 
 
 TASK = Task(
-    name="distilled",
-    what="segmentation, as distilled",
-    group=IN_MEMORY,
-    whole="as pretrained",
+    name="distilled", what="segmentation, as distilled", group=IN_MEMORY, whole="as pretrained",
     default=lambda config: _pooled(config) is False,
     seeded=False,
     files=run_files,
     fits=_check_run,
     run=distilled,
-)
+)  # fmt: skip
 
 CLASSES = dataclasses.replace(
-    TASK,
-    name="distilled-classes",
-    what="classification, as distilled",
-    group=CLASSIFICATION,
-    headline="",
+    TASK, name="distilled-classes", what="classification, as distilled", group=CLASSIFICATION, headline="",
     default=lambda config: _pooled(config) is True,
     run=distilled_classes,
-)
+)  # fmt: skip

@@ -315,23 +315,17 @@ def _check_places(config: EvaluateConfig, _budgets: Budgets) -> None:
 
 
 SEGMENTS = Group(
-    name="panoptic",
-    needs=_NEEDS,
-    headline="pq",
+    name="panoptic", needs=_NEEDS, headline="pq",
     places=("images", "masks", "test_images", "test_masks", "segments", "test_segments"),
     given=lambda config: config.segments is not None,
     check=_check_places,
     load=_load,
-)
+)  # fmt: skip
 
 TASK = Task(
-    name="panoptic",
-    what="panoptic segmentation",
-    group=SEGMENTS,
-    unit="images",
-    config=PanopticConfig,
+    name="panoptic", what="panoptic segmentation", group=SEGMENTS, unit="images", config=PanopticConfig,
     budgets=lambda config: config.panoptic.detect.image_counts,
     long=True,
     check=lambda config: check_detect(config.panoptic.detect),
     run=panoptic,
-)
+)  # fmt: skip

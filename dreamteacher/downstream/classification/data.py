@@ -77,11 +77,8 @@ def _load(config: EvaluateConfig, _budgets: Budgets) -> ClassificationData:
 
 
 CLASSIFICATION = Group(
-    name="classification",
-    needs=_NEEDS,
-    headline="accuracy",
-    places=("train", "test"),
+    name="classification", needs=_NEEDS, headline="accuracy", places=("train", "test"),
     given=lambda config: config.train is not None or config.test is not None,
     check=_check,
     load=_load,
-)
+)  # fmt: skip

@@ -211,12 +211,8 @@ def finetune(bench: Bench, labels: int | None, seed: int) -> Iterator[Metric]:
 
 
 TASK = Task(
-    name="finetune",
-    what="fine-tuning",
-    group=CLASSIFICATION,
-    unit="labels per class",
-    config=FinetuneConfig,
+    name="finetune", what="fine-tuning", group=CLASSIFICATION, unit="labels per class", config=FinetuneConfig,
     budgets=lambda config: config.labels,
     default=always,
     run=finetune,
-)
+)  # fmt: skip

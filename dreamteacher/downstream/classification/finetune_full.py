@@ -269,12 +269,9 @@ def _fits(student: Student, config: EvaluateConfig) -> None:
 
 
 TASK = Task(
-    name="finetune-full",
-    what="fine-tuning, published recipe",
-    group=CLASSIFICATION,
-    config=FinetuneFullConfig,
-    long=True,
+    name="finetune-full", what="fine-tuning, published recipe", group=CLASSIFICATION,
+    config=FinetuneFullConfig, long=True,
     check=lambda config: recipe_of(config.finetune_full),
     fits=_fits,
     run=finetune_full,
-)
+)  # fmt: skip

@@ -196,34 +196,23 @@ def _run(bench: Bench, labels: int | None, seed: int) -> Iterator[Metric]:
 
 
 KNN = Task(
-    name="knn",
-    what="nearest neighbours",
-    group=CLASSIFICATION,
-    settings=("knn_k",),
-    default=always,
+    name="knn", what="nearest neighbours", group=CLASSIFICATION, settings=("knn_k",), default=always,
     seeded=False,
     run=lambda bench, _budget, _seed: knn(
         *bench.features(), classes=len(bench.data.classes), k=bench.config.knn_k
     ),
-)
+)  # fmt: skip
 
 LINEAR = Task(
-    name="linear",
-    what="linear probe",
-    group=CLASSIFICATION,
-    unit="labels per class",
+    name="linear", what="linear probe", group=CLASSIFICATION, unit="labels per class",
     budgets=lambda config: config.labels,
     default=always,
     run=_run,
-)
+)  # fmt: skip
 
 LINEAR_SGD = Task(
-    name="linear-sgd",
-    what="linear probe, LARS",
-    group=CLASSIFICATION,
-    config=LinearSgdConfig,
-    long=True,
+    name="linear-sgd", what="linear probe, LARS", group=CLASSIFICATION, config=LinearSgdConfig, long=True,
     run=lambda bench, _budget, seed: linear_sgd(
         *bench.features(), bench.settings, classes=len(bench.data.classes), run=bench.long_run(seed)
     ),
-)
+)  # fmt: skip

@@ -218,33 +218,22 @@ def _check(config: EvaluateConfig) -> None:
 
 
 INSTANCES = Group(
-    name="detection",
-    needs=_NEEDS,
-    headline="mask_ap",
+    name="detection", needs=_NEEDS, headline="mask_ap",
     places=("images", "instances", "test_images", "test_instances"),
     given=lambda config: config.instances is not None,
     check=_check_places,
     load=load_detection,
-)
+)  # fmt: skip
 
 TASK = Task(
-    name="detect",
-    what="Mask R-CNN",
-    group=INSTANCES,
-    unit="images",
-    config=DetectConfig,
+    name="detect", what="Mask R-CNN", group=INSTANCES, unit="images", config=DetectConfig,
     budgets=lambda config: config.detect.image_counts,
-    default=always,
-    long=True,
+    default=always, long=True,
     check=_check,
     run=functools.partial(_run, cascade=False),
-)
+)  # fmt: skip
 
 CASCADE = dataclasses.replace(
-    TASK,
-    name="detect-cascade",
-    what="Cascade Mask R-CNN",
-    config=None,
-    settings=("detect",),
+    TASK, name="detect-cascade", what="Cascade Mask R-CNN", config=None, settings=("detect",),
     run=functools.partial(_run, cascade=True),
-)
+)  # fmt: skip

@@ -79,19 +79,16 @@ def _load(config: EvaluateConfig, budgets: Budgets) -> Split[LabelledSet]:
 
 
 IN_MEMORY = Group(
-    name="segmentation",
-    needs=("The segmentation tasks need masks.", "Give --images and --masks."),
-    headline="miou",
-    places=("images", "masks", "test_images", "test_masks"),
+    name="segmentation", needs=("The segmentation tasks need masks.", "Give --images and --masks."),
+    headline="miou", places=("images", "masks", "test_images", "test_masks"),
     settings=("binary_masks", "ignore_index"),
     given=lambda config: config.masks is not None or (config.images is not None and config.instances is None),
     check=_check,
     load=_load,
-)
+)  # fmt: skip
 
 STREAMED = dataclasses.replace(
-    IN_MEMORY,
-    name="streamed",
+    IN_MEMORY, name="streamed",
     needs=("semantic and readout need masks in folders.", "Give --images and --masks."),
     load=_load_streamed,
-)
+)  # fmt: skip

@@ -281,30 +281,22 @@ def _run(bench: Bench, masks: int | None, seed: int, *, freeze: bool) -> Iterato
 
 
 FINETUNE = Task(
-    name="segment-finetune",
-    what="segmentation, fine-tuned",
-    group=IN_MEMORY,
-    unit="masks",
+    name="segment-finetune", what="segmentation, fine-tuned", group=IN_MEMORY, unit="masks",
     settings=("segment",),
     budgets=lambda config: config.mask_counts,
     default=always,
     files=lambda config: (Path(config.init).expanduser() / REGRESSOR,) if config.neck else (),
     run=functools.partial(_run, freeze=False),
-)
+)  # fmt: skip
 
 FROZEN = dataclasses.replace(
-    FINETUNE,
-    name="segment-frozen",
-    what="segmentation, frozen backbone",
+    FINETUNE, name="segment-frozen", what="segmentation, frozen backbone",
     run=functools.partial(_run, freeze=True),
-)
+)  # fmt: skip
 
 LINEAR = Task(
-    name="segment-linear",
-    what="segmentation, linear per pixel",
-    group=IN_MEMORY,
-    unit="masks",
+    name="segment-linear", what="segmentation, linear per pixel", group=IN_MEMORY, unit="masks",
     budgets=lambda config: config.mask_counts,
     default=always,
     run=segment_linear,
-)
+)  # fmt: skip

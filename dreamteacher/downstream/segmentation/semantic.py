@@ -214,24 +214,16 @@ def readout(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
 
 
 TASK = Task(
-    name="semantic",
-    what="segmentation, full size",
-    group=STREAMED,
-    unit="masks",
-    config=SemanticConfig,
+    name="semantic", what="segmentation, full size", group=STREAMED, unit="masks", config=SemanticConfig,
     budgets=lambda config: config.semantic.mask_counts,
     long=True,
     run=semantic,
-)
+)  # fmt: skip
 
 READOUT = Task(
-    name="readout",
-    what="read-out, frozen backbone",
-    group=STREAMED,
-    unit="masks",
-    config=ReadoutConfig,
+    name="readout", what="read-out, frozen backbone", group=STREAMED, unit="masks", config=ReadoutConfig,
     budgets=lambda config: config.readout.mask_counts,
     long=True,
     fits=lambda student, config: level_of(student, config.readout),
     run=readout,
-)
+)  # fmt: skip
