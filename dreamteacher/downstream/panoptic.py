@@ -237,15 +237,9 @@ def merge(
 ) -> Segments:
     """Instances by falling score, each on what is left free; then stuff on the rest: no pixel has two segments.
 
-    Args:
-        masks: bool K x H x W, of instances.
-        classes: int64 K, their class ids.
-        scores: float K.
-        stuff: int64 H x W, each pixel's class id of stuff, or -1 where there is none.
-        score, overlap, stuff_area: see `PanopticConfig`.
-
-    Returns:
-        Segments numbered from 1, instances first; what nobody takes is void.
+    `masks` (bool K x H x W), `classes` (int64 K) and `scores` (float K) are of instances; `stuff` has each pixel's class id
+    of stuff, or -1 where there is none (int64 H x W); the limits are those of `PanopticConfig`. The segments are numbered
+    from 1, instances first; what nobody takes is void.
 
     Source: Kirillov et al., arXiv 1801.00868, sec. 6 (0.5, 0.5), and its public code (64 x 64 pixels of stuff).
     """

@@ -144,17 +144,10 @@ def augmented_batches(
     workers: int = 0,
     first: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training batches `first` to `steps` - 1, each the same wherever they begin: a new order in every epoch, whose incomplete last batch is dropped.
+    """Training batches `first` to `steps` - 1, each the same wherever they begin, of an image set's files or a tensor.
 
-    Args:
-        images: uint8 N x 3 x H x W, or an image set, whose files are streamed, each as large as it is.
-        augmentation: drawn from (seed, step, place in the batch).
-        batch_size: images in a batch; cut to the size of the set.
-        steps: number of batches from the very first on.
-        seed: of the order and of all draws.
-        repeats: see `repeated_order`.
-        workers: processes that decode and augment; 0: this one.
-        first: where to begin.
+    Every epoch has a new order and whole batches alone, cut to the size of the set. All is drawn from (seed, step, place
+    in the batch), with any number of workers (processes; 0: this one).
 
     Yields:
         float32 N x 3 x H x W, as the augmentation normalises it; int64 N, the images' places in their set.

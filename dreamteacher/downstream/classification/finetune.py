@@ -65,18 +65,10 @@ def train(
     saved: Saved | None = None,
     title: str = "",
 ) -> None:
-    """AdamW or SGD (momentum 0.9), a linear warm-up and a decay to zero; vectors (biases, norms) have no weight decay.
+    """`adamw_or_sgd`, a linear warm-up (a share of the steps), a decay to zero: polynomial with a `power`, else half a cosine.
 
-    Args:
-        modules: (module, factor on its learning rate); what is not listed is not trained.
-        loss_at: step -> loss with a graph; called for each step in turn, from `saved.step` on.
-        steps: number of updates.
-        lr: peak learning rate.
-        weight_decay: of matrices and kernels.
-        warmup: share of the steps.
-        optimizer: see `adamw_or_sgd`.
-        power: of a polynomial decay; None: a half cosine.
-        saved, title: see `run_steps`.
+    `modules` are pairs (module, factor on its learning rate), whose vectors (biases, norms) have no weight decay; what is
+    not listed is not trained. `loss_at`, step -> loss with a graph, is called for each step in turn, from `saved.step` on.
     """
     groups: list[dict[str, Any]] = []
     for module, factor in modules:

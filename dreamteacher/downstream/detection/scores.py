@@ -39,13 +39,11 @@ def average_precision(
 
     The mean over the classes that occur in the truth of the precision at 101 recalls; what lies on a crowd is
     neither right nor wrong. Of an image with (height, width) `sizes` the best `most` detections count, COCO's number is
-    100. Parity with pycocotools: `tests/downstream/detection/test_scores.py`.
+    100. Parity with pycocotools: `tests/downstream/detection/test_scores.py`. Source: https://cocodataset.org/#detection-eval.
 
     Raises:
         UserError: faster-coco-eval is not installed.
         ValueError: there is no object that counts.
-
-    Source: https://cocodataset.org/#detection-eval.
     """
     coco, evaluation, run_lengths = check_scores()
     if not any(len(t.masks) > sum(t.crowd) for t in truth):

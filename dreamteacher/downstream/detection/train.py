@@ -94,15 +94,10 @@ def fit(
     config: DetectConfig,
     run: LongRun,
 ) -> None:
-    """Trains a detector on examples; then BatchNorm's statistics are set on images of the test's scale.
+    """Trains a detector, and `others` with it, on the device; then BatchNorm's statistics are set at the test's scale.
 
-    Args:
-        detector: on the device, as are `others`, which are trained with it.
-        loss_of: images and targets on that device -> the loss.
-        make: how an example is made of its draw.
-        draws: see `training_draws`.
-        count: number of training images.
-        config, run: see `train_detector`.
+    Examples are made (`make`) of the `draws` of each batch; `loss_of` takes their images and targets on that device.
+    `count` is the number of training images.
     """
     student, device = detector.backbone.student, device_of(detector)
     is_frozen = config.backbone_norm == "frozen"

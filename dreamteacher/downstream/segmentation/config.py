@@ -72,7 +72,7 @@ class DenseTraining:
     batch_size: int = 16
     """Crops per update (at least 2)."""
     lr: float = 0.01
-    """Peak learning rate."""
+    """Peak learning rate of the head."""
     power: float = 0.9
     """Of the polynomial decay to zero."""
     weight_decay: float = 5e-4
@@ -112,13 +112,9 @@ class SemanticConfig(BackboneRate, DenseTraining):
     """Full-size semantic segmentation. The defaults are ADE20K's; `PRESETS` has others."""
 
     optimizer: Optimizer = "sgd"
-    """sgd (momentum 0.9) or adamw (betas 0.9, 0.999)."""
-    lr: float = 0.01
-    """Peak learning rate of the head; a usual one for adamw is 1e-4."""
+    """sgd (momentum 0.9) or adamw (betas 0.9, 0.999), usually with lr 1e-4 and weight_decay 0.05."""
     warmup: float = 0.0
     """Share of the steps in which the learning rate rises linearly, [0, 1)."""
-    weight_decay: float = 5e-4
-    """Of matrices and kernels; a usual one for adamw is 0.05."""
     width: int = 512
     """Channels inside the head."""
     norm: bool = False

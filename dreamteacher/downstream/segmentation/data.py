@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,23 +49,18 @@ def _load_streamed(config: EvaluateConfig, budgets: Budgets, size: Size | None =
     Without a `size` they stay on the disk, and every test image is decoded once, for none may be damaged.
     """
 
-    def read(images: Path | None, masks: Path | None, part: Part, tested: bool) -> MaskedImages:
-        assert images is not None
-        return read_masks(
-            images, masks, size, ignore_index=config.ignore_index, binary=config.binary_masks, absent_ok=True,
-            part=part, whole=tested and size is None, workers=config.workers,
-        )  # fmt: skip
-
-    if config.test_images is None and config.masks is not None:
-        data = halved(read(config.images, config.masks, "train", True))
+    images, masks, test_images = config.images, config.masks, config.test_images
+    assert images is not None
+    read = functools.partial(
+        read_masks, size=size, ignore_index=config.ignore_index, binary=config.binary_masks, absent_ok=True,
+        workers=config.workers,
+    )  # fmt: skip
+    if test_images is None and masks is not None:
+        data = halved(read(images, masks, whole=size is None))
     else:
-        pool = read(config.images, config.masks, "train", False)
-        test = read(
-            config.test_images or config.images,
-            config.test_masks if config.test_images else None,
-            "val",
-            True,
-        )
+        pool = read(images, masks)
+        test_masks = config.test_masks if test_images else None
+        test = read(test_images or images, test_masks, part="val", whole=size is None)
         # A small set may lack the last classes: both take the larger number.
         classes = max(pool.classes, test.classes, key=len)
         pool, test = (dataclasses.replace(part, classes=classes) for part in (pool, test))

@@ -177,13 +177,9 @@ def score(
     *,
     pixels: bool = False,
 ) -> Iterator[Metric]:
-    """mIoU and the IoU of each class that occurs, from one confusion matrix over all batches.
+    """mIoU and the IoU of each class that occurs, from one confusion matrix over batches of (class ids, target ids).
 
-    Args:
-        predictions: batches of (class ids, target ids), of one shape.
-        names: class names in id order.
-        ignore_index: target id that is left out.
-        pixels: also the accuracy of pixels, and its mean over the classes.
+    `pixels`: also the accuracy of pixels, and its mean over the classes. The target `ignore_index` is left out.
     """
     matrix = torch.zeros(len(names), len(names), dtype=torch.int64)
     for pred, target in predictions:
