@@ -1,4 +1,4 @@
-"""The model that label distillation leaves, scored as it is on images with masks or with classes: nothing is trained."""
+"""The model that label distillation leaves, scored as it is on images with masks or with classes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def distilled(bench: Bench, _budget: int | None, _seed: int) -> Iterator[Metric]:
-    """mIoU and per-class IoU of the run's model on the test images; a UserError where its head does not fit them."""
+    """mIoU and per-class IoU of the run's model; a UserError where its head does not fit the images."""
     model = load_distilled(bench.run_folder()).to(device_of(bench.student))
     test = bench.data.test
     if model.pooled:
@@ -41,7 +41,7 @@ def distilled(bench: Bench, _budget: int | None, _seed: int) -> Iterator[Metric]
 
 
 def distilled_classes(bench: Bench, _budget: int | None, _seed: int) -> Iterator[Metric]:
-    """Accuracy, balanced accuracy and AUROC of it; a UserError where the model labels pixels, or has other classes."""
+    """Accuracy, balanced accuracy and AUROC of it; a UserError where it labels pixels, or other classes."""
     model, data = load_distilled(bench.run_folder()).to(device_of(bench.student)), bench.data
     if not model.pooled:
         raise UserError("The run's head labels pixels, not images.", "Use the task distilled.")

@@ -26,7 +26,7 @@ __all__ = ["EvaluateConfig", "check_config", "evaluate", "evaluate_student", "se
 
 
 def default_tasks(config: EvaluateConfig, groups: Iterable[str] | None = None) -> tuple[Task, ...]:
-    """The tasks that run where none is named: of `groups`, or else of those whose data have a place in the config."""
+    """The tasks that run where none is named: of `groups`, or else of those with data in the config."""
     tasks = [find_task(name) for name in TASKS]
     given = [task.group.given(config) if groups is None else task.group.name in groups for task in tasks]
     return tuple(t for t, there in zip(tasks, given, strict=True) if there and t.default(config))
@@ -44,7 +44,8 @@ def group_budgets(tasks: Iterable[Task], config: EvaluateConfig) -> Mapping[Grou
 def check_config(config: EvaluateConfig) -> tuple[str, ...]:
     """The names of the tasks that will run; reads no image.
 
-    A UserError for missing or differing folders, settings of a task that do not fit, or more labels than there are.
+    A UserError for missing or differing folders, settings of a task that do not fit, or more labels than
+    there are.
     """
     pick_device(config.device)
     tasks = tuple(find_task(name) for name in config.tasks) or default_tasks(config)
@@ -86,8 +87,9 @@ def evaluate_student(
         results: where rows are kept, and those that are there are not computed again; None: nowhere.
 
     Yields:
-        {"method", "student", "task", "metric", "value", "labels", "seed", "seconds"}: `labels` is per class (None: all)
-        or a number of masks or images, `seconds` that of the whole task. With `results` also "key".
+        {"method", "student", "task", "metric", "value", "labels", "seed", "seconds"}: `labels` is per class
+        (None: all) or a number of masks or images, `seconds` that of the whole task. With `results` also
+        "key".
     """
     device = pick_device(config.device)
     tasks = tuple(find_task(name) for name in config.tasks) or default_tasks(config, data)
@@ -119,7 +121,7 @@ def evaluate_student(
 
 
 def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> list[Row]:
-    """The rows of one backbone on folders of images, also added to out/results.jsonl; lines for the screen go to `log`.
+    """The rows of one backbone on folders of images, also added to out/results.jsonl; `log` receives lines.
 
     Every check of config, folders and weights comes before any work, as a UserError.
     """

@@ -1,7 +1,7 @@
 """What the tasks share: data with classes, frozen features, scores of classes.
 
-A task yields (metric, value) pairs and leaves the backbone it was given exactly as it was (weights, buffers, mode):
-probes freeze it, fine-tuning works on a copy. It knows no teacher, so every backbone is measured by the same code.
+A task yields (metric, value) pairs and leaves the backbone exactly as it was (weights, buffers, mode): probes
+freeze it, fine-tuning works on a copy. It knows no teacher: every backbone is measured by the same code.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def extract_features(
 
 
 def class_metrics(scores: Tensor, target: Tensor) -> Iterator[Metric]:
-    """Accuracy, top-5 accuracy (of more than 5 classes), balanced accuracy and AUROC (if the target has every class).
+    """Accuracy, top-5 (of more than 5 classes), balanced accuracy and AUROC (if the target has every class).
 
     Args:
         scores: N x classes, larger is likelier; probabilities where there are more than two classes.

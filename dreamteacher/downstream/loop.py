@@ -24,10 +24,12 @@ class Saved:
     """Where one training keeps its last checkpoint: the same training goes on from there, bitwise.
 
     The caller begins its stream of batches at `step`; `run_steps` does the rest. Random numbers that layers
-    draw from torch's global generators (see `dreamteacher.runtime.distributed.device.seeded`) go on where they stopped.
+    draw from torch's global generators (see `dreamteacher.runtime.distributed.device.seeded`) go on where
+    they stopped.
 
-    The folder, which it makes and locks, belongs to this training alone; `facts`, all that decides it, are kept there for
-    the reader. A UserError where another process trains it, its checkpoint cannot be read, or it cannot be written.
+    The folder, which it makes and locks, belongs to this training alone; `facts`, all that decides it, are
+    kept there for the reader. A UserError where another process trains it, its checkpoint cannot be read, or
+    it cannot be written.
     """
 
     def __init__(
@@ -89,8 +91,8 @@ def run_steps(
             before it was differentiated, so that parts of a batch need the memory of one.
         rate_at: step -> learning rate.
         steps: number of updates.
-        saved: where the training is kept; it then raises a UserError for a loss that is not finite, and a SystemExit
-            (128 + n) after SIGINT or SIGTERM, where signals are handled.
+        saved: where the training is kept; a UserError is then raised for a loss that is not finite, and a
+            SystemExit (128 + n) after SIGINT or SIGTERM, where signals are handled.
         clip: largest norm of all gradients; 0: no clipping.
         ema: the moving average of the only module.
         title: of a progress bar in a terminal; none without one.

@@ -50,7 +50,7 @@ _NEEDS = "panoptic needs segments.", "Give --images, --masks and --segments."
 
 
 def checked(data: Split[PanopticSet]) -> Split[PanopticSet]:
-    """The same; a UserError unless both parts have the same classes, of both kinds, and the pool shows a thing."""
+    """The same; a UserError unless both have the same classes, of both kinds, and the pool shows a thing."""
     if (data.pool.names, data.pool.things) != (data.test.names, data.test.things):
         raise UserError(
             "The categories of the training and the test segments differ.", "Give both files the same ones."
@@ -220,26 +220,18 @@ def train_panoptic(
 
         draws = training_draws(count, detect, step_generator(run.seed, 0, "panoptic"))
         fit(
-            model.detector, model.branch, loss_of=loss_of, make=make, draws=draws, count=count, config=detect, run=run
+            model.detector, model.branch, loss_of=loss_of, make=make, draws=draws, count=count, config=detect,
+            run=run,
         )  # fmt: skip
     return model.eval()
 
 
-def merge(
-    masks: Tensor,
-    classes: Tensor,
-    scores: Tensor,
-    stuff: Tensor,
-    *,
-    score: float = 0.5,
-    overlap: float = 0.5,
-    stuff_area: int = 4096,
-) -> Segments:
-    """Instances by falling score, each on what is left free; then stuff on the rest: no pixel has two segments.
+def merge(masks: Tensor, classes: Tensor, scores: Tensor, stuff: Tensor, config: PanopticConfig) -> Segments:
+    """Instances by falling score, each on what is left free; then stuff: no pixel has two segments.
 
-    `masks` (bool K x H x W), `classes` (int64 K) and `scores` (float K) are of instances; `stuff` has each pixel's class id
-    of stuff, or -1 where there is none (int64 H x W); the limits are those of `PanopticConfig`. The segments are numbered
-    from 1, instances first; what nobody takes is void.
+    `masks` (bool K x H x W), `classes` (int64 K) and `scores` (float K) are of instances; `stuff` has each
+    pixel's class id of stuff, or -1 where there is none (int64 H x W); the limits are those of
+    `PanopticConfig`. The segments are numbered from 1, instances first; what nobody takes is void.
 
     Source: Kirillov et al., arXiv 1801.00868, sec. 6 (0.5, 0.5), and its public code (64 x 64 pixels of stuff).
     """
@@ -247,17 +239,17 @@ def merge(
     found: dict[int, int] = {}
     for i in scores.argsort(descending=True, stable=True).tolist():
         area = int(masks[i].sum())
-        if float(scores[i]) < score or not area:
+        if float(scores[i]) < config.score or not area:
             continue
         free = masks[i] & (ids == VOID)
         left = int(free.sum())
-        if not left or area - left > overlap * area:
+        if not left or area - left > config.overlap * area:
             continue
         found[len(found) + 1] = int(classes[i])
         ids[free] = len(found)
     for c in stuff[stuff >= 0].unique().tolist():
         free = (stuff == c) & (ids == VOID)
-        if int(free.sum()) >= max(1, stuff_area):
+        if int(free.sum()) >= max(1, config.stuff_area):
             found[len(found) + 1] = c
             ids[free] = len(found)
     return Segments(ids=ids, classes=found)
@@ -277,13 +269,13 @@ def predict_segments(model: PanopticFPN, image: Tensor, config: PanopticConfig) 
     table = torch.tensor([-1, *model.stuff])
     assert things.scores is not None
     return merge(
-        masks, torch.tensor(model.things)[things.labels - 1], things.scores, table[classes_at(logits, size)[0].cpu()],
-        score=config.score, overlap=config.overlap, stuff_area=config.stuff_area,
+        masks, torch.tensor(model.things)[things.labels - 1], things.scores,
+        table[classes_at(logits, size)[0].cpu()], config,
     )  # fmt: skip
 
 
 def panoptic(bench: Bench, images: int | None, seed: int) -> Iterator[Metric]:
-    """PQ, SQ and RQ of all classes, of things and of stuff, after fine-tuning a Panoptic FPN on images with things."""
+    """PQ, SQ and RQ of all classes, things and stuff, after fine-tuning on images with things."""
     data, config = bench.data, bench.settings
     shown = data.pool.take(torch.tensor(data.pool.shown()))
     drawn = draw_images(len(shown), images or len(shown), seed)

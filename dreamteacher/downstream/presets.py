@@ -40,13 +40,19 @@ PRESETS: dict[str, EvaluatePreset] = {
     "imagenet-linear": EvaluatePreset("linear probe on ImageNet, LARS, 90 epochs", "linear-sgd"),
     "readout": EvaluatePreset("foreground and background read off a frozen backbone", "readout"),
     "ade20k": EvaluatePreset("UPerNet on ADE20K, 160k steps", "semantic", {"semantic": SEMANTIC["ade20k"]}),
-    "cityscapes": EvaluatePreset("UPerNet on Cityscapes, 80k steps", "semantic", {"semantic": SEMANTIC["cityscapes"]}),
+    "cityscapes": EvaluatePreset(
+        "UPerNet on Cityscapes, 80k steps", "semantic", {"semantic": SEMANTIC["cityscapes"]}
+    ),
     "cityscapes-fractions": EvaluatePreset(
         "UPerNet on 1/4, 1/8 and 1/30 of Cityscapes, 20k steps", "semantic",
         {"semantic": SEMANTIC["cityscapes-fractions"]},
     ),
-    "bdd100k-semantic": EvaluatePreset("UPerNet on BDD100K, 80k steps", "semantic", {"semantic": SEMANTIC["bdd100k"]}),
-    "bdd100k-instance": EvaluatePreset("Mask R-CNN on BDD100K, 36 epochs", "detect", {"detect": DETECT["bdd100k-36"]}),
+    "bdd100k-semantic": EvaluatePreset(
+        "UPerNet on BDD100K, 80k steps", "semantic", {"semantic": SEMANTIC["bdd100k"]}
+    ),
+    "bdd100k-instance": EvaluatePreset(
+        "Mask R-CNN on BDD100K, 36 epochs", "detect", {"detect": DETECT["bdd100k-36"]}
+    ),
     "bdd100k-panoptic": EvaluatePreset(
         "Panoptic FPN on BDD100K, 36 epochs", "panoptic", {"panoptic": PANOPTIC["bdd100k-36"]}
     ),
@@ -63,7 +69,7 @@ PRESETS: dict[str, EvaluatePreset] = {
 
 
 def preset_config(name: str, **settings: Any) -> EvaluateConfig:
-    """The settings of a preset, with others beside or instead of them; a UserError where there is no such preset.
+    """The settings of a preset, with others beside or instead of them; a UserError where there is none.
 
     Example:
         >>> preset_config("coco-2x", student="resnet50").detect.steps
@@ -80,7 +86,7 @@ def preset_config(name: str, **settings: Any) -> EvaluateConfig:
 
 
 def check_preset(config: EvaluateConfig) -> None:
-    """Raises UserError where a config names a preset that there is not, or one of a task that is not asked for."""
+    """Raises UserError where a config names no preset that there is, or one of a task not asked for."""
     if config.preset is not None:
         (task,) = preset_config(config.preset).tasks
         if task not in config.tasks:

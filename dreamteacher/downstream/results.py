@@ -31,7 +31,7 @@ _NO_MATTER = ("mask_counts", "image_counts", "workers")
 
 
 class Results:
-    """The rows of one folder (which exists) of a method, and the checkpoints of the trainings that they come from."""
+    """The rows of a method in a folder (which exists), and the checkpoints of their trainings."""
 
     def __init__(self, out: Path, config: EvaluateConfig, method: str) -> None:
         self.out, self.config, self.method = out, config, method

@@ -37,13 +37,13 @@ def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
     return groups
 
 
-def summary_table(rows: Sequence[Row], *, every_metric: bool = False) -> str:
+def summary_table(rows: Sequence[Row]) -> str:
     """A Markdown table, aligned to be read as text: one line per task, one column per method.
 
-    A cell is the mean ± the sample deviation over the seeds; without ± there is one seed (or one backbone and
-    nothing drawn). `every_metric`: all metrics instead of the one that stands for each task.
+    A cell is the mean ± the sample deviation over the seeds; without ± there is one seed (or one backbone and nothing
+    drawn). Of each task the metric is shown that stands for it.
     """
-    rows = [row for row in rows if every_metric or row["metric"] == headline(row["task"])]
+    rows = [row for row in rows if row["metric"] == headline(row["task"])]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     groups = _grouped(rows)
     lines = [["task", *methods]]
@@ -61,8 +61,8 @@ def summary_table(rows: Sequence[Row], *, every_metric: bool = False) -> str:
 class Separation(NamedTuple):
     """How far method a lies above method b in one result: the difference of the means.
 
-    `deviations` is it in units of the larger of the two sample deviations over the seeds; None when neither has two
-    values, infinite when both deviations are 0.
+    `deviations` is it in units of the larger of the two sample deviations over the seeds; None when neither
+    has two values, infinite when both deviations are 0.
     """
 
     title: str

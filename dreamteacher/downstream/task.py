@@ -54,7 +54,7 @@ class Task:
     headline: str = ""  # the metric that stands for it in tables; "": the group's
     unit: str = ""  # what a budget counts: labels per class, masks, images; "" where nothing is drawn
     whole: str = "all labels"  # what a row says that has no budget
-    # Class of its settings, a frozen dataclass whose fields have defaults: --NAME.setting; None: it has none of its own.
+    # Class of its settings, a frozen dataclass whose fields have defaults: --NAME.setting; None: it has none.
     config: type | None = None
     settings: tuple[str, ...] = ()  # fields of `EvaluateConfig` that decide its numbers, beside its own
     # The numbers of labels, masks or images that it runs with; (): once, with all.
@@ -90,7 +90,7 @@ class Task:
 
 @dataclass
 class Bench:
-    """One backbone (of a run folder or not) with the data of each group; its features are extracted when first asked for."""
+    """One backbone (of a `run` folder or not) with the data of each group, and its features."""
 
     student: Student
     config: EvaluateConfig

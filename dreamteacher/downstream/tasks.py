@@ -1,7 +1,7 @@
 """The table of tasks: one line each, in the order in which they are listed, run and reported.
 
-A line is `"name": "module:OBJECT"`; the object is a `dreamteacher.downstream.task.Task`. A module is imported when
-its task is looked at, so that this table costs nothing.
+A line is `"name": "module:OBJECT"`; the object is a `dreamteacher.downstream.task.Task`. A module is imported
+when its task is looked at, so that this table costs nothing.
 """
 
 from __future__ import annotations

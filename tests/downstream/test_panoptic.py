@@ -240,9 +240,7 @@ def test_merging_equals_a_loop_over_pixels(draw: st.DataObject) -> None:
         torch.tensor(classes, dtype=torch.int64),
         torch.tensor(scores, dtype=torch.float64),
         stuff,
-        score=limits[0],
-        overlap=limits[1],
-        stuff_area=limits[2],
+        PanopticConfig(score=limits[0], overlap=limits[1], stuff_area=limits[2]),
     )
     expected = merged_by_loop(masks, classes, scores, stuff, limits)
     got = [[(n, found.classes.get(n, -1)) for n in row] for row in found.ids.tolist()]

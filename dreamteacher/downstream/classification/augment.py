@@ -36,7 +36,7 @@ class Augmentation:
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def transform(self) -> Any:
-        """timm's training transform: a PIL image -> float32 3 x H x W; a UserError for a policy unknown to timm."""
+        """timm's training transform: a PIL image -> float32 3 x H x W; a UserError for an unknown policy."""
         create: Any = create_transform
         try:
             made = create(
@@ -82,9 +82,9 @@ def drawn_from(seed: int) -> Iterator[None]:
 
 
 def repeated_order(order: Tensor, repeats: int) -> Tensor:
-    """Every index of an epoch's order several times in a row, cut to as many as there were: repeated augmentation.
+    """Every index of an epoch's order several times in a row, cut to as many as there were.
 
-    So an epoch is as long as ever and shows a part of the images, each in `repeats` augmentations.
+    Repeated augmentation: an epoch is as long as ever and shows a part of the images.
 
     Source: Hoffer et al., arXiv 1901.09335; timm's `RepeatAugSampler` on one process is the oracle.
     """
@@ -144,10 +144,10 @@ def augmented_batches(
     workers: int = 0,
     first: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training batches `first` to `steps` - 1, each the same wherever they begin, of an image set's files or a tensor.
+    """Training batches `first` to `steps` - 1, each the same wherever they begin, of files or a tensor.
 
-    Every epoch has a new order and whole batches alone, cut to the size of the set. All is drawn from (seed, step, place
-    in the batch), with any number of workers (processes; 0: this one).
+    Every epoch has a new order and whole batches alone, cut to the size of the set. All is drawn from (seed,
+    step, place in the batch), with any number of workers (processes; 0: this one).
 
     Yields:
         float32 N x 3 x H x W, as the augmentation normalises it; int64 N, the images' places in their set.

@@ -39,7 +39,7 @@ def class_counts(folder: Path, part: Part = "train") -> Counter[str]:
 
 
 def _places(config: EvaluateConfig) -> tuple[Path, Path]:
-    """What is learned from and what is scored on, which of a layout in `train` alone is its validation part."""
+    """What is learned from, and what is scored on: of a layout in `train` alone its validation part."""
     train, test = config.train, config.test
     if test is None and train is not None and has_parts(train):
         test = train
@@ -69,7 +69,8 @@ def _check(config: EvaluateConfig, budgets: Budgets) -> None:
 def _load(config: EvaluateConfig, _budgets: Budgets) -> ClassificationData:
     def load(source: Path, part: Part) -> ImageSet:
         return load_images(
-            source, config.size, strict=config.strict, cache_gb=config.cache_gb, workers=config.workers, part=part
+            source, config.size, strict=config.strict, cache_gb=config.cache_gb, workers=config.workers,
+            part=part,
         )  # fmt: skip
 
     train, test = _places(config)

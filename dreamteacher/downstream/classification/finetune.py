@@ -65,10 +65,11 @@ def train(
     saved: Saved | None = None,
     title: str = "",
 ) -> None:
-    """`adamw_or_sgd`, a linear warm-up (a share of the steps), a decay to zero: polynomial with a `power`, else half a cosine.
+    """Trains with a linear warm-up (a share of the steps) and a decay: polynomial with `power`, or cosine.
 
-    `modules` are pairs (module, factor on its learning rate), whose vectors (biases, norms) have no weight decay; what is
-    not listed is not trained. `loss_at`, step -> loss with a graph, is called for each step in turn, from `saved.step` on.
+    `modules` are pairs (module, factor on its learning rate), whose vectors (biases, norms) have no weight
+    decay; what is not listed is not trained. `loss_at`, step -> loss with a graph, is called for each step in
+    turn, from `saved.step` on.
     """
     groups: list[dict[str, Any]] = []
     for module, factor in modules:
@@ -82,16 +83,16 @@ def train(
         return poly_lr_at(step, total=steps, warmup=first, peak=lr, power=power)
 
     run_steps(
-        [module for module, _ in modules], adamw_or_sgd(optimizer, groups, lr), lambda step: [loss_at(step)], rate_at,
-        steps=steps, saved=saved, title=title,
+        [module for module, _ in modules], adamw_or_sgd(optimizer, groups, lr),
+        lambda step: [loss_at(step)], rate_at, steps=steps, saved=saved, title=title,
     )  # fmt: skip
 
 
 def recalibrate(model: nn.Module, forward: Callable[[], object]) -> None:
-    """Sets the running statistics of every BatchNorm to the average over the batches of `forward`, without gradients.
+    """Sets the running statistics of every BatchNorm to the average over the batches of `forward`.
 
-    After a few dozen steps on tiny batches a running average still lags behind the weights. Everything else in the
-    model runs in evaluation mode, in which it stays.
+    After a few dozen steps on tiny batches a running average still lags behind the weights. Everything else
+    in the model runs in evaluation mode, in which it stays.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -121,7 +122,7 @@ class Classifier(nn.Module):
 
 
 def augment(images: Tensor, *, flip: bool, crop: float, generator: torch.Generator) -> Tensor:
-    """Mirrors each of N x 3 x H x W with probability one half and shifts it by up to a share `crop` of its sides."""
+    """Mirrors half of N x 3 x H x W at random; shifts each by up to a share `crop` of its sides."""
     count, _, height, width = images.shape
     if flip:
         mirrored = torch.rand(count, generator=generator) < 0.5
@@ -191,7 +192,7 @@ def predict(
 
 
 def finetune(bench: Bench, labels: int | None, seed: int) -> Iterator[Metric]:
-    """Accuracy, balanced accuracy and AUROC after fine-tuning on some labelled images per class, drawn by the seed."""
+    """Accuracy, balanced accuracy and AUROC after fine-tuning on labelled images drawn by the seed."""
     assert labels is not None
     data, classes = bench.data, len(bench.data.classes)
     drawn = draw_labels(data.train_labels, labels, classes=classes, seed=seed)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetunePreset:
-    """A published recipe: the settings of `FinetuneFullConfig`, all of them given; 0, 1 or "" is none of a thing."""
+    """A published recipe: the settings of `FinetuneFullConfig`; 0, 1 or "" is none of a thing."""
 
     optimizer: OptimizerName
     epochs: float
@@ -91,7 +91,7 @@ _BINARISE_ABOVE = 0.2
 
 
 def recipe_of(config: FinetuneFullConfig) -> FinetunePreset:
-    """The preset with what the config sets in its place; a UserError for what is out of range or cannot be split.
+    """The preset with what the config sets in its place; a UserError for what is out of range.
 
     Example:
         >>> recipe_of(FinetuneFullConfig(batch_size=512)).lr
@@ -175,7 +175,7 @@ def loss_of(recipe: FinetunePreset) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def batch_size_of(count: int, recipe: FinetunePreset, accumulate: int) -> int:
-    """The recipe's, cut to a set of `count` images in even parts, as mixup makes pairs; a UserError for too few."""
+    """The recipe's, cut to `count` images in even parts, as mixup makes pairs; a UserError for too few."""
     batch_size = min(recipe.batch_size, count // (2 * accumulate) * 2 * accumulate)
     if batch_size < 2:
         raise UserError(
@@ -196,8 +196,8 @@ def train_full(
 ) -> TimmClassifier:
     """A classifier trained from a copy of the backbone, in evaluation mode, on the student's device.
 
-    The images are uint8 N x 3 x H x W, or an image set, which is streamed; crops of them have `size`. The run's seed is that
-    of the head, the order, all augmentation, and stochastic depth.
+    The images are uint8 N x 3 x H x W, or an image set, which is streamed; crops of them have `size`. The
+    run's seed is that of the head, the order, all augmentation, and stochastic depth.
     """
     recipe, accumulate, saved = recipe_of(config), config.accumulate, run.saved
     device = device_of(student)
@@ -248,10 +248,10 @@ def train_full(
 
 
 def finetune_full(bench: Bench, _budget: int | None, seed: int) -> Iterator[Metric]:
-    """Accuracy, top-5, balanced accuracy and AUROC after fine-tuning a copy on all labels by a published recipe.
+    """Accuracy, top-5, balanced accuracy and AUROC after fine-tuning on all labels by a published recipe.
 
-    The test images are seen as the set decodes them: their whole centre, where A2 and ConvNeXt keep 95 % and 87.5 % of
-    the side.
+    The test images are seen as the set decodes them: their whole centre, where A2 and ConvNeXt keep 95 % and
+    87.5 % of the side.
     """
     data, size, run = bench.data, bench.config.size, bench.long_run(seed)
     classes = len(data.classes)

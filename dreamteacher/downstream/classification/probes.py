@@ -1,7 +1,7 @@
-"""Probes of frozen features, for which the backbone stays as it is: k nearest neighbours and linear classifiers.
+"""Probes of frozen features: k nearest neighbours and linear classifiers; the backbone stays as it is.
 
-`linear` finds the optimum of a few labels exactly; `linear_sgd` is the published recipe for all labels of a large set
-(LARS, 90 epochs, batch 4096), whose steps are part of what is reported.
+`linear` finds the optimum of a few labels exactly; `linear_sgd` is the published recipe for all labels of a
+large set (LARS, 90 epochs, batch 4096), whose steps are part of what is reported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ L2_GRID = (10.0, 3.0, 1.0, 0.3, 0.1, 0.01)
 def knn(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, *, classes: int, k: int = 20
 ) -> Iterator[Metric]:
-    """Accuracy, balanced accuracy and AUROC of the weighted vote of all training images among their `k` neighbours.
+    """Accuracy, balanced accuracy and AUROC of the weighted vote of the `k` nearest training images.
 
     Features N x C and M x C are those of `extract_features`, classes are int64.
     """
@@ -44,8 +44,8 @@ def fit_logistic(
 ) -> tuple[Tensor, Tensor]:
     """Multinomial logistic regression: mean cross-entropy + l2 / 2 * ||weight||^2, the bias not penalised.
 
-    scikit-learn's C is 1 / (l2 * N); for two classes 2 / (l2 * N), because there it penalises one weight vector, the
-    difference of our two. LBFGS stops when no gradient element exceeds `tolerance`.
+    scikit-learn's C is 1 / (l2 * N); for two classes 2 / (l2 * N), because there it penalises one weight
+    vector, the difference of our two. LBFGS stops when no gradient element exceeds `tolerance`.
 
     Returns:
         Weight (classes x C) and bias (classes), float64, on the device of `x`, N x C.
@@ -78,8 +78,8 @@ def fit_logistic(
 def choose_l2(x: Tensor, y: Tensor, folds: Tensor, *, classes: int, grid: Sequence[float] = L2_GRID) -> float:
     """The strength of `grid` with the lowest cross-entropy on held-out folds (the mean over all rows).
 
-    Rows that belong together share a fold id. With one fold there is nothing to hold out, and the middle of the grid
-    is taken; of equals the first wins.
+    Rows that belong together share a fold id. With one fold there is nothing to hold out, and the middle of
+    the grid is taken; of equals the first wins.
     """
     names = folds.unique().tolist()
     if len(names) < 2:
@@ -109,10 +109,10 @@ def balanced_folds(y: Tensor, count: int, seed: int) -> Tensor:
 def linear(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, *, classes: int, labels: int, seed: int
 ) -> Iterator[Metric]:
-    """Accuracy, balanced accuracy and AUROC of a linear probe on `labels` labelled images per class, drawn by the seed.
+    """Accuracy, balanced accuracy and AUROC of a linear probe on `labels` images per class, by the seed.
 
-    The features (see `knn`) are standardised by mean and deviation over ALL training images, which takes no label. The
-    test images serve for the final score alone.
+    The features (see `knn`) are standardised by mean and deviation over ALL training images, which takes no
+    label. The test images serve for the final score alone.
     """
     drawn = draw_labels(train_y, labels, classes=classes, seed=seed).to(train_x.device)
     mean, deviation = standardisation(train_x)
@@ -134,10 +134,11 @@ def standardisation(x: Tensor) -> tuple[Tensor, Tensor]:
 def fit_lars(
     x: Tensor, y: Tensor, config: LinearSgdConfig, *, classes: int, run: LongRun = UNKEPT
 ) -> tuple[Tensor, Tensor]:
-    """A linear layer trained by timm's LARS from weights of 0: weight (classes x C) and bias (classes), float32.
+    """A layer trained by timm's LARS from weights of 0: weight (classes x C) and bias (classes), float32.
 
-    The minimised objective, mean cross-entropy + weight_decay / 2 * ||weight||^2, is that of `fit_logistic`, and so is
-    the optimum: LARS scales steps, not where they end. `x` is N x C float32, on the device that trains.
+    The minimised objective, mean cross-entropy + weight_decay / 2 * ||weight||^2, is that of `fit_logistic`,
+    and so is the optimum: LARS scales steps, not where they end. `x` is N x C float32, on the device that
+    trains.
 
     Source: You et al., LARS, arXiv 1708.03888; recipe: DreamTeacher, arXiv 2307.07487, appendix.
     """
@@ -183,7 +184,7 @@ def linear_sgd(
     classes: int,
     run: LongRun = UNKEPT,
 ) -> Iterator[Metric]:
-    """Accuracy, top-5, balanced accuracy and AUROC of the published linear probe, on all labels; see `knn`."""
+    """Accuracy, top-5, balanced accuracy and AUROC of the published linear probe; see `knn`."""
     mean, deviation = standardisation(train_x) if config.standardise else (0.0, 1.0)
     x, z = (((part - mean) / deviation).float() for part in (train_x, test_x))
     weight, bias = fit_lars(x, train_y, config, classes=classes, run=run)

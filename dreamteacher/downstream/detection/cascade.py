@@ -40,8 +40,8 @@ class BoxPredictor(nn.Module):
 def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy over all boxes; smooth L1 (beta 1/9) over those of objects, divided by the number of all.
 
-    As torchvision's `fastrcnn_loss`, for class-agnostic deltas: logits are N x classes, deltas and their targets N x 4,
-    labels N class ids (0 = background).
+    As torchvision's `fastrcnn_loss`, for class-agnostic deltas: logits are N x classes, deltas and their
+    targets N x 4, labels N class ids (0 = background).
     """
     objects = (labels > 0).nonzero().flatten()
     regression = F.smooth_l1_loss(deltas[objects], targets[objects], beta=1 / 9, reduction="sum")

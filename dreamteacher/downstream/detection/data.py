@@ -1,7 +1,7 @@
 """Images with instances: folders of instance PNGs or COCO JSON, checked before training, of any mixture of sizes.
 
-The mask of an object is kept as its bounding part, so that a picture with hundreds of objects takes the memory
-of their areas; it is laid into the whole picture only at the resolution that is trained at.
+The mask of an object is kept as its bounding part, so that a picture with hundreds of objects takes the
+memory of their areas; it is laid into the whole picture only at the resolution that is trained at.
 """
 
 from __future__ import annotations
@@ -129,10 +129,10 @@ def checked(data: Split[InstanceSet]) -> Split[InstanceSet]:
 def load_instances(images: Path, instances: Path) -> InstanceSet:
     """Images and their objects; everything that is wrong is found here, and counted.
 
-    `instances` is a COCO JSON file whose file names start from `images` (annotations without extent are left out, which is
-    said on stderr); or a folder with one PNG per image, of its size and under its name, where pixel values (up to 16
-    bits) are 0 for the background and k for the k-th object. All objects of such a folder are of one class; images
-    without a PNG are left out.
+    `instances` is a COCO JSON file whose file names start from `images` (annotations without extent are left
+    out, which is said on stderr); or a folder with one PNG per image, of its size and under its name, where
+    pixel values (up to 16 bits) are 0 for the background and k for the k-th object. All objects of such a
+    folder are of one class; images without a PNG are left out.
     """
     images, instances = Path(images), Path(instances)
     if not instances.exists():
@@ -351,7 +351,7 @@ def scaled_masks(masks: Sequence[Mask], have: Size, size: Size) -> Tensor:
 def example_batches(
     make: Callable[[Draw], Example], draws: Sequence[Sequence[Draw]], workers: int
 ) -> Iterator[list[Example]]:
-    """The batches of these draws, in order; the next ones are made in threads meanwhile, which change speed only."""
+    """The batches of these draws, in order; the next ones are made in threads meanwhile."""
     waiting: deque[list[Future[Example]]] = deque()
     with helpers(workers) as pool:
         for batch in draws:

@@ -32,8 +32,9 @@ from dreamteacher.spec import FeatureSpec
 class Pyramid(nn.Module):
     """A backbone and its FPN, with one more level that halves the coarsest one.
 
-    A plain ViT's map goes through a simple pyramid first; `specs` are the levels that the FPN takes. The student is taken
-    in and normalises images itself. The maps are float32, for box coordinates need their digits.
+    A plain ViT's map goes through a simple pyramid first; `specs` are the levels that the FPN takes. The
+    student is taken in and normalises images itself. The maps are float32, for box coordinates need their
+    digits.
 
     Source: Lin et al., arXiv 1612.03144.
     """
@@ -60,7 +61,8 @@ class Batcher(nn.Module):
     """Images of mixed sizes, side by side in one batch, in the place of torchvision's transform.
 
     It scales and normalises nothing: images come at their size, and a student normalises by itself. What is
-    padded, up to a multiple of pixels, is the student's mean, which becomes 0 there, as padding is in torchvision.
+    padded, up to a multiple of pixels, is the student's mean, which becomes 0 there, as padding is in
+    torchvision.
     """
 
     mean: Tensor
@@ -87,7 +89,8 @@ class Batcher(nn.Module):
 def roi_pool(specs: Sequence[FeatureSpec], side: int) -> MultiScaleRoIAlign:
     """RoIAlign to side x side from the level that fits a box's size.
 
-    torchvision infers the strides from the first batch, and wrongly so for small padded images: we state them.
+    torchvision infers the strides from the first batch, and wrongly so for small padded images: we state
+    them.
     """
     pool = MultiScaleRoIAlign([s.name for s in specs], output_size=side, sampling_ratio=2)
     pool.scales = [1 / s.stride for s in specs]
@@ -126,7 +129,8 @@ def build_detector(
     if cascade:
         make_predictor = partial(BoxPredictor, config.fc, classes + 1)
         heads = CascadeHeads(
-            roi_pool(specs, 7), box_head, make_predictor, samples=config.rois, detections=config.detections, masks=masks
+            roi_pool(specs, 7), box_head, make_predictor, samples=config.rois,
+            detections=config.detections, masks=masks,
         )  # fmt: skip
     else:
         predictor = FastRCNNPredictor(config.fc, classes + 1)

@@ -38,8 +38,9 @@ def average_precision(
     """AP (mean over IoU 0.50 to 0.95 in steps of 0.05), AP at IoU 0.50, and AP at IoU 0.75; each in [0, 1].
 
     The mean over the classes that occur in the truth of the precision at 101 recalls; what lies on a crowd is
-    neither right nor wrong. Of an image with (height, width) `sizes` the best `most` detections count, COCO's number is
-    100. Parity with pycocotools: `tests/downstream/detection/test_scores.py`. Source: https://cocodataset.org/#detection-eval.
+    neither right nor wrong. Of an image with (height, width) `sizes` the best `most` detections count, COCO's
+    number is 100. Parity with pycocotools: `tests/downstream/detection/test_scores.py`. Source:
+    https://cocodataset.org/#detection-eval.
 
     Raises:
         UserError: faster-coco-eval is not installed.

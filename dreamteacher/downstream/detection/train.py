@@ -51,7 +51,7 @@ _NEEDS = "The detection tasks need instances.", "Give both --images and --instan
 
 
 def build_groups(model: GeneralizedRCNN, config: DetectConfig, *others: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups with `factor`: the backbone's by depth, then everything else of the detector, then `others`."""
+    """Parameter groups with `factor`: the backbone's by depth, the rest of the detector, then `others`."""
     student = model.backbone.student
     head = nn.ModuleList([model.backbone.simple, model.backbone.fpn, model.rpn, model.roi_heads])
     groups: list[dict[str, Any]] = layer_decay_groups(student.model, config.weight_decay, config.layer_decay)
@@ -94,10 +94,10 @@ def fit(
     config: DetectConfig,
     run: LongRun,
 ) -> None:
-    """Trains a detector, and `others` with it, on the device; then BatchNorm's statistics are set at the test's scale.
+    """Trains a detector, and `others` with it; then BatchNorm's statistics are set at the test's scale.
 
-    Examples are made (`make`) of the `draws` of each batch; `loss_of` takes their images and targets on that device.
-    `count` is the number of training images.
+    Examples are made (`make`) of the `draws` of each batch; `loss_of` takes their images and targets on that
+    device. `count` is the number of training images.
     """
     student, device = detector.backbone.student, device_of(detector)
     is_frozen = config.backbone_norm == "frozen"
@@ -141,8 +141,8 @@ def train_detector(
 ) -> GeneralizedRCNN:
     """A detector in evaluation mode. On a CPU the seed decides every bit; on a GPU RoIAlign adds in any order.
 
-    The student is copied; images that show no object are left out. The run's seed is that of the heads, the batches, scales,
-    mirroring, and of what torchvision draws (anchors, proposals).
+    The student is copied; images that show no object are left out. The run's seed is that of the heads, the
+    batches, scales, mirroring, and of what torchvision draws (anchors, proposals).
     """
     check_detect(config)
     data = data.shown()
@@ -158,7 +158,8 @@ def train_detector(
         ).to(device)
         fit(
             model, loss_of=lambda *batch: torch.stack(list(model(*batch).values())).sum(),
-            make=lambda draw: example(data, draw, config.longest_side), draws=draws, count=count, config=config, run=run,
+            make=lambda draw: example(data, draw, config.longest_side), draws=draws, count=count,
+            config=config, run=run,
         )  # fmt: skip
     return model.eval()
 
@@ -186,7 +187,7 @@ def at_size(found: dict[str, Tensor], scaled: Size, size: Size) -> Instances:
 
 
 def _run(bench: Bench, images: int | None, seed: int, *, cascade: bool) -> Iterator[Metric]:
-    """COCO's AP, AP50 and AP75 of boxes and masks on the test images, after training on images with objects."""
+    """COCO's AP, AP50 and AP75 of boxes and masks, after training on images with objects."""
     check_scores()
     config, pool, test = bench.config.detect, bench.data.pool.shown(), bench.data.test
     drawn = draw_images(len(pool), len(pool) if images is None else images, seed)

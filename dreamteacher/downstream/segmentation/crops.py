@@ -69,8 +69,8 @@ def random_crop(
 ) -> tuple[Tensor, Tensor]:
     """A crop of an image at a random scale, and of its mask; mirrored or not; filled up where it is too small.
 
-    The image is uint8 3 x H x W, the mask int64 class ids of the same scene, at any resolution; `ignore_index` is no
-    class, and what is filled up. Returns uint8 3 x size and int64 size.
+    The image is uint8 3 x H x W, the mask int64 class ids of the same scene, at any resolution;
+    `ignore_index` is no class, and what is filled up. Returns uint8 3 x size and int64 size.
     """
     low, high = config.scale
     factor = low + (high - low) * float(torch.rand((), generator=generator))
@@ -153,8 +153,8 @@ def crops(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches `first` to `steps` - 1 of crops, uint8 N x 3 x H x W, and masks, int64 N x H x W.
 
-    The same for every number of workers, and wherever they begin. A pair found damaged gives way to the next, which is
-    said on stderr; a UserError where nothing can be read any more.
+    The same for every number of workers, and wherever they begin. A pair found damaged gives way to the next,
+    which is said on stderr; a UserError where nothing can be read any more.
     """
     order = shuffled_batches(len(files), batch_size, steps, step_generator(seed, 0, "semantic"))
     wanted = itertools.islice(enumerate(order), first, None)

@@ -1,4 +1,4 @@
-"""The data of the segmentation tasks, in memory or from the disk: folders, or LAYOUT:ROOT with a validation part."""
+"""The data of the segmentation tasks, in memory or from the disk: folders, or LAYOUT:ROOT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning from a few masks: a light UPerNet head, the backbone frozen or fine-tuned, or a linear classifier of pixels."""
+"""Learning from a few masks: a light UPerNet head, or a linear classifier of pixels."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ _L2_GRID = (1.0, 0.1, 0.01, 0.001)
 class SegmentationHead(nn.Module):
     """UPerNet's neck, its maps side by side at the finest stride, and a per-pixel classifier.
 
-    `specs` are the backbone's levels, fine to coarse; `width` is that of every inner map. `norm` normalises each level's
-    channels first (LayerNorm), which ConvNeXt's raw maps need.
+    `specs` are the backbone's levels, fine to coarse; `width` is that of every inner map. `norm` normalises
+    each level's channels first (LayerNorm), which ConvNeXt's raw maps need.
 
     Source: UPerNet, arXiv 1807.10221; narrower than the 512 channels there. Equal to segmentation-models-pytorch's
     with its weights, but for the last resize: `tests/downstream/segmentation/test_upernet.py`.
@@ -72,7 +72,7 @@ class SegmentationHead(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """A backbone and its segmentation head, both taken in; `auxiliary` is a second head, for training alone."""
+    """A backbone and its segmentation head, both taken in; `auxiliary` is a second one, for training."""
 
     def __init__(self, student: Student, head: nn.Module, auxiliary: nn.Module | None = None) -> None:
         super().__init__()
@@ -104,8 +104,9 @@ def train_segmenter(
 ) -> Segmenter:
     """A segmenter in evaluation mode, with a copy of the backbone, frozen or fine-tuned.
 
-    The labelled images are uint8 N x 3 x H x W, N >= 2, their masks N x H x W class ids (int64); `freeze` trains the head
-    alone. `neck` is where the head's neck starts (mixed pretraining transfers it); the head then has its width.
+    The labelled images are uint8 N x 3 x H x W, N >= 2, their masks N x H x W class ids (int64); `freeze`
+    trains the head alone. `neck` is where the head's neck starts (mixed pretraining transfers it); the head
+    then has its width.
     """
     width = config.width if neck is None else int(neck["laterals.0.0.weight"].shape[0])
     device = device_of(student)
@@ -150,7 +151,7 @@ def train_segmenter(
 def _frozen_maps(
     student: Student, images: Tensor, config: SegmentConfig, precision: Precision
 ) -> Callable[[Tensor, bool], list[Tensor]]:
-    """(indices, mirrored) -> the frozen backbone's maps of these images, computed once where they fit in memory."""
+    """(indices, mirrored) -> the frozen backbone's maps of these images, computed once where they fit."""
     device = device_of(student)
 
     def computed(index: Tensor, mirror: bool) -> list[Tensor]:
@@ -177,9 +178,10 @@ def score(
     *,
     pixels: bool = False,
 ) -> Iterator[Metric]:
-    """mIoU and the IoU of each class that occurs, from one confusion matrix over batches of (class ids, target ids).
+    """mIoU and the IoU of each class that occurs, over batches of (class ids, target ids).
 
-    `pixels`: also the accuracy of pixels, and its mean over the classes. The target `ignore_index` is left out.
+    `pixels`: also the accuracy of pixels, and its mean over the classes. The target `ignore_index` is left
+    out.
     """
     matrix = torch.zeros(len(names), len(names), dtype=torch.int64)
     for pred, target in predictions:
@@ -216,8 +218,8 @@ def score_segmenter(
 def segment_linear(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
     """mIoU and per-class IoU of a linear classifier of each pixel's frozen features.
 
-    Every level is resized to the finest one and concatenated; the classifier is fitted there and its logits are resized
-    to the image. Its L2 strength is chosen by cross-validation over whole labelled images.
+    Every level is resized to the finest one and concatenated; the classifier is fitted there and its logits
+    are resized to the image. Its L2 strength is chosen by cross-validation over whole labelled images.
     """
     assert masks is not None
     student, precision, ignore_index = bench.student, bench.config.precision, bench.config.ignore_index

@@ -1,4 +1,4 @@
-"""Semantic segmentation at full size (ADE20K, Cityscapes, BDD100K): UPerNet, or a read-out, crops streamed from the disk.
+"""Semantic segmentation at full size (ADE20K, Cityscapes, BDD100K), and the read-out: crops from the disk.
 
 Source: section 8 and appendix of arXiv 2307.07487; what it leaves open follows MMSegmentation's UPerNet settings
 (auxiliary head, crops of which no class fills more than three quarters, sliding windows).
@@ -60,7 +60,7 @@ def train_dense(
     freeze: bool,
     run: LongRun = UNKEPT,
 ) -> Segmenter:
-    """A head, made within the seed's random numbers, and a copy of the backbone, trained on crops; in evaluation mode.
+    """A head, made within the seed's random numbers, and a copy of the backbone, trained on crops.
 
     `freeze` trains the head alone: the backbone stays in evaluation mode.
     """
@@ -95,7 +95,8 @@ def train_dense(
         trained += [] if freeze else [(model.student, config.backbone_lr_factor)]
         train(
             trained, loss_at, steps=config.steps, lr=config.lr, weight_decay=config.weight_decay,
-            warmup=config.warmup, optimizer=config.optimizer, power=config.power, saved=run.saved, title="training",
+            warmup=config.warmup, optimizer=config.optimizer, power=config.power, saved=run.saved,
+            title="training",
         )  # fmt: skip
     return model.eval()
 
@@ -113,9 +114,10 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
 
 
 def predict_logits(model: nn.Module, image: Tensor, config: SemanticConfig) -> Tensor:
-    """Logits 1 x classes x H x W of one image in evaluation mode, whole or averaged over windows of the crops' size.
+    """Logits 1 x classes x H x W of one image, whole or averaged over windows of the crops' size.
 
-    The image, uint8 3 x H x W and scaled as it is to be seen, is filled up to multiples of 32 (or to one window).
+    The image, uint8 3 x H x W and scaled as it is to be seen, is filled up to multiples of 32 (or to one
+    window).
     """
     device = device_of(model)
     height, width = image.shape[1:]
@@ -177,7 +179,7 @@ def score_files(
 
 
 def semantic(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
-    """Metrics of `score_files` after fine-tuning a UPerNet on streamed crops of `masks` images of the pool (None: all)."""
+    """Metrics of `score_files` after fine-tuning a UPerNet on streamed crops."""
     student, config, run = bench.student, bench.settings, bench.long_run(seed)
     files = drawn_files(bench.data.pool, masks, seed)
     head = functools.partial(
@@ -199,7 +201,7 @@ def level_of(student: Student, config: ReadoutConfig) -> int:
 
 
 def readout(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
-    """Metrics of `score_files` of a head on the frozen backbone's map of one stride: how well it finds objects there.
+    """Metrics of `score_files` of a head on the frozen backbone's map of one stride.
 
     Source: section 8 of arXiv 2307.07487: frozen backbone, FCN, SGD 0.01, poly 0.9, 20k iterations. Neither the
     head's layers nor the map are stated: torchvision's FCN head on the coarsest map, not dilated.
