@@ -37,13 +37,13 @@ def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
     return groups
 
 
-def summary_table(rows: Sequence[Row]) -> str:
+def summary_table(rows: Sequence[Row], *, every_metric: bool = False) -> str:
     """A Markdown table, aligned to be read as text: one line per task, one column per method.
 
     A cell is the mean ± the sample deviation over the seeds; without ± there is one seed (or one backbone and nothing
-    drawn). Of each task the metric is shown that stands for it.
+    drawn). Of each task the metric is shown that stands for it, or with `every_metric` all.
     """
-    rows = [row for row in rows if row["metric"] == headline(row["task"])]
+    rows = [row for row in rows if every_metric or row["metric"] == headline(row["task"])]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     groups = _grouped(rows)
     lines = [["task", *methods]]
