@@ -28,9 +28,8 @@ from dreamteacher.distill.make_labels import make_labels
 from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.distill.step import loss_weights
 from dreamteacher.distill.train_interpreter import prepare, train_interpreter
-from dreamteacher.downstream.check import check_config
 from dreamteacher.downstream.config import EvaluateConfig
-from dreamteacher.downstream.evaluate import evaluate
+from dreamteacher.downstream.evaluate import check_config, evaluate
 from dreamteacher.downstream.segmentation.config import SegmentConfig
 from dreamteacher.losses import feature_loss, interpreter_loss, label_distillation, total_loss
 from dreamteacher.models import distilled
