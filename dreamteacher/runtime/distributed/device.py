@@ -47,7 +47,8 @@ def resolve_precision(device: torch.device, precision: Precision) -> torch.dtype
     if device.type == "cuda":
         native = torch.cuda.get_device_properties(device).major >= 8  # older ones emulate it, slowly
         return torch.bfloat16 if native else torch.float32
-    if device.type == "cpu" and _cpu_flag("avx512_bf16"):
+    used = torch.backends.cpu.get_cpu_capability()  # below what the processor has by ATEN_CPU_CAPABILITY
+    if device.type == "cpu" and used == "AVX512" and _cpu_flag("avx512_bf16"):
         return torch.bfloat16
     return torch.float32
 
