@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from dreamteacher.models.student import Student, check_student, create_student
 from dreamteacher.runtime.config import describe, to_json
 from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.distributed.group import agree, broadcast, join
-from dreamteacher.runtime.distributed.sharding import shard
 from dreamteacher.runtime.distributed.world import World, check_batch
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.loggers import check_loggers
@@ -42,12 +42,12 @@ from dreamteacher.teachers.in_parts import InParts
 from dreamteacher.teachers.registry import fingerprint, load_teacher
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainPlan:
     """A pretraining, checked and loaded.
 
     Args:
-        teacher, student, regressor: on the device, but for a student that is still to be cut over processes.
+        teacher, student, regressor: on the device.
         images: None where the teacher makes them all; store: of features on disk; kept: the levels of stored maps.
         read: what the interpreter that is named reads; job: the training of one that comes first.
         steps: optimizer steps in all; disk: bytes that the run writes; notes: lines to print with the plan.
@@ -86,6 +86,15 @@ class PretrainPlan:
     def part_rows(self) -> int:
         """Images of this process in each of the `accumulate` parts of a batch."""
         return self.world.of(self.config.batch_size // self.config.accumulate)
+
+    def way_to_less_memory(self) -> str:
+        """What to do where a step does not fit."""
+        c = self.config
+        for count in range(c.accumulate + 1, c.batch_size + 1):
+            with contextlib.suppress(UserError):
+                _check_parts(dataclasses.replace(c, accumulate=count), self.world, self.device)
+                return f"The same command with --accumulate {count} goes on from the last checkpoint."
+        return "Use --precision bfloat16, or a smaller --size, --student or --width."
 
     def text(self) -> str:
         """For the screen."""
@@ -128,32 +137,16 @@ class PretrainPlan:
         return load_interpreter(folder / "interpreter")[0].to(self.device)
 
     def batches(self) -> Callable[[int], dataset.Stream]:
-        """Number of a batch -> the stream of batches, with the teacher's maps, from there.
-
-        Where the teacher's weights are to be cut over processes, this cuts them.
-        """
-        c = self.config
-        cut = self.world.ranks > 1 and c.sharding in ("teacher", "both") and not self.kept
-        begin = functools.partial(self._stream, InParts(self.teacher, c.teacher_batch, sharded=cut))
-        if cut:
-            look = begin(0)
-            shard(self.teacher, self.device, lambda: next(look), whole=False)
-            look.close()
-        return begin
+        """Number of a part of a batch -> the stream of parts, with the teacher's maps, from there."""
+        return functools.partial(self._stream, InParts(self.teacher, self.config.teacher_batch))
 
     def _stream(self, teacher: InParts, first: int) -> dataset.Stream:
-        c, part, last = (
-            self.config,
-            self.config.batch_size // self.config.accumulate,
-            self.steps * self.config.accumulate,
-        )
+        c = self.config
+        part = c.batch_size // c.accumulate
         common: dict[str, Any] = {
-            "seed": c.seed,
-            "device": self.device,
-            "precision": c.precision,
-            "world": self.world,
-        }
-        steps: dict[str, Any] = {"first_step": first, "last_step": last}
+            "seed": c.seed, "device": self.device, "precision": c.precision, "world": self.world,
+        }  # fmt: skip
+        steps: dict[str, Any] = {"first_step": first, "last_step": self.steps * c.accumulate}
         if c.dataset == "synthesized":
             return dataset.synthesized(teacher, batch_size=part, **steps, **common)
         assert self.images is not None  # checked in `make_plan`
@@ -186,7 +179,8 @@ def make_plan(config: PretrainConfig) -> PretrainPlan:
     # --- numbers, names and paths ------------------------------------------------------------------------
     world = join(config.device)
     device = pick_device(config.device)
-    _check_numbers(config, world)
+    _check_parts(config, world, device)
+    _check_numbers(config)
     _check_flags(config)
     check_loggers(config.log_to)
     if config.images is not None and not config.images.is_dir():
@@ -232,10 +226,13 @@ def make_plan(config: PretrainConfig) -> PretrainPlan:
     # --- on the device -----------------------------------------------------------------------------------
     if config.dataset == "encoded" or (config.dataset == "synthesized" and job is None):
         teacher.keep_only("encode" if config.dataset == "encoded" else "sample")
-    cut = world.ranks > 1 and config.sharding in ("student", "both") and not config.dry_run
-    for module in (teacher,) if cut else (teacher, student, regressor):  # `shard` moves what it cuts
+    for module in (teacher, student, regressor):
         module.to(device)
     notes = [f"  skipped {path}: {reason}" for path, reason in (images.bad if images else ())[:3]]
+    if world.ranks > 1 and config.batch_norm == "global" and device.type == "cpu":
+        notes.append(
+            "  BatchNorm: each process normalises over its own images, as torch has no other on CPUs"
+        )
     if store and images:
         notes.insert(0, _compared(store.verify(teacher, fingerprint(config.teacher), images, device)))
         if kept and job is None:
@@ -273,7 +270,8 @@ def _check_flags(config: PretrainConfig) -> None:
         )
 
 
-def _check_numbers(config: PretrainConfig, world: World) -> None:
+def _check_parts(config: PretrainConfig, world: World, device: torch.device) -> None:
+    """Raises UserError for a batch that cannot be divided as it should be."""
     if config.accumulate < 1 or config.batch_size % config.accumulate:
         raise UserError(
             f"--accumulate {config.accumulate} does not divide --batch-size {config.batch_size}.",
@@ -281,11 +279,9 @@ def _check_numbers(config: PretrainConfig, world: World) -> None:
         )
     part = config.batch_size // config.accumulate
     check_batch(f"--batch-size {config.batch_size} --accumulate {config.accumulate}: a part", part, world)
-    if (world.of(part) if config.batch_norm == "local" else part) < 2:
-        raise UserError(
-            "BatchNorm needs at least 2 images in a part of a batch.",
-            "Lower --accumulate" + (", or use --batch-norm global." if part >= 2 else "."),
-        )
+    local = config.batch_norm == "local" or device.type == "cpu"
+    if (world.of(part) if local else part) < 2:
+        raise UserError("BatchNorm needs at least 2 images in a part of a batch.", "Lower --accumulate.")
     if config.dataset == "both":
         made = dataset.synthesized_part(part, config.synthesized_fraction)
         check_batch(
@@ -293,15 +289,9 @@ def _check_numbers(config: PretrainConfig, world: World) -> None:
             made,
             world,
         )
-    if config.optimizer == "lamb" and config.sharding in ("student", "both"):
-        raise UserError(
-            f"--optimizer lamb needs whole weights, and --sharding {config.sharding} cuts them.",
-            "Use --optimizer adamw, or --sharding teacher or none.",
-        )
-    if config.compile == "on" and config.sharding != "none":
-        raise UserError(
-            f"--compile on and --sharding {config.sharding} do not work together.", "Leave out one of them."
-        )
+
+
+def _check_numbers(config: PretrainConfig) -> None:
     if config.teacher_batch < 0:
         raise UserError("--teacher-batch is below 0.", "Give a number of images, or leave it out.")
     check_saving(config.save_every, config.save_minutes)

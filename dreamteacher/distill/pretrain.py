@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.dataset import Part, PartStream
@@ -20,8 +18,8 @@ from dreamteacher.losses import total_loss
 from dreamteacher.runtime import checkpoint, memory, optim
 from dreamteacher.runtime.compile import compiled, wants_compile
 from dreamteacher.runtime.distributed.device import resolve_precision
-from dreamteacher.runtime.distributed.group import all_gather_text, broadcast, together
-from dreamteacher.runtime.distributed.sharding import gradients_stay, whole
+from dreamteacher.runtime.distributed.group import all_gather_text, together
+from dreamteacher.runtime.distributed.replica import gradients_stay
 from dreamteacher.runtime.loop import Loop
 from dreamteacher.runtime.meter import Means
 from dreamteacher.runtime.run_folder import RunDir
@@ -54,29 +52,21 @@ def pretrain(config: PretrainConfig) -> Path | None:
         groups = optim.parameter_groups([network], config.weight_decay)
         optimizer = optim.build_optimizer(config.optimizer, groups, config.lr, config.betas)
         average = optim.Ema(network, config.ema) if config.ema else None
-        called = spread(network, config, device, world)  # over the processes, where there are several
+        called = spread(network, device, world)  # over the processes, where there are several
         distillation = Distillation(config, network, plan.levels, spread=called, interpreter=interpreter)
         _make_fast(plan, distillation)
         weights = loss_weights(config)  # of each term: eq. 3, 5 and 6
         warmup = round(plan.steps * config.warmup_epochs / config.epochs)
-        parts = memory.Parts(plan.part_rows, config.accumulate, world, config.batch_norm, config.out)
-        parts.follow(int(broadcast(lambda: str(memory.told_parts(run.path)))))
-
-        def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            tensors, meta = checkpoint.pack({"network": network}, optimizer, average)
-            return tensors, meta | {"split": parts.count}
-
-        def restore(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> None:
-            checkpoint.unpack({"network": network}, optimizer, average, tensors, meta, path)
-            parts.at_least(meta["split"])
+        trained = {"network": network}, optimizer, average
+        less_memory = plan.way_to_less_memory()
 
         def line(part: Part, lr: float, means: Means) -> dict[str, float]:
-            split = {"accumulate": config.accumulate * parts.count} if parts.count > 1 else {}
-            found = distillation.row(part, means, lr=lr, **split)
+            found = distillation.row(part, means, lr=lr)
             return found | (probe(network, plan.images, config) if loop.due(config.probe_every) else {})
 
         loop = Loop(
-            run, title="pretrain", steps=plan.steps, batch=config.batch_size, state=state, restore=restore,
+            run, title="pretrain", steps=plan.steps, batch=config.batch_size,
+            state=functools.partial(checkpoint.pack, *trained), restore=functools.partial(checkpoint.unpack, *trained),
             resume=resume, undo=memory.Undo(list(network.buffers())), save_every=config.save_every,
             save_minutes=config.save_minutes, keep=config.keep_checkpoints, advice=distillation.advice,
             log_to=config.log_to, guard_each=device.type == "cpu" and world.ranks == 1,
@@ -84,27 +74,22 @@ def pretrain(config: PretrainConfig) -> Path | None:
 
         # --- the loop ------------------------------------------------------------------------------------
         with loop:
-            batches = PartStream(plan.batches(), config.accumulate, parts, loop.progress.wait)
+            batches = PartStream(plan.batches(), config.accumulate, loop.progress.wait)
             for step in loop:
                 network.train()
                 optimizer.zero_grad(set_to_none=True)
-                try:
+                with memory.needed(f"Step {step + 1} runs out of memory", less_memory):
                     for part in batches.of(step):  # the batch, or one part of it after the other
-                        with gradients_stay(distillation.spread, not part.last):
+                        with gradients_stay(called, not part.last):
                             losses = distillation.losses(part)
                             total = total_loss(losses, weights)
-                            (total / part.divisor).backward()
+                            (total / config.accumulate).backward()
                         loop.meter.watch(step, distillation.watched(part) | {"loss": total})
-                        loop.meter.add(step, losses | {"loss": total}, part.divisor)
-                except RuntimeError as error:  # where memory ran out: the step once more, in smaller parts
-                    batches.shrink(step, error)
-                    loop.again()
-                    continue
-                lr = optim.lr_at(step, total=plan.steps, warmup=warmup, peak=config.lr)
-                with memory.needed(f"Step {step + 1} has no memory for the optimizer", _LARGE):
-                    norm = whole(nn.utils.clip_grad_norm_(network.parameters(), config.clip or float("inf")))
+                        loop.meter.add(step, losses | {"loss": total}, config.accumulate)
+                    norm = nn.utils.clip_grad_norm_(network.parameters(), config.clip or float("inf"))
                     loop.meter.watch(step, {"gradient": norm})
                     loop.meter.add(step, {"grad_norm": norm})
+                    lr = optim.lr_at(step, total=plan.steps, warmup=warmup, peak=config.lr)
                     with loop.update():
                         optim.set_lr(optimizer, lr)
                         optimizer.step()
@@ -119,16 +104,13 @@ def pretrain(config: PretrainConfig) -> Path | None:
     return config.out
 
 
-_LARGE = "Use a smaller --student or --width, or several GPUs with --sharding student."
-
-
 def _make_fast(plan: PretrainPlan, distillation: Distillation) -> None:
     """Lower precision of the teacher and torch.compile, where they are asked for."""
     c, device, world = plan.config, plan.device, plan.world
     if (dtype := resolve_precision(device, c.precision)) != torch.float32:
         plan.teacher.cast_weights(dtype)
     one_graph = world.ranks == 1 or c.batch_norm == "local"  # a global one breaks the graph
-    if c.sharding == "none" and wants_compile(c.compile, device, plan.steps, whole=one_graph):
+    if wants_compile(c.compile, device, plan.steps, whole=one_graph):
         plan.teacher.wrap_compile_targets(functools.partial(compiled, strict=c.compile == "on"))
         distillation.compile()
 

@@ -11,16 +11,17 @@ from typing import Any
 
 from filelock import BaseFileLock
 
-from dreamteacher.runtime import checkpoint, memory
+from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import changed_keys, parse_json
 from dreamteacher.runtime.distributed.group import broadcast
 from dreamteacher.runtime.distributed.world import ALONE, World
 from dreamteacher.runtime.errors import UserError, shorten
 from dreamteacher.runtime.lock import take_lock
 
-# Settings that may differ between a run and its resumption: they do not change any number.
+# Settings that may differ between a run and its resumption: they change no number, or (accumulate) only how many images
+# BatchNorm sees at once and their order, without which a run that is out of memory could not go on.
 FREE_TO_CHANGE = (
-    "out", "workers", "dry_run", "strict", "device", "save_every", "save_minutes", "keep_checkpoints", "log_to", "cache_gb", "sharding",
+    "out", "workers", "dry_run", "strict", "device", "save_every", "save_minutes", "keep_checkpoints", "log_to", "cache_gb", "accumulate",
     "teacher_batch",
 )  # fmt: skip
 # What a process that was killed leaves behind, workers that decode images, ends by itself within 5 s.
@@ -93,10 +94,7 @@ class RunDir:
 
     def open(self, resolved: Mapping[str, Any]) -> Path | None:
         """Makes and locks the folder, writes a new run's config.json; returns the checkpoint to resume."""
-        if self.world.ranks > 1:
-            found = broadcast(lambda: str(self._open(resolved) or ""))
-            return Path(found) if found else None
-        return self._open(resolved)
+        return self._open(resolved) if self.world.ranks == 1 else broadcast(lambda: self._open(resolved))
 
     def _open(self, resolved: Mapping[str, Any]) -> Path | None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -109,8 +107,6 @@ class RunDir:
         checkpoint.sweep(self.path)
         resume = checkpoint.latest(self.path, whole=True)
         if resume is None:  # a run that goes on keeps the config that it was started with
-            if self.config() != json.loads(json.dumps(resolved)):
-                (self.path / memory.PARTS).unlink(missing_ok=True)
             checkpoint.write_text(self.path / "config.json", json.dumps(resolved, indent=2) + "\n")
             for name in ("metrics.jsonl", "timing.jsonl", "loggers.json"):
                 (self.path / name).unlink(missing_ok=True)

@@ -6,20 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 OptimizerName = Literal["adamw", "lamb"]
-
-
-Sharding = Literal["none", "student", "teacher", "both"]
-
-
 BatchNorm = Literal["global", "local"]
-
-
 Precision = Literal["auto", "float32", "bfloat16"]
-
-
 Compile = Literal["auto", "on", "off"]
-
-
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 
 

@@ -9,6 +9,7 @@ import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,6 @@ from dreamteacher.models.student import create_student
 from dreamteacher.runtime import checkpoint, memory, prefetch
 from dreamteacher.runtime.distributed.world import World
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.runtime.loop import Loop
 from dreamteacher.runtime.run_folder import read_rows
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import Teacher
@@ -36,10 +36,8 @@ from dreamteacher.teachers.diffusion import teacher as diffusion
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher, build_unet
 from dreamteacher.teachers.in_parts import InParts, RowsOfDraws
 from dreamteacher.teachers.registry import load_teacher
-from tests.builders.runs import assert_equal
 from tests.builders.steps import Stepper
 from tests.builders.teachers import TINY, build
-from tests.distill.test_pretrain import everything
 from tests.runtime.distributed.worker import in_float64
 
 CPU = torch.device("cpu")
@@ -188,11 +186,8 @@ def test_libraries_that_run_out_of_memory_in_their_own_words(message, monkeypatc
         return forward(images, sizes)
 
     trained.distillation.forward = forward_fails
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(UserError, match="it does not fit"), memory.needed("it does not fit", "Use less."):
         trained.step(0, stream)
-    dataset.PartStream(small_stream, 1, trained.parts).shrink(0, caught.value)
-    assert trained.parts.count == 2
-    trained.step(0, stream)
 
 
 def test_other_errors_of_torch_are_no_lack_of_memory(monkeypatch):
@@ -205,18 +200,6 @@ def test_other_errors_of_torch_are_no_lack_of_memory(monkeypatch):
     trained, _ = small_training(Hungry(1))
     with pytest.raises(RuntimeError, match="must match"):
         trained.step(0, iter(fail, None))
-
-
-def test_a_teacher_cut_over_processes_does_not_try_by_itself():
-    """Its passes are exchanges: a process that made more of them would wait for the others for ever."""
-    teacher = Hungry(3)
-    parts = InParts(teacher, 4, sharded=True)
-    with pytest.raises(UserError, match=r"on 4 images.*\n.*--teacher-batch 2"):
-        parts.encode(torch.rand(8, 3, 64, 64), generator=generator())
-    assert teacher.seen == [4]
-    assert parts.most == 4
-    with pytest.raises(UserError, match="one image"):
-        InParts(Hungry(0), 1, sharded=True).encode(torch.rand(8, 3, 64, 64), generator=generator())
 
 
 # --- a step that runs out of memory ---------------------------------------------------------------------------
@@ -247,124 +230,29 @@ def hungry_student(monkeypatch: pytest.MonkeyPatch, most: int, passes: int = 0) 
     return failures
 
 
-def test_a_step_out_of_memory_is_repeated_in_smaller_parts_as_if_it_had_begun_so(config, monkeypatch, capsys):
-    init = memory.Parts.__init__
-
-    def begun_in_parts(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        self.count = 4
-
-    with monkeypatch.context() as patch:
-        patch.setattr(memory.Parts, "__init__", begun_in_parts)
-        expected = everything(pretrain(dataclasses.replace(config, out=config.out.with_name("whole"))))
-    failures = hungry_student(monkeypatch, 2)
-    found = everything(pretrain(config))
-    assert failures == [8, 4]
-    assert_equal(expected, found)
-    said = capsys.readouterr().out
-    assert "Out of memory at step 1: repeated, and from now on, as --accumulate 4. BatchNorm sees" in said
-    assert {row["accumulate"] for row in read_rows(config.out / "metrics.jsonl")} == {4}
-
-
-def test_the_parts_in_use_are_restored_when_a_run_resumes(config, monkeypatch):
-    failures = hungry_student(monkeypatch, 4)
-    config = dataclasses.replace(config, batch_size=16, accumulate=2, epochs=4, ema=0.9)
-    whole = everything(pretrain(dataclasses.replace(config, out=config.out.with_name("whole"))))
-    assert failures == [8]
-    save, stop = Loop._save, RuntimeError("stop")
-
-    def save_and_stop(self, done):
-        save(self, done)
-        raise stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_save", save_and_stop)
-        with pytest.raises(RuntimeError, match="stop"):
-            pretrain(config)
-    assert failures == [8, 8]
-    resumed = everything(pretrain(config))
-    assert failures == [8, 8], "it tried the large parts again"
-    assert_equal(whole, resumed)
-
-
-def test_a_step_that_cannot_be_made_smaller_says_what_to_do(config, monkeypatch):
-    hungry_student(monkeypatch, 1)
-    with pytest.raises(UserError, match=r"Step 1 runs out of memory in parts of 2 images"):
-        pretrain(config)
-
-
-def parts_of(images: int, ranks: int, batch_norm: str, folder: Path) -> memory.Parts:
-    return memory.Parts(images, 1, World(0, ranks), batch_norm, folder)
-
-
-@pytest.mark.parametrize(
-    ("images", "ranks", "batch_norm", "counts"),
-    [(8, 1, "global", [2, 4]), (6, 1, "global", [2, 3]), (8, 4, "local", [2, 4]), (3, 4, "global", [2, 3])],
-)
-def test_parts_are_doubled_as_long_as_batch_norm_has_two_images(images, ranks, batch_norm, counts, tmp_path):
-    parts = parts_of(images, ranks, batch_norm, tmp_path)
-    for count in counts:
-        with contextlib.nullcontext() if ranks == 1 else pytest.raises(UserError, match="The same command"):
-            parts.add(7, "CUDA out of memory")
-        assert parts.count == count
-        if ranks > 1:
-            assert memory.told_parts(tmp_path) == images // count
-    with pytest.raises(
-        UserError, match=r"Step 7 runs out of memory in parts of \d images: CUDA.*\n.*--width"
-    ):
-        parts.add(7, "CUDA out of memory")
-
-
-def test_parts_of_other_processes_are_followed_and_never_empty(tmp_path):
-    """A run that one process split in 4 goes on in 8 with one image each; and what one told, all follow."""
-    alone = parts_of(8, 1, "global", tmp_path)
-    alone.at_least(4)
-    assert alone.count == 4
-    eight = parts_of(1, 8, "global", tmp_path)
-    eight.at_least(4)
-    eight.follow(2)
-    assert eight.count == 1
-    two = parts_of(4, 2, "global", tmp_path)
-    two.follow(memory.told_parts(tmp_path))  # nothing was told
-    assert two.count == 1
-    two.follow(3)
-    assert two.count == 2
-    two.at_least(1)
-    assert two.count == 2
-    for damage in ("", "[]", '{"images": "2"}', '{"images": -1}', "{}"):
-        (tmp_path / memory.PARTS).write_text(damage)
-        assert memory.told_parts(tmp_path) == 0
-
-
-def test_what_one_of_several_processes_told_is_followed_by_the_next_start(config, monkeypatch):
-    """Here the one process believes that there is another; out of memory at the third step, behind a checkpoint."""
+def test_a_step_out_of_memory_names_the_accumulate_with_which_the_run_goes_on(config, monkeypatch):
+    """Out of memory at the third step, behind a checkpoint."""
     failures = hungry_student(monkeypatch, 4, passes=2)
-    init = memory.Parts.__init__
-
-    def two(self, *args):
-        init(self, *args)
-        self.world = World(0, 2)
-
-    monkeypatch.setattr(memory.Parts, "__init__", two)
-    with pytest.raises(UserError, match=r"Step 3 runs .*\nThe same command goes on from the last checkpoint"):
+    with pytest.raises(UserError, match=r"Step 3 runs out of memory: CUDA.*\n.* --accumulate 2 goes on from"):
         pretrain(config)
     assert failures == [8]
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 2)
-    pretrain(dataclasses.replace(config, teacher_batch=4))  # which errors advise, so that it may change
-    assert failures == [8], "the same command tried the large parts again"
-    assert [row.get("accumulate", 1) for row in read_rows(config.out / "metrics.jsonl")] == [1, 1, 2, 2, 2, 2]
-    assert memory.told_parts(config.out) == 4
+    pretrain(dataclasses.replace(config, accumulate=2))
+    assert [row["step"] for row in read_rows(config.out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_that_begins_anew_with_other_settings_forgets_what_fitted(config, monkeypatch):
-    asked = []
-    monkeypatch.setattr(memory.Parts, "follow", lambda self, images: asked.append(images))
-    for width in (8, 8, 16):  # the same once more, then another
-        pretrain(dataclasses.replace(config, width=width, epochs=1))
-        for path in config.out.glob("*.safetensors"):
-            path.unlink()
-        checkpoint.write_text(config.out / memory.PARTS, '{"images": 2}')
-    assert asked == [0, 2, 0]
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "ranks", "batch_norm", "device", "advised"),
+    [(8, 1, 1, "global", "cpu", 2), (6, 2, 1, "global", "cpu", 3), (8, 4, 1, "global", "cpu", None),
+     (8, 2, 2, "local", "cuda", None), (8, 2, 2, "global", "cpu", None), (8, 2, 2, "global", "cuda", 4)],
+)  # fmt: skip
+def test_parts_get_smaller_as_long_as_batch_norm_has_two_images(
+    batch, accumulate, ranks, batch_norm, device, advised, config
+):
+    asked = dataclasses.replace(config, batch_size=batch, accumulate=accumulate, batch_norm=batch_norm)
+    plan = SimpleNamespace(config=asked, world=World(0, ranks), device=torch.device(device))
+    way = distill_plan.PretrainPlan.way_to_less_memory(plan)
+    assert (f"--accumulate {advised} goes on" if advised else "or a smaller --size") in way
 
 
 def test_an_optimizer_without_memory_is_an_error_of_three_lines(config, monkeypatch):
@@ -372,9 +260,7 @@ def test_an_optimizer_without_memory_is_an_error_of_three_lines(config, monkeypa
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", fail)
-    with pytest.raises(
-        UserError, match="Step 1 has no memory for the optimizer: CUDA out of memory"
-    ) as caught:
+    with pytest.raises(UserError, match="Step 1 runs out of memory: CUDA out of memory") as caught:
         pretrain(config)
     assert len(str(caught.value).splitlines()) <= 3
 

@@ -246,33 +246,6 @@ def test_ctrl_c_from_python_saves_whole_steps_and_resumes_bitwise(
     assert_same(tmp_path / "whole", tmp_path / "run")
 
 
-def test_a_step_that_is_repeated_leaves_nothing_of_its_first_try(tmp_path: Path) -> None:
-    def run(folder: Path, fail: bool) -> None:
-        toy, tries = Toy(), itertools.count()
-        loop = Loop(
-            None, title="toy", steps=3, batch=4, state=toy.state, restore=toy.restore,
-            undo=memory.Undo(list(toy.network.buffers())),
-        )  # fmt: skip
-        with loop:
-            for step in loop:
-                loss = toy.loss(step)
-                loop.meter.add(step, {"loss": loss})
-                if fail and step == 1 and next(tries) < 2:
-                    loop.again()
-                    continue
-                toy.optimizer.zero_grad()
-                loss.backward()
-                with loop.update():
-                    toy.optimizer.step()
-            assert loop.meter.counts == {"loss": 3}
-            found.append({**toy.network.state_dict(), **loop.meter.sums})
-
-    found: list[dict[str, Tensor]] = []
-    run(tmp_path, fail=False)
-    run(tmp_path, fail=True)
-    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
-
-
 def test_ctrl_c_in_a_pretraining_from_python(
     image_folder: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
