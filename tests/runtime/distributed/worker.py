@@ -80,8 +80,8 @@ def in_float64() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-def normalise_over_all(world: World) -> None:
-    """From here BatchNorm in training takes its moments over the images of all processes, as SyncBatchNorm on GPUs.
+def normalised_over_all(world: World) -> Any:
+    """Within: BatchNorm in training takes its moments over the images of all processes, as SyncBatchNorm on GPUs.
 
     So a run in two processes can be compared with one in one.
     """
@@ -93,7 +93,7 @@ def normalise_over_all(world: World) -> None:
         rows = torch.stack(all_gather(x), 1).flatten(0, 1)
         return original(rows, *args, **options)[world.rows]
 
-    F.batch_norm = batch_norm
+    return mock.patch.object(F, "batch_norm", batch_norm)
 
 
 def check_steps(world: World, base: PretrainConfig) -> None:
@@ -119,7 +119,8 @@ def check_steps(world: World, base: PretrainConfig) -> None:
             parts.append(FeatureBatch(images[who.rows], [m[who.rows] for m in maps], 0.0, step))
         stream = iter(parts)
         for step in range(3):
-            training.step(step, stream)
+            with contextlib.nullcontext() if who is ALONE else normalised_over_all(who):
+                training.step(step, stream)
             for name, parameter in training.network.named_parameters():
                 gradient = parameter.grad
                 seen[f"gradient {step} {name}"] = None if gradient is None else gradient.clone()
@@ -145,7 +146,6 @@ def main(job: dict) -> None:
     world = join("cpu")
     assert world == launched()
     assert world.ranks == 2
-    normalise_over_all(world)
     for optimizer in ("adamw", "lamb"):
         check_steps(world, dataclasses.replace(base, optimizer=optimizer))
     root = base.out.parent
@@ -159,7 +159,7 @@ def main(job: dict) -> None:
         cut(root / "two-to-one", job["at"])
         return ""
 
-    with in_float64():
+    with in_float64(), normalised_over_all(world):
         pretrain(dataclasses.replace(base, out=root / "two"))
         broadcast(copies)
         pretrain(dataclasses.replace(base, out=root / "two-resumed"))
@@ -171,7 +171,8 @@ def main(job: dict) -> None:
             )
         pretrain(from_json(PretrainConfig, job["recipe"]))
     os.environ.pop("DREAMTEACHER_TRACEBACK", None)
-    pretrain(from_json(PretrainConfig, job["first"]))
+    with normalised_over_all(world):
+        pretrain(from_json(PretrainConfig, job["first"]))
     assert cli.main(["demo", *job["demo"]]) == 0
     assert cli.main(["make-features", *job["features"]]) == 0
     sys.argv = ["run.py", *job["benchmark"]]
@@ -208,7 +209,7 @@ def stumble(job: dict) -> None:
             yield batch
 
     data_batches.batches = batches
-    with in_float64():
+    with in_float64(), normalised_over_all(launched()):
         sys.exit(cli.main(job["arguments"]))
 
 
