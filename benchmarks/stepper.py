@@ -16,7 +16,7 @@ from dreamteacher.models.interpreter import Interpreter
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import Student
 from dreamteacher.runtime import optim
-from dreamteacher.runtime.distributed.replica import gradients_stay
+from dreamteacher.runtime.distributed.ddp import gradients_stay
 from dreamteacher.runtime.distributed.world import ALONE, World
 from dreamteacher.runtime.meter import Meter
 
@@ -35,7 +35,7 @@ class Stepper:
     ) -> None:  # fmt: skip
         self.config, self.steps = config, steps
         self.device = next(student.parameters()).device
-        self.network = build_network(config, student, regressor, interpreter, self.device, world)
+        self.network = build_network(config, student, regressor, interpreter, world)
         groups = optim.parameter_groups([self.network], config.weight_decay)
         self.optimizer = optim.build_optimizer(config.optimizer, groups, config.lr, config.betas)
         self.average = optim.Ema(self.network, config.ema) if config.ema else None

@@ -147,8 +147,7 @@ class PretrainConfig(Taught, Decayed, Resumable, ReadsImages):
     teacher_batch: int = 0
     """Images that the teacher sees at once; 0: a whole part, on a GPU at most 32. Halved when memory runs out."""
     batch_norm: BatchNorm = "global"
-    """Of several processes (torchrun): global: over the images of all, as in one process (on GPUs); local: each
-    over its own, as always on CPUs."""
+    """Of several processes (torchrun): global: over the images of all, as in one process (GPUs); local: each over its own."""
     epochs: float = 100.0
     """Passes over the images (synthesized: over as many samples)."""
     warmup_epochs: float = 20.0

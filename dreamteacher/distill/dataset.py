@@ -51,7 +51,7 @@ Stream = Generator[FeatureBatch, None, None]
 
 @dataclass
 class Part:
-    """What a step works on at once: a batch, or a part of one where --accumulate asks for it.
+    """What a step works on at once: one of the `accumulate` parts of its batch.
 
     Args:
         batch: images and the teacher's maps.
@@ -72,7 +72,7 @@ class PartStream:
     """The batches of a run, step after step, in parts. A part is emptied before the teacher makes the next.
 
     Args:
-        begin: number of a part, counted over the whole run -> the stream of parts from there.
+        begin: number of a part -> the stream of parts from there.
         accumulate: parts of a step.
         waited: is told the seconds of waiting for data.
     """
@@ -89,16 +89,21 @@ class PartStream:
 
     def of(self, step: int) -> Iterator[Part]:
         """The parts of step `step` (from 0)."""
+        self.forget()
         if self._stream is None:
             self._stream = self.begin(step * self.accumulate)
         for k in range(self.accumulate):
-            if self._part is not None:
-                self._part.forget()
+            self.forget()
             batch = next(self._stream)
             self.waited(batch.waited)
             self._part = Part(batch, last=k + 1 == self.accumulate)
             del batch
             yield self._part
+
+    def forget(self) -> None:
+        """Empties the present part."""
+        if self._part is not None:
+            self._part.forget()
 
 
 def batch_loss(

@@ -17,7 +17,7 @@ from dreamteacher.models.interpreter import Interpreter
 from dreamteacher.models.regressor import FeatureRegressor, LabelHead
 from dreamteacher.models.student import Student
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.distributed.replica import replicate
+from dreamteacher.runtime.distributed.ddp import replicate
 from dreamteacher.runtime.distributed.world import World
 from dreamteacher.runtime.optim import Ema
 
@@ -60,9 +60,9 @@ def look(network: nn.Module) -> Tensor:
 
 def build_network(
     config: PretrainConfig, student: Student, regressor: FeatureRegressor, interpreter: Interpreter | None,
-    device: torch.device, world: World,
+    world: World,
 ) -> DistillationNetwork:  # fmt: skip
-    """The network, ready for its optimizer: in its memory layout, BatchNorm over all GPUs if asked for."""
+    """The network, ready for its optimizer: in its memory layout, its BatchNorm over all processes where that is asked for."""
     head = None
     if interpreter is not None:
         head = label_head(config.seed, config.width, regressor, interpreter)
@@ -70,8 +70,8 @@ def build_network(
     if config.distill == "label":
         regressor.projections.requires_grad_(False)  # nothing is asked of them
     network = DistillationNetwork(student, regressor, head, project=config.distill != "label")
-    if world.ranks > 1 and config.batch_norm == "global" and device.type == "cuda":
-        convert_sync_batchnorm(network)  # `network` itself is none, so it is changed in place
+    if world.ranks > 1 and config.batch_norm == "global":
+        convert_sync_batchnorm(network)  # in place, as the network itself is no norm
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 

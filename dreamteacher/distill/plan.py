@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ from dreamteacher.teachers.in_parts import InParts
 from dreamteacher.teachers.registry import fingerprint, load_teacher
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PretrainPlan:
     """A pretraining, checked and loaded.
 
@@ -87,14 +86,18 @@ class PretrainPlan:
         """Images of this process in each of the `accumulate` parts of a batch."""
         return self.world.of(self.config.batch_size // self.config.accumulate)
 
-    def way_to_less_memory(self) -> str:
-        """What to do where a step does not fit."""
-        c = self.config
-        for count in range(c.accumulate + 1, c.batch_size + 1):
-            with contextlib.suppress(UserError):
-                _check_parts(dataclasses.replace(c, accumulate=count), self.world, self.device)
-                return f"The same command with --accumulate {count} goes on from the last checkpoint."
-        return "Use --precision bfloat16, or a smaller --size, --student or --width."
+    def smaller(self) -> str:
+        """What to do when a step runs out of memory: the next --accumulate whose parts are smaller."""
+        c, least = self.config, 1 if self.world.ranks > 1 and self.config.batch_norm == "global" else 2
+        larger = range(c.accumulate + 1, c.batch_size // (least * self.world.ranks) + 1)
+        parts = (a for a in larger if c.batch_size % a == 0 and c.batch_size // a % self.world.ranks == 0)
+        accumulate = next(parts, None)
+        parts = (
+            f"--accumulate {accumulate} (BatchNorm sees smaller parts; the run goes on), "
+            if accumulate
+            else ""
+        )
+        return f"Use {parts}--precision bfloat16, or a smaller --size, --student or --width."
 
     def text(self) -> str:
         """For the screen."""
@@ -137,16 +140,22 @@ class PretrainPlan:
         return load_interpreter(folder / "interpreter")[0].to(self.device)
 
     def batches(self) -> Callable[[int], dataset.Stream]:
-        """Number of a part of a batch -> the stream of parts, with the teacher's maps, from there."""
+        """Number of a part -> the stream of parts, with the teacher's maps, from there."""
         return functools.partial(self._stream, InParts(self.teacher, self.config.teacher_batch))
 
     def _stream(self, teacher: InParts, first: int) -> dataset.Stream:
-        c = self.config
-        part = c.batch_size // c.accumulate
+        c, part, last = (
+            self.config,
+            self.config.batch_size // self.config.accumulate,
+            self.steps * self.config.accumulate,
+        )
         common: dict[str, Any] = {
-            "seed": c.seed, "device": self.device, "precision": c.precision, "world": self.world,
-        }  # fmt: skip
-        steps: dict[str, Any] = {"first_step": first, "last_step": self.steps * c.accumulate}
+            "seed": c.seed,
+            "device": self.device,
+            "precision": c.precision,
+            "world": self.world,
+        }
+        steps: dict[str, Any] = {"first_step": first, "last_step": last}
         if c.dataset == "synthesized":
             return dataset.synthesized(teacher, batch_size=part, **steps, **common)
         assert self.images is not None  # checked in `make_plan`
@@ -179,8 +188,8 @@ def make_plan(config: PretrainConfig) -> PretrainPlan:
     # --- numbers, names and paths ------------------------------------------------------------------------
     world = join(config.device)
     device = pick_device(config.device)
-    _check_parts(config, world, device)
-    _check_numbers(config)
+    _check_numbers(config, world)
+    _check_batch_norm(config, world, device)
     _check_flags(config)
     check_loggers(config.log_to)
     if config.images is not None and not config.images.is_dir():
@@ -229,10 +238,6 @@ def make_plan(config: PretrainConfig) -> PretrainPlan:
     for module in (teacher, student, regressor):
         module.to(device)
     notes = [f"  skipped {path}: {reason}" for path, reason in (images.bad if images else ())[:3]]
-    if world.ranks > 1 and config.batch_norm == "global" and device.type == "cpu":
-        notes.append(
-            "  BatchNorm: each process normalises over its own images, as torch has no other on CPUs"
-        )
     if store and images:
         notes.insert(0, _compared(store.verify(teacher, fingerprint(config.teacher), images, device)))
         if kept and job is None:
@@ -270,8 +275,7 @@ def _check_flags(config: PretrainConfig) -> None:
         )
 
 
-def _check_parts(config: PretrainConfig, world: World, device: torch.device) -> None:
-    """Raises UserError for a batch that cannot be divided as it should be."""
+def _check_numbers(config: PretrainConfig, world: World) -> None:
     if config.accumulate < 1 or config.batch_size % config.accumulate:
         raise UserError(
             f"--accumulate {config.accumulate} does not divide --batch-size {config.batch_size}.",
@@ -279,9 +283,11 @@ def _check_parts(config: PretrainConfig, world: World, device: torch.device) -> 
         )
     part = config.batch_size // config.accumulate
     check_batch(f"--batch-size {config.batch_size} --accumulate {config.accumulate}: a part", part, world)
-    local = config.batch_norm == "local" or device.type == "cpu"
-    if (world.of(part) if local else part) < 2:
-        raise UserError("BatchNorm needs at least 2 images in a part of a batch.", "Lower --accumulate.")
+    if (world.of(part) if config.batch_norm == "local" else part) < 2:
+        raise UserError(
+            "BatchNorm needs at least 2 images in a part of a batch.",
+            "Lower --accumulate" + (", or use --batch-norm global." if part >= 2 else "."),
+        )
     if config.dataset == "both":
         made = dataset.synthesized_part(part, config.synthesized_fraction)
         check_batch(
@@ -289,9 +295,6 @@ def _check_parts(config: PretrainConfig, world: World, device: torch.device) -> 
             made,
             world,
         )
-
-
-def _check_numbers(config: PretrainConfig) -> None:
     if config.teacher_batch < 0:
         raise UserError("--teacher-batch is below 0.", "Give a number of images, or leave it out.")
     check_saving(config.save_every, config.save_minutes)
@@ -301,6 +304,14 @@ def _check_numbers(config: PretrainConfig) -> None:
                 f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}.",
                 "Give a larger one.",
             )
+
+
+def _check_batch_norm(config: PretrainConfig, world: World, device: torch.device) -> None:
+    if world.ranks > 1 and config.batch_norm == "global" and device.type != "cuda":
+        raise UserError(
+            f"Several processes share the statistics of BatchNorm on GPUs only, and this is '{device}'.",
+            "Use one process, or --batch-norm local: each then normalises over its own images.",
+        )
 
 
 def _asked(

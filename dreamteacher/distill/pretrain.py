@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.dataset import Part, PartStream
@@ -17,9 +19,9 @@ from dreamteacher.distill.step import Distillation, loss_weights, probe
 from dreamteacher.losses import total_loss
 from dreamteacher.runtime import checkpoint, memory, optim
 from dreamteacher.runtime.compile import compiled, wants_compile
+from dreamteacher.runtime.distributed.ddp import gradients_stay
 from dreamteacher.runtime.distributed.device import resolve_precision
 from dreamteacher.runtime.distributed.group import all_gather_text, together
-from dreamteacher.runtime.distributed.replica import gradients_stay
 from dreamteacher.runtime.loop import Loop
 from dreamteacher.runtime.meter import Means
 from dreamteacher.runtime.run_folder import RunDir
@@ -48,7 +50,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
         _list_skipped(run.path, plan)
         interpreter = plan.interpreter(run.path)  # the one named, or one that is trained now
         device, world = plan.device, plan.world
-        network = build_network(config, plan.student, plan.regressor, interpreter, device, world)
+        network = build_network(config, plan.student, plan.regressor, interpreter, world)
         groups = optim.parameter_groups([network], config.weight_decay)
         optimizer = optim.build_optimizer(config.optimizer, groups, config.lr, config.betas)
         average = optim.Ema(network, config.ema) if config.ema else None
@@ -57,16 +59,19 @@ def pretrain(config: PretrainConfig) -> Path | None:
         _make_fast(plan, distillation)
         weights = loss_weights(config)  # of each term: eq. 3, 5 and 6
         warmup = round(plan.steps * config.warmup_epochs / config.epochs)
-        trained = {"network": network}, optimizer, average
-        less_memory = plan.way_to_less_memory()
+
+        def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            return checkpoint.pack({"network": network}, optimizer, average)
+
+        def restore(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> None:
+            checkpoint.unpack({"network": network}, optimizer, average, tensors, meta, path)
 
         def line(part: Part, lr: float, means: Means) -> dict[str, float]:
             found = distillation.row(part, means, lr=lr)
             return found | (probe(network, plan.images, config) if loop.due(config.probe_every) else {})
 
         loop = Loop(
-            run, title="pretrain", steps=plan.steps, batch=config.batch_size,
-            state=functools.partial(checkpoint.pack, *trained), restore=functools.partial(checkpoint.unpack, *trained),
+            run, title="pretrain", steps=plan.steps, batch=config.batch_size, state=state, restore=restore,
             resume=resume, undo=memory.Undo(list(network.buffers())), save_every=config.save_every,
             save_minutes=config.save_minutes, keep=config.keep_checkpoints, advice=distillation.advice,
             log_to=config.log_to, guard_each=device.type == "cpu" and world.ranks == 1,
@@ -78,9 +83,10 @@ def pretrain(config: PretrainConfig) -> Path | None:
             for step in loop:
                 network.train()
                 optimizer.zero_grad(set_to_none=True)
-                with memory.needed(f"Step {step + 1} runs out of memory", less_memory):
+                lr = optim.lr_at(step, total=plan.steps, warmup=warmup, peak=config.lr)
+                with memory.needed(f"Step {step + 1} runs out of memory", plan.smaller()):
                     for part in batches.of(step):  # the batch, or one part of it after the other
-                        with gradients_stay(called, not part.last):
+                        with gradients_stay(distillation.spread, not part.last):
                             losses = distillation.losses(part)
                             total = total_loss(losses, weights)
                             (total / config.accumulate).backward()
@@ -89,7 +95,6 @@ def pretrain(config: PretrainConfig) -> Path | None:
                     norm = nn.utils.clip_grad_norm_(network.parameters(), config.clip or float("inf"))
                     loop.meter.watch(step, {"gradient": norm})
                     loop.meter.add(step, {"grad_norm": norm})
-                    lr = optim.lr_at(step, total=plan.steps, warmup=warmup, peak=config.lr)
                     with loop.update():
                         optim.set_lr(optimizer, lr)
                         optimizer.step()

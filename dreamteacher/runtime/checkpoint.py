@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 
 from dreamteacher.runtime import tensor_file
 from dreamteacher.runtime.config import parse_json
-from dreamteacher.runtime.distributed.world import launched
 from dreamteacher.runtime.errors import UserError, first_line, shorten
 from dreamteacher.runtime.optim import Ema
 
@@ -272,21 +271,13 @@ def under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.T
 def pack(
     modules: Mapping[str, torch.nn.Module], optimizer: torch.optim.Optimizer, average: Ema | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """All that a training goes on from: weights as NAME/..., the optimizer, and an average of the weights as ema/...
-
-    With several processes all call it, and the first one gets the tensors.
-    """
+    """All that a training goes on from: weights as NAME/..., the optimizer, and an average of the weights as ema/..."""
     tensors, scalars = pack_optimizer(optimizer)
     for name, module in modules.items():
         tensors |= {f"{name}/{k}": v for k, v in module.state_dict().items()}
     if average is not None:
         tensors |= {f"ema/{k}": v for k, v in average.tensors.items()}
-    if not launched().first:
-        tensors = {}  # the first process writes
-    return {k: v.detach().cpu() for k, v in tensors.items()}, {
-        "optimizer": scalars,
-        "ema_updates": average.updates if average else 0,
-    }
+    return tensors, {"optimizer": scalars, "ema_updates": average.updates if average else 0}
 
 
 def unpack(

@@ -17,7 +17,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -26,7 +26,6 @@ from dreamteacher.runtime.distributed.group import Told
 from dreamteacher.runtime.distributed.world import ALONE
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.loggers import Logger, open_loggers
-from dreamteacher.runtime.memory import Undo
 from dreamteacher.runtime.meter import Means, Meter
 from dreamteacher.runtime.progress import Progress
 from dreamteacher.runtime.run_folder import RunDir
@@ -34,6 +33,16 @@ from dreamteacher.runtime.settings import LoggerName
 from dreamteacher.runtime.signals import Signals
 
 FORMAT = 2  # of checkpoints; those of version 0.1 have none
+
+
+class Undoable(Protocol):
+    """What a step changes before its update, and how to go back."""
+
+    def note(self) -> None:
+        """Remembers the state before a step."""
+
+    def undo(self) -> None:
+        """Goes back to it."""
 
 
 class Loop:
@@ -71,7 +80,7 @@ class Loop:
         restore: Callable[[Mapping[str, Tensor], Mapping[str, Any], Path], None],
         resume: Path | None = None,
         meter: Meter | None = None,
-        undo: Undo | None = None,
+        undo: Undoable | None = None,
         save_every: int = 0,
         save_minutes: float = 0.0,
         keep: int = 1,
@@ -93,8 +102,12 @@ class Loop:
         self._loggers: list[Logger] = []
         self._said = ""
         self._step = 0  # the one in progress
-        self._whole: int | None = None  # steps whose state is in memory, and no more; None: within one
+        self._whole: int | None = (
+            None  # steps whose state is in memory, all of it and no more; None: within a step
+        )
         self._begun = False
+
+    # --- begin and end ---------------------------------------------------------------------------------------
 
     def __enter__(self) -> Loop:
         if self._resume is not None:
@@ -140,6 +153,8 @@ class Loop:
             print(f"Resuming from step {meta['step']} of {self.steps}.", flush=True)
         return int(meta["step"])
 
+    # --- steps -----------------------------------------------------------------------------------------------
+
     def __iter__(self) -> Iterator[int]:
         for step in range(self.first, self.steps):
             self._step = step
@@ -153,6 +168,11 @@ class Loop:
         if self._undo is not None:
             self._undo.note()
         self._begun = True
+
+    def _undo_step(self) -> None:
+        self.meter.undo()
+        if self._undo is not None:
+            self._undo.undo()
 
     @contextlib.contextmanager
     def update(self) -> Iterator[None]:
@@ -185,6 +205,8 @@ class Loop:
             self._told.close()
             self._say_stopped(done)
             raise SystemExit(128 + stop)
+
+    # --- log -------------------------------------------------------------------------------------------------
 
     def log(self, row: Callable[[Means], Mapping[str, Any]], *, shown: Sequence[str] = ("loss",)) -> None:
         """Writes one line of metrics.jsonl and timing.jsonl, and begins the sums anew.
@@ -235,6 +257,8 @@ class Loop:
         for logger in self._loggers:
             logger.log(line["step"], numbers)
 
+    # --- checkpoints -----------------------------------------------------------------------------------------
+
     def _guard(self) -> None:
         """Raises UserError when a watched scalar was not finite. No checkpoint is written past such a step."""
         found = self.meter.bad()
@@ -261,9 +285,7 @@ class Loop:
             print(f"Interrupted within an update. {checkpoint.before(self.run.path)}", flush=True)
             return
         if self._begun:
-            self.meter.undo()
-            if self._undo is not None:
-                self._undo.undo()
+            self._undo_step()
         if self._whole > self._saved and self.meter.bad() is None:
             self._save(self._whole)
         self._say_stopped(self._whole)

@@ -1,4 +1,4 @@
-"""When a device's memory runs out: how torch says it; and what a step that fails puts back."""
+"""When a device's memory runs out: how torch says it, and what a step has to put back when it is not finished."""
 
 from __future__ import annotations
 

@@ -18,11 +18,11 @@ from dreamteacher.runtime.distributed.world import ALONE, World
 from dreamteacher.runtime.errors import UserError, shorten
 from dreamteacher.runtime.lock import take_lock
 
-# Settings that may differ between a run and its resumption: they change no number, or (accumulate) only how many images
-# BatchNorm sees at once and their order, without which a run that is out of memory could not go on.
+# Settings that may differ between a run and its resumption: they change no number, but for `accumulate` (BatchNorm
+# sees its parts alone), without which a run that has run out of memory could not go on.
 FREE_TO_CHANGE = (
-    "out", "workers", "dry_run", "strict", "device", "save_every", "save_minutes", "keep_checkpoints", "log_to", "cache_gb", "accumulate",
-    "teacher_batch",
+    "out", "workers", "dry_run", "strict", "device", "save_every", "save_minutes", "keep_checkpoints", "log_to", "cache_gb",
+    "teacher_batch", "accumulate",
 )  # fmt: skip
 # What a process that was killed leaves behind, workers that decode images, ends by itself within 5 s.
 PATIENCE_S = 10.0

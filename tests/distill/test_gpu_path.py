@@ -9,7 +9,6 @@ import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +26,6 @@ from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime import checkpoint, memory, prefetch
-from dreamteacher.runtime.distributed.world import World
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.run_folder import read_rows
 from dreamteacher.spec import FeatureSpec
@@ -186,7 +184,7 @@ def test_libraries_that_run_out_of_memory_in_their_own_words(message, monkeypatc
         return forward(images, sizes)
 
     trained.distillation.forward = forward_fails
-    with pytest.raises(UserError, match="it does not fit"), memory.needed("it does not fit", "Use less."):
+    with pytest.raises(UserError, match=r"Step 1: .*\nUse less"), memory.needed("Step 1", "Use less."):
         trained.step(0, stream)
 
 
@@ -230,29 +228,27 @@ def hungry_student(monkeypatch: pytest.MonkeyPatch, most: int, passes: int = 0) 
     return failures
 
 
-def test_a_step_out_of_memory_names_the_accumulate_with_which_the_run_goes_on(config, monkeypatch):
-    """Out of memory at the third step, behind a checkpoint."""
-    failures = hungry_student(monkeypatch, 4, passes=2)
-    with pytest.raises(UserError, match=r"Step 3 runs out of memory: CUDA.*\n.* --accumulate 2 goes on from"):
+def test_a_step_out_of_memory_says_which_accumulate_fits_and_a_run_resumes_with_it(config, monkeypatch):
+    failures = hungry_student(monkeypatch, 4, passes=2)  # at the third step, behind a checkpoint
+    with pytest.raises(
+        UserError, match=r"Step 3 runs out of memory: CUDA.*\nUse --accumulate 2 \(.*--precision bfloat16"
+    ) as caught:
         pretrain(config)
+    assert len(str(caught.value).splitlines()) == 2
     assert failures == [8]
+    before = read_rows(config.out / "metrics.jsonl")
     assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 2)
-    pretrain(dataclasses.replace(config, accumulate=2))
-    assert [row["step"] for row in read_rows(config.out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    pretrain(dataclasses.replace(config, accumulate=2, teacher_batch=4))
+    assert failures == [8]
+    rows = read_rows(config.out / "metrics.jsonl")
+    assert rows[: len(before)] == before
+    assert [row["step"] for row in rows] == list(range(1, 7))
 
 
-@pytest.mark.parametrize(
-    ("batch", "accumulate", "ranks", "batch_norm", "device", "advised"),
-    [(8, 1, 1, "global", "cpu", 2), (6, 2, 1, "global", "cpu", 3), (8, 4, 1, "global", "cpu", None),
-     (8, 2, 2, "local", "cuda", None), (8, 2, 2, "global", "cpu", None), (8, 2, 2, "global", "cuda", 4)],
-)  # fmt: skip
-def test_parts_get_smaller_as_long_as_batch_norm_has_two_images(
-    batch, accumulate, ranks, batch_norm, device, advised, config
-):
-    asked = dataclasses.replace(config, batch_size=batch, accumulate=accumulate, batch_norm=batch_norm)
-    plan = SimpleNamespace(config=asked, world=World(0, ranks), device=torch.device(device))
-    way = distill_plan.PretrainPlan.way_to_less_memory(plan)
-    assert (f"--accumulate {advised} goes on" if advised else "or a smaller --size") in way
+def test_a_step_that_cannot_be_made_smaller_says_what_to_do(config, monkeypatch):
+    hungry_student(monkeypatch, 1)
+    with pytest.raises(UserError, match=r"Step 1 runs out of memory: .*\nUse --precision bfloat16, or"):
+        pretrain(dataclasses.replace(config, accumulate=4))
 
 
 def test_an_optimizer_without_memory_is_an_error_of_three_lines(config, monkeypatch):
@@ -303,22 +299,23 @@ def test_the_last_maps_are_gone_when_the_teacher_makes_the_next(kind, accumulate
     assert set(found) == {0}
 
 
-@pytest.mark.parametrize("split", [2, 4])
 @in_float64()
-def test_gradients_of_parts_add_up_to_those_of_the_batch(split, tiny_teacher):
+def test_gradients_of_parts_add_up_to_those_of_the_batch(tiny_teacher):
     """Without BatchNorm, which sees parts. In float64, as sums cancel."""
     found = []
-    for parts in (1, split):
+    for parts in (1, 4):
         trained, stream = small_training(tiny_teacher)
+        whole = next(stream)
+        rows = [slice(i, None, parts) for i in range(parts)]
+        stream = iter(
+            [dataset.FeatureBatch(whole.images[r], [m[r] for m in whole.maps], 0.0, 0) for r in rows]
+        )
         for module in [*trained.network.modules()]:
             for name, child in module.named_children():
                 if isinstance(child, nn.BatchNorm2d):
                     setattr(module, name, nn.Identity())
         trained.config = dataclasses.replace(trained.config, accumulate=parts)
-        whole = next(stream)
-        rows = [slice(i, None, parts) for i in range(parts)]
-        pieces = (whole._replace(images=whole.images[r], maps=[m[r] for m in whole.maps]) for r in rows)
-        trained.gradients(0, pieces)
+        trained.gradients(0, stream)
         sums = torch.stack(list(trained.meter.sums.values()))
         found.append([p.grad for p in trained.network.parameters() if p.grad is not None] + [sums])
     for a, b in zip(*found, strict=True):
@@ -514,7 +511,7 @@ def test_a_run_on_a_gpu_resumes_up_to_rounding(config):
 
 
 @needs_gpu
-def test_a_gpu_that_runs_out_of_memory_goes_on_with_the_accumulate_that_is_advised(config):
+def test_a_gpu_that_runs_out_of_memory_says_what_fits(config):
     """A real lack of it: torch may take seven tenths of what the same run took before."""
     config = dataclasses.replace(
         config, device="cuda", student="resnet18", size=(256, 256), width=32, batch_size=16, epochs=2
@@ -526,7 +523,7 @@ def test_a_gpu_that_runs_out_of_memory_goes_on_with_the_accumulate_that_is_advis
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(0.7 * peak / total)
     try:
-        with pytest.raises(UserError, match=r"Step 1 runs out of memory.*\n.*--accumulate 2"):
+        with pytest.raises(UserError, match=r"Step 1 runs out of memory: .*\nUse --accumulate 2 "):
             pretrain(config)
         pretrain(dataclasses.replace(config, accumulate=2))
     finally:

@@ -20,11 +20,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from torch.distributed.nn.functional import all_gather
+from torch import nn
 
 from dreamteacher.cli import main as cli
 from dreamteacher.data import batches as data_batches
+from dreamteacher.distill import network, plan
 from dreamteacher.distill import step as distill_step
 from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.dataset import FeatureBatch
@@ -42,6 +42,7 @@ from dreamteacher.teachers.training import config as training_config
 from dreamteacher.teachers.training import train
 from dreamteacher.teachers.training.diffusion import DiffusionPreset
 from dreamteacher.teachers.training.stylegan2 import StyleGan2Preset
+from tests.builders.global_batch_norm import make_global
 from tests.builders.steps import Stepper
 
 # Strides 2 to 32 as in cpu-64, in a network that takes milliseconds.
@@ -80,20 +81,49 @@ def in_float64() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-def normalised_over_all(world: World) -> Any:
-    """Within: BatchNorm in training takes its moments over the images of all processes, as SyncBatchNorm on GPUs.
+def with_global_batch_norm() -> None:
+    """In this process: runs on the CPU have BatchNorm over all processes, as they have it on GPUs."""
+    network.convert_sync_batchnorm = make_global
+    plan._check_batch_norm = lambda *_: None
 
-    So a run in two processes can be compared with one in one.
-    """
-    original = F.batch_norm
 
-    def batch_norm(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        if not (options.get("training") or (len(args) > 4 and args[4])):
-            return original(x, *args, **options)
-        rows = torch.stack(all_gather(x), 1).flatten(0, 1)
-        return original(rows, *args, **options)[world.rows]
-
-    return mock.patch.object(F, "batch_norm", batch_norm)
+def check_batch_norm(world: World) -> None:
+    """Output, gradients and running moments equal nn.BatchNorm2d's on the whole batch, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x = 3 + 2 * torch.randn(8, 5, 6, 4, generator=generator, dtype=torch.float64)
+    towards = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        norms = [nn.Sequential(nn.BatchNorm2d(5, momentum=m), nn.ReLU()).double() for m in (0.1, 0.1)]
+        for norm in norms:
+            nn.init.uniform_(norm[0].weight, generator=torch.Generator().manual_seed(1))
+        make_global(norms[1])
+        assert type(norms[1][0]) is not nn.BatchNorm2d
+        assert norms[0].state_dict().keys() == norms[1].state_dict().keys()
+        whole = x.clone(memory_format=layout).requires_grad_()
+        mine = x[world.rows].clone(memory_format=layout).requires_grad_()
+        expected, came = norms[0](whole), norms[1](mine)
+        (expected * towards).sum().backward()
+        (came * towards[world.rows]).sum().backward()
+        torch.testing.assert_close(came, expected[world.rows], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(mine.grad, whole.grad[world.rows], rtol=1e-12, atol=1e-12)
+        for a, b in zip(norms[0].buffers(), norms[1].buffers(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        for a, b in zip(norms[0].parameters(), norms[1].parameters(), strict=True):
+            torch.distributed.all_reduce(b.grad)
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(norms[0].eval()(whole), norms[1].eval()(whole), rtol=1e-12, atol=1e-12)
+    half = nn.Sequential(nn.BatchNorm2d(5))
+    make_global(half)
+    mine = x[world.rows].bfloat16().requires_grad_()
+    came = half(mine)
+    assert came.dtype == torch.bfloat16
+    whole = x.bfloat16().float().requires_grad_()
+    expected = nn.BatchNorm2d(5)(whole)
+    torch.testing.assert_close(came.float(), expected[world.rows], rtol=1e-2, atol=1e-2)
+    towards = (1 + whole.detach() / 2 + towards).bfloat16()  # so that both means of the backward pass count
+    came.backward(towards[world.rows])
+    expected.backward(towards.float())
+    torch.testing.assert_close(mine.grad.float(), whole.grad[world.rows], rtol=2e-2, atol=2e-2)
 
 
 def check_steps(world: World, base: PretrainConfig) -> None:
@@ -119,8 +149,7 @@ def check_steps(world: World, base: PretrainConfig) -> None:
             parts.append(FeatureBatch(images[who.rows], [m[who.rows] for m in maps], 0.0, step))
         stream = iter(parts)
         for step in range(3):
-            with contextlib.nullcontext() if who is ALONE else normalised_over_all(who):
-                training.step(step, stream)
+            training.step(step, stream)
             for name, parameter in training.network.named_parameters():
                 gradient = parameter.grad
                 seen[f"gradient {step} {name}"] = None if gradient is None else gradient.clone()
@@ -142,10 +171,12 @@ def main(job: dict) -> None:
     """Everything that two processes show when nothing goes wrong; the last act is an error."""
     torch.set_num_threads(1)
     prepare(operator.setitem)
+    with_global_batch_norm()
     base = from_json(PretrainConfig, job["pretrain"])
     world = join("cpu")
     assert world == launched()
     assert world.ranks == 2
+    check_batch_norm(world)
     for optimizer in ("adamw", "lamb"):
         check_steps(world, dataclasses.replace(base, optimizer=optimizer))
     root = base.out.parent
@@ -159,7 +190,7 @@ def main(job: dict) -> None:
         cut(root / "two-to-one", job["at"])
         return ""
 
-    with in_float64(), normalised_over_all(world):
+    with in_float64():
         pretrain(dataclasses.replace(base, out=root / "two"))
         broadcast(copies)
         pretrain(dataclasses.replace(base, out=root / "two-resumed"))
@@ -171,8 +202,7 @@ def main(job: dict) -> None:
             )
         pretrain(from_json(PretrainConfig, job["recipe"]))
     os.environ.pop("DREAMTEACHER_TRACEBACK", None)
-    with normalised_over_all(world):
-        pretrain(from_json(PretrainConfig, job["first"]))
+    pretrain(from_json(PretrainConfig, job["first"]))
     assert cli.main(["demo", *job["demo"]]) == 0
     assert cli.main(["make-features", *job["features"]]) == 0
     sys.argv = ["run.py", *job["benchmark"]]
@@ -195,6 +225,7 @@ def cut(run: Path, step: int) -> str:
 def stumble(job: dict) -> None:
     """What happens to one process at a batch; of several events, each in a start of its own."""
     torch.set_num_threads(1)
+    with_global_batch_norm()
     original, rank = data_batches.batches, launched().rank
     starts = Path(job["starts"]) / f"rank-{rank}"  # what torchrun counted at each start of this process
     before = len(starts.read_text()) if starts.exists() else 0
@@ -209,7 +240,7 @@ def stumble(job: dict) -> None:
             yield batch
 
     data_batches.batches = batches
-    with in_float64(), normalised_over_all(launched()):
+    with in_float64():
         sys.exit(cli.main(job["arguments"]))
 
 

@@ -1,4 +1,4 @@
-"""A network over several processes: each has all of it, and gradients are averaged (DDP)."""
+"""Networks replicated over several processes (DDP)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def replicate(network: nn.Module, device: torch.device, look: Callable[[nn.Modul
     Weights that `look` leaves without a gradient (layers behind a student's last map) are excluded. One backward
     pass is made before the first step, as DDP puts its buckets in order after it: a run that was resumed then sums in
     the same order as one that was not. On the CPU all gradients are exchanged at once, after backward: beside it their
-    exchange would take cores from it.
+    exchange would take cores from it, and from each BatchNorm that waits for the other processes.
 
     Args:
         look: runs a network on a small input, and gives a scalar.
@@ -32,14 +32,15 @@ def replicate(network: nn.Module, device: torch.device, look: Callable[[nn.Modul
         if parameter.grad is None:
             parameter.requires_grad_(False)
     network.zero_grad(set_to_none=True)
+    ids = [device.index] if device.type == "cuda" else None
     known = inspect.signature(DistributedDataParallel).parameters
-    before = (
+    at_forward = (
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     )  # torch < 2.13
-    options: dict[str, Any] = {before: False, "gradient_as_bucket_view": True}
+    options: dict[str, Any] = {at_forward: False, "gradient_as_bucket_view": True}
     if device.type == "cpu":
         options["bucket_cap_mb"] = WHOLE_MB
-    replica = DistributedDataParallel(network, [device.index] if device.type == "cuda" else None, **options)
+    replica = DistributedDataParallel(network, ids, **options)
     look(replica).backward()
     network.zero_grad(set_to_none=True)
     network.train(was_training)
