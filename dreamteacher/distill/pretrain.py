@@ -57,6 +57,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
         called = spread(network, device, world)  # over the processes, where there are several
         distillation = Distillation(config, network, plan.levels, spread=called, interpreter=interpreter)
         _make_fast(plan, distillation)
+        smaller = plan.smaller()  # what to do without memory
         weights = loss_weights(config)  # of each term: eq. 3, 5 and 6
         warmup = round(plan.steps * config.warmup_epochs / config.epochs)
 
@@ -84,7 +85,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
                 network.train()
                 optimizer.zero_grad(set_to_none=True)
                 lr = optim.lr_at(step, total=plan.steps, warmup=warmup, peak=config.lr)
-                with memory.needed(f"Step {step + 1} runs out of memory", plan.smaller()):
+                with memory.needed(f"Step {step + 1} runs out of memory", smaller):
                     for part in batches.of(step):  # the batch, or one part of it after the other
                         with gradients_stay(distillation.spread, not part.last):
                             losses = distillation.losses(part)
