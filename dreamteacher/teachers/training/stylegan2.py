@@ -22,9 +22,7 @@ from dreamteacher.teachers.training.augment import Adaptation, augment
 from dreamteacher.teachers.training.discriminator import Discriminator
 from dreamteacher.teachers.training.objective import Objective, Preset, TrainingPlan
 
-R1_EVERY = (
-    16  # steps between gradient penalties, which are that much heavier (Karras et al. 2020, section 3.1)
-)
+R1_EVERY = 16  # steps between gradient penalties, so much heavier (Karras et al. 2020, section 3.1)
 BETAS = (0.0, 0.99)
 W_AVERAGE = 0.995  # decay of the mean style, per step
 
@@ -103,7 +101,7 @@ def parameter_count(spec: StyleGan2Spec) -> int:
 
 
 def generator_loss(fake: Tensor) -> Tensor:
-    """-log sigmoid of the logits (N,) of made images: the non-saturating loss (Goodfellow et al. 2014)."""
+    """-log sigmoid of the logits (N,) of made images (Goodfellow et al. 2014)."""
     return F.softplus(-fake).mean()
 
 
@@ -164,12 +162,7 @@ class StyleGan2Objective(Objective):
         self.mean: Generator = mean.requires_grad_(False)
         self.g_optimizer = lazy_adam(list(self.g.parameters()), plan.lr, None)
         self.d_optimizer = lazy_adam(list(self.d.parameters()), plan.lr, R1_EVERY)
-        zeros = torch.zeros(3, device=device)
-        self.ada = (
-            None
-            if ada is None
-            else Adaptation(target=ada, images=preset.ada_images, p=zeros[0], signs=zeros[1], count=zeros[2])
-        )
+        self.ada = None if ada is None else Adaptation(ada, preset.ada_images, *torch.zeros(3, device=device))
 
     def step(self, step: int, images: Tensor) -> dict[str, Tensor]:
         real = self._to_network(images)
@@ -187,10 +180,9 @@ class StyleGan2Objective(Objective):
         x = images.mean(1, keepdim=True) if self.spec.image_channels == 1 else images
         return (x * 2 - 1).contiguous(memory_format=torch.channels_last)
 
-    def _draws(self, step: int, stream: str) -> Draws:
+    def _draws(self, step: int, stream: str) -> torch.Generator:
         """Random numbers of a step for this process's rows."""
-        plan = self.plan
-        return Draws(plan.device, seeds.step_generator(plan.seed, step, stream).initial_seed(), plan.world)
+        return seeds.device_generator(self.plan.seed, step, stream, self.plan.device, self.plan.world)
 
     def _make(self, step: int, stream: str) -> Tensor:
         """A batch of images by the generator in training, which depends on seed, step and stream alone."""
