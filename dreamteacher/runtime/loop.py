@@ -42,8 +42,8 @@ class Loop:
     """Steps from the last checkpoint to the last one, with all that surrounds them.
 
     A step has two halves: what comes before `update` leaves the weights as they were, and can be undone; `update`
-    changes them. So a KeyboardInterrupt saves the state before or after a step, never one in between; where it
-    comes within an update, the last checkpoint stays what there is.
+    changes them. So a KeyboardInterrupt saves the state before or after a step, never one in between: from the update
+    on it waits for the end of the step.
 
     Args:
         run: open and locked, and whose processes take part; None: nothing is written, and this one is alone.
@@ -148,7 +148,8 @@ class Loop:
 
     @contextlib.contextmanager
     def update(self) -> Iterator[None]:
-        """Around what changes weights: from here to its end a step cannot be undone."""
+        """Around what changes weights: from here to its end a step cannot be undone, nor interrupted."""
+        self._signals.hold()
         self._whole, self._begun = None, False
         yield
 
@@ -172,6 +173,7 @@ class Loop:
         if save or self.guard_each:
             self._guard()
         self._whole = done
+        self._signals.release()
         if save:
             self._save(done)
         if stop and not last:
@@ -184,25 +186,13 @@ class Loop:
         """Writes one line of metrics.jsonl and timing.jsonl, and begins the sums anew.
 
         Args:
-            row: makes it, given the meter's means since the last line. It is asked again after an interruption.
+            row: makes it, given the meter's means since the last line.
             shown: names that the progress shows, too.
 
         Raises:
             UserError: when a watched scalar was not finite: which, and at which step.
         """
         self._guard()
-        try:
-            self._write(row, shown)
-        except KeyboardInterrupt:
-            if self._signals.installed or self.run is None:
-                raise
-            for name in ("metrics.jsonl", "timing.jsonl"):  # the step is to end as if nothing had happened
-                self.run.rewind(name, self._step)
-            self._write(row, shown)
-            self._whole = self._step + 1
-            raise
-
-    def _write(self, row: Callable[[Means], Mapping[str, Any]], shown: Sequence[str]) -> None:
         done = self._step + 1
         self.progress.advance(done)
         line = self.add_line(row(self.meter.means()))
@@ -244,7 +234,7 @@ class Loop:
         """Saves before a KeyboardInterrupt goes on, where the state is that of a whole number of steps."""
         if self.run is None or self._signals.installed or self.world.ranks > 1:
             return  # a second signal acts at once
-        if self._whole is None:
+        if self._whole is None:  # by somebody's own handler of signals
             print(f"Interrupted within an update. {checkpoint.before(self.run.path)}", flush=True)
             return
         if self._begun:
