@@ -61,9 +61,8 @@ class RunDir:
             # Hidden files (the lock, a temporary) may be left of a start that was killed or out of space.
             empty = place != path or all(p.name.startswith(".") for p in path.iterdir())
         except OSError as error:
-            raise UserError(
-                f"'{path}' cannot be used: {error.strerror or error}.", "Choose another --out."
-            ) from None
+            why = error.strerror or error
+            raise UserError(f"'{path}' cannot be used: {why}.", "Choose another --out.") from None
         if free < needed_bytes:
             raise UserError(
                 f"'{path}' needs {needed_bytes / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB free.",
@@ -71,15 +70,14 @@ class RunDir:
             )
         if empty:
             return
-        old = RunDir(path).config()
+        old, verb = RunDir(path).config(), resolved.get("verb")
         if old is None or "verb" not in old:
             raise UserError(
                 f"'{path}' is not empty and is no run folder.", "Choose another --out, or empty that folder."
             )
-        if old["verb"] != resolved.get("verb"):
+        if old["verb"] != verb:
             raise UserError(
-                f"'{path}' holds a run of '{old['verb']}', not of '{resolved.get('verb')}'.",
-                "Choose another --out.",
+                f"'{path}' holds a run of '{old['verb']}', not of '{verb}'.", "Choose another --out."
             )
         if checkpoint.latest(path) is None and not (path / "backbone.safetensors").exists():
             return  # it never reached its first checkpoint: nothing is lost by starting anew

@@ -51,7 +51,7 @@ def timeout() -> timedelta:
 class _Met:
     """What this process has of the others: the key-value store of this start, and a group that waits patiently."""
 
-    tried = False
+    tried = False  # to reach them
     store: dist.Store | None = None
     patient: Any = None
     door: dist.Store | None = None
@@ -247,10 +247,7 @@ class Told:
     """What any process says after a step, known to all of them after the same one.
 
     That is the number of a signal that it got, and whether it wants the state saved. What is said at one step is
-    heard at the next: so nobody waits for it.
-
-    Args:
-        world: the processes that listen; one alone hears itself at once.
+    heard at the next, so nobody waits for it; one process alone hears itself at once.
     """
 
     def __init__(self, world: World) -> None:
