@@ -37,7 +37,12 @@ def _tensorboard(folder: Path, settings: Mapping[str, Any], known_as: str) -> Lo
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(folder / "tensorboard")
-    return Logger(lambda step, row: [writer.add_scalar(k, v, step) for k, v in row.items()], writer.close)
+
+    def log(step: int, row: Mapping[str, float]) -> None:
+        for key, value in row.items():
+            writer.add_scalar(key, value, step)
+
+    return Logger(log, writer.close)
 
 
 def _wandb(folder: Path, settings: Mapping[str, Any], known_as: str) -> Logger:

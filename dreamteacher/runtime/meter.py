@@ -90,7 +90,7 @@ class Meter:
 
     def bad(self) -> tuple[str, int] | None:
         """Which watched scalar was not finite first, and at which step (from 1); None: all were."""
-        found = []
+        found: list[tuple[str, int]] = []
         for names, first in self._bad.items():
             steps = earliest(first.clone()) if self.world.ranks > 1 else first
             found += zip(names, steps.tolist(), strict=True)
