@@ -23,8 +23,7 @@ class RowsOfDraws(TorchFunctionMode):
     """Within: whoever draws `count` rows from `generator` gets rows `first` to `first + count` of a draw of `total`.
 
     So a part of a batch gets the random numbers that it has within the whole batch, if `generator` begins where it
-    does for the whole one. Draws of several rows an image, one image's together, are divided likewise. Draws from other
-    generators are left alone.
+    does for the whole one. Draws of several rows an image, one image's together, are divided likewise.
 
     Args:
         count, first, total: in images.
@@ -89,14 +88,12 @@ class InParts:
         self.teacher, self.most = teacher, most
 
     def encode(self, images: Tensor, *, generator: torch.Generator) -> list[Tensor]:
-        return self._run(
-            len(images), generator, lambda at: self.teacher.encode(images[at], generator=generator)
-        )
+        act = self.teacher.encode
+        return self._run(len(images), generator, lambda at: act(images[at], generator=generator))
 
     def encode_latents(self, latents: Tensor, *, generator: torch.Generator) -> list[Tensor]:
-        return self._run(
-            len(latents), generator, lambda at: self.teacher.encode_latents(latents[at], generator=generator)
-        )
+        act = self.teacher.encode_latents
+        return self._run(len(latents), generator, lambda at: act(latents[at], generator=generator))
 
     def sample(self, n: int, *, generator: torch.Generator) -> tuple[Tensor, list[Tensor]]:
         def part(at: slice) -> list[Tensor]:
