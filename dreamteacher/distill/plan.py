@@ -90,11 +90,8 @@ class PretrainPlan:
         """What to do when a step runs out of memory: the next --accumulate whose parts are smaller."""
         c, least = self.config, 1 if self.world.ranks > 1 and self.config.batch_norm == "global" else 2
         larger = range(c.accumulate + 1, c.batch_size // (least * self.world.ranks) + 1)
-        for count in (a for a in larger if c.batch_size % (a * self.world.ranks) == 0):
-            way = f"--accumulate {count} (BatchNorm sees smaller parts; the run goes on), "
-            break
-        else:
-            way = ""
+        count = next((a for a in larger if c.batch_size % (a * self.world.ranks) == 0), None)
+        way = f"--accumulate {count} (BatchNorm sees smaller parts; the run goes on), " if count else ""
         return f"Use {way}--precision bfloat16, or a smaller --size, --student or --width."
 
     def text(self) -> str:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dreamteacher.runtime.distributed.world import world_of
-from dreamteacher.runtime.errors import UserError
-from dreamteacher.runtime.memory import ran_out, reason
+from dreamteacher.runtime.errors import UserError, first_line
+from dreamteacher.runtime.memory import ran_out
 from dreamteacher.teachers.base import Teacher
 
 MOST_ON_GPU = 32  # images at once where no number is given; a choice, not measured
@@ -117,7 +117,7 @@ class InParts:
                     raise
                 if size == 1:
                     raise UserError(
-                        f"The teacher '{self.teacher.name}' runs out of memory on one image: {reason(error)}.",
+                        f"The teacher '{self.teacher.name}' runs out of memory on one image: {first_line(error, 80)}.",
                         "Use a smaller --size, --precision bfloat16, or a smaller teacher.",
                     ) from None
             # Only here, where the exception no longer holds the memory of what failed.
