@@ -90,22 +90,15 @@ class PretrainPlan:
         """What to do when a step runs out of memory: the next --accumulate whose parts are smaller."""
         c, least = self.config, 1 if self.world.ranks > 1 and self.config.batch_norm == "global" else 2
         larger = range(c.accumulate + 1, c.batch_size // (least * self.world.ranks) + 1)
-        parts = (a for a in larger if c.batch_size % a == 0 and c.batch_size // a % self.world.ranks == 0)
-        accumulate = next(parts, None)
-        parts = (
-            f"--accumulate {accumulate} (BatchNorm sees smaller parts; the run goes on), "
-            if accumulate
-            else ""
-        )
-        return f"Use {parts}--precision bfloat16, or a smaller --size, --student or --width."
+        count = next((a for a in larger if c.batch_size % (a * self.world.ranks) == 0), None)
+        way = f"--accumulate {count} (BatchNorm sees smaller parts; the run goes on), " if count else ""
+        return f"Use {way}--precision bfloat16, or a smaller --size, --student or --width."
 
     def text(self) -> str:
         """For the screen."""
         c, teacher = self.config, self.teacher
         labelled = self.job.spec.labelled if self.job else self.read.labelled if self.read else "-"
-        source = (
-            c.dataset if self.store is None else f"stored {self.store.plan.what} ({self.store.plan.keep})"
-        )
+        source = f"stored {self.store.plan.what} ({self.store.plan.keep})" if self.store else c.dataset
         trained = f"{millions(self.student)} + regressor {millions(self.regressor)}"
         return "\n".join([describe(f"pretrain {c.student} <- {teacher.name}", {
             "teacher": f"{teacher.family}, licence: {teacher.licence}", "images": self.epoch,
@@ -144,18 +137,10 @@ class PretrainPlan:
         return functools.partial(self._stream, InParts(self.teacher, self.config.teacher_batch))
 
     def _stream(self, teacher: InParts, first: int) -> dataset.Stream:
-        c, part, last = (
-            self.config,
-            self.config.batch_size // self.config.accumulate,
-            self.steps * self.config.accumulate,
-        )
-        common: dict[str, Any] = {
-            "seed": c.seed,
-            "device": self.device,
-            "precision": c.precision,
-            "world": self.world,
-        }
-        steps: dict[str, Any] = {"first_step": first, "last_step": last}
+        c, part = self.config, self.config.batch_size // self.config.accumulate
+        common: dict[str, Any] = {"seed": c.seed, "device": self.device, "precision": c.precision}
+        common["world"] = self.world
+        steps: dict[str, Any] = {"first_step": first, "last_step": self.steps * c.accumulate}
         if c.dataset == "synthesized":
             return dataset.synthesized(teacher, batch_size=part, **steps, **common)
         assert self.images is not None  # checked in `make_plan`
@@ -185,7 +170,6 @@ def make_plan(config: PretrainConfig) -> PretrainPlan:
     Raises:
         UserError: for the first thing that is wrong; paths, names and numbers before anything large is read.
     """
-    # --- numbers, names and paths ------------------------------------------------------------------------
     world = join(config.device)
     device = pick_device(config.device)
     _check_numbers(config, world)
@@ -202,7 +186,6 @@ def make_plan(config: PretrainConfig) -> PretrainPlan:
     store = FeatureStore(config.features) if config.features else None
     asked = _asked(config, read, store)
 
-    # --- teacher, student, images ------------------------------------------------------------------------
     teacher = load_teacher(config.teacher, **asked, psi=config.psi)
     if read:
         read.check_reads(teacher.specs, fingerprint(config.teacher))
@@ -224,22 +207,21 @@ def make_plan(config: PretrainConfig) -> PretrainPlan:
     regressor = FeatureRegressor(student.specs, kept or teacher.specs, width=config.width, seed=config.seed)
     job = _interpreter_job(config, teacher, size)
     disk = disk_bytes(student, regressor, ema=bool(config.ema), keep=config.keep_checkpoints)
-    resolved = (
-        asked_for
-        | _facts(config, teacher, images, size, read or (job.spec if job else None))
-        | ({"features": to_json(store.plan)} if store else {})
-    )
+    resolved = asked_for | _facts(config, teacher, images, size, read or (job.spec if job else None))
+    resolved |= {"features": to_json(store.plan)} if store else {}
     RunDir.check(config.out, resolved, needed_bytes=0 if config.dry_run else disk)
     agree(json.dumps(resolved), "setting, image or teacher")
 
-    # --- on the device -----------------------------------------------------------------------------------
     if config.dataset == "encoded" or (config.dataset == "synthesized" and job is None):
         teacher.keep_only("encode" if config.dataset == "encoded" else "sample")
     for module in (teacher, student, regressor):
         module.to(device)
     notes = [f"  skipped {path}: {reason}" for path, reason in (images.bad if images else ())[:3]]
     if store and images:
-        notes.insert(0, _compared(store.verify(teacher, fingerprint(config.teacher), images, device)))
+        off = store.verify(teacher, fingerprint(config.teacher), images, device)
+        said = "not compared with the teacher, as their noise was drawn on another kind of device"
+        said = said if off is None else f"compared with the teacher, at most {off:.2%} off"
+        notes.insert(0, f"  stored features: {said}")
         if kept and job is None:
             teacher.to("meta")  # nothing runs it any more: its memory is given back
     return PretrainPlan(
@@ -249,25 +231,16 @@ def make_plan(config: PretrainConfig) -> PretrainPlan:
     )  # fmt: skip
 
 
-def _compared(off: float | None) -> str:
-    said = "not compared with the teacher, as their noise was drawn on another kind of device"
-    return "  stored features: " + (
-        said if off is None else f"compared with the teacher, at most {off:.2%} off"
-    )
-
-
 def _check_flags(config: PretrainConfig) -> None:
     """Raises UserError for flags that do not go together."""
     if config.images is None and config.dataset != "synthesized":
         kind = "An encoded dataset" if config.dataset == "encoded" else "A dataset of both kinds"
         raise UserError(f"{kind} needs images.", "Give --images FOLDER, or --dataset synthesized.")
     if config.distill == "feature":
-        for flag, given in (("--interpreter", config.interpreter), ("--labelled", config.labelled)):
-            if given is not None:
-                raise UserError(
-                    f"{flag} is given, and --distill feature uses no labels.",
-                    "Add --distill mixed (or label).",
-                )
+        for flag in (name for name in ("interpreter", "labelled") if getattr(config, name) is not None):
+            raise UserError(
+                f"--{flag} is given, and --distill feature uses no labels.", "Add --distill mixed (or label)."
+            )
     elif (config.interpreter is None) == (config.labelled is None):
         raise UserError(
             f"--distill {config.distill} learns from an interpreter's labels: name one, or labelled images to train it on.",
@@ -290,11 +263,8 @@ def _check_numbers(config: PretrainConfig, world: World) -> None:
         )
     if config.dataset == "both":
         made = dataset.synthesized_part(part, config.synthesized_fraction)
-        check_batch(
-            f"--synthesized-fraction {config.synthesized_fraction:g} of {part} images: the teacher's part",
-            made,
-            world,
-        )
+        what = f"--synthesized-fraction {config.synthesized_fraction:g} of {part} images: the teacher's part"
+        check_batch(what, made, world)
     if config.teacher_batch < 0:
         raise UserError("--teacher-batch is below 0.", "Give a number of images, or leave it out.")
     check_saving(config.save_every, config.save_minutes)
@@ -335,27 +305,18 @@ def _asked(
         )
     if plan.what == "latents":
         return {"timesteps": t, "blocks": blocks, "noise": config.noise}
-    noise = (
-        plan.noise if config.noise == "stochastic" else config.noise
-    )  # which is the default: not asked for
-    for flag, wanted, has in (
-        ("t", t, plan.t),
-        ("blocks", blocks, plan.blocks),
-        ("noise", noise, plan.noise),
-    ):
+    noise = plan.noise if config.noise == "stochastic" else config.noise  # the default: not asked for
+    for flag, wanted in (("t", t), ("blocks", blocks), ("noise", noise)):
+        has = getattr(plan, flag)
         if wanted and wanted != has:
             raise UserError(
                 f"{where} were made with --{flag} {_words(has)}, not {_words(wanted)}.",
                 f"Leave out --{flag}, or make others with `dreamteacher make-features`.",
             )
     if not plan.raw and (config.distill != "feature" or config.whiten != plan.whiten):
+        cannot = f"--whiten {config.whiten}" if config.distill == "feature" else f"--distill {config.distill}"
         raise UserError(
-            f"{where} are whitened (--whiten {plan.whiten}), so they cannot serve "
-            + (
-                f"--whiten {config.whiten}."
-                if config.distill == "feature"
-                else f"--distill {config.distill}."
-            ),
+            f"{where} are whitened (--whiten {plan.whiten}), so they cannot serve {cannot}.",
             "Use features made with --keep all, which are raw.",
         )
     return {"timesteps": plan.t, "blocks": plan.blocks, "noise": plan.noise}
@@ -381,12 +342,9 @@ def _interpreter_job(
 
 
 def _facts(
-    config: PretrainConfig,
-    teacher: Teacher,
-    images: image_set.ImageSet | None,
-    size: tuple[int, int],
+    config: PretrainConfig, teacher: Teacher, images: image_set.ImageSet | None, size: tuple[int, int],
     read: InterpreterSpec | None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """What the config only implies, for the model card and the report."""
     labels = {}
     if read is not None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.dataset import Part, PartStream
@@ -57,21 +55,18 @@ def pretrain(config: PretrainConfig) -> Path | None:
         called = spread(network, device, world)  # over the processes, where there are several
         distillation = Distillation(config, network, plan.levels, spread=called, interpreter=interpreter)
         _make_fast(plan, distillation)
+        smaller = plan.smaller()  # what to do without memory
         weights = loss_weights(config)  # of each term: eq. 3, 5 and 6
         warmup = round(plan.steps * config.warmup_epochs / config.epochs)
-
-        def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            return checkpoint.pack({"network": network}, optimizer, average)
-
-        def restore(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> None:
-            checkpoint.unpack({"network": network}, optimizer, average, tensors, meta, path)
+        trained = {"network": network}, optimizer, average
 
         def line(part: Part, lr: float, means: Means) -> dict[str, float]:
             found = distillation.row(part, means, lr=lr)
             return found | (probe(network, plan.images, config) if loop.due(config.probe_every) else {})
 
         loop = Loop(
-            run, title="pretrain", steps=plan.steps, batch=config.batch_size, state=state, restore=restore,
+            run, title="pretrain", steps=plan.steps, batch=config.batch_size,
+            state=functools.partial(checkpoint.pack, *trained), restore=functools.partial(checkpoint.unpack, *trained),
             resume=resume, undo=memory.Undo(list(network.buffers())), save_every=config.save_every,
             save_minutes=config.save_minutes, keep=config.keep_checkpoints, advice=distillation.advice,
             log_to=config.log_to, guard_each=device.type == "cpu" and world.ranks == 1,
@@ -84,7 +79,7 @@ def pretrain(config: PretrainConfig) -> Path | None:
                 network.train()
                 optimizer.zero_grad(set_to_none=True)
                 lr = optim.lr_at(step, total=plan.steps, warmup=warmup, peak=config.lr)
-                with memory.needed(f"Step {step + 1} runs out of memory", plan.smaller()):
+                with memory.needed(f"Step {step + 1} runs out of memory", smaller):
                     for part in batches.of(step):  # the batch, or one part of it after the other
                         with gradients_stay(distillation.spread, not part.last):
                             losses = distillation.losses(part)

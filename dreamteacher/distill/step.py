@@ -52,24 +52,19 @@ class Term(NamedTuple):
     value: Callable[[Seen], Tensor | None]
 
 
-def _label(seen: Seen) -> Tensor | None:
-    """Source: eq. 5."""
-    if seen.logits is None or seen.soft is None:
+def _label(seen: Seen, logits: Tensor | None) -> Tensor | None:
+    """Eq. 5 of these logits against the soft labels; of the labels themselves it is their entropy."""
+    if logits is None or seen.soft is None:
         return None
-    return label_distillation(seen.logits, seen.soft, tau=seen.config.tau)
-
-
-def _entropy(seen: Seen) -> Tensor | None:
-    """Of the soft labels, below which the label loss cannot fall."""
-    return None if seen.soft is None else label_distillation(seen.soft, seen.soft, tau=seen.config.tau)
+    return label_distillation(logits, seen.soft, tau=seen.config.tau)
 
 
 # Source: eq. 3 (feature), eq. 5 (label), eq. 6 (mixed): L_mix = L_feat + 1.0 L_ld.
 TERMS: dict[str, Term] = {
     "mse": Term(lambda c: 1.0, lambda seen: None if seen.feature is None else seen.feature.mse),
     "at": Term(lambda c: c.at_weight, lambda seen: None if seen.feature is None else seen.feature.at),
-    "label": Term(lambda c: c.label_weight if c.distill == "mixed" else 1.0, _label),
-    "entropy": Term(lambda c: None, _entropy),
+    "label": Term(lambda c: c.label_weight if c.distill == "mixed" else 1.0, lambda s: _label(s, s.logits)),
+    "entropy": Term(lambda c: None, lambda s: _label(s, s.soft)),  # below which "label" cannot fall
 }
 
 
@@ -89,14 +84,9 @@ class Distillation:
     """
 
     def __init__(
-        self,
-        config: PretrainConfig,
-        network: DistillationNetwork,
-        levels: Sequence[str],
-        *,
-        spread: nn.Module | None = None,
-        interpreter: Interpreter | None = None,
-    ) -> None:
+        self, config: PretrainConfig, network: DistillationNetwork, levels: Sequence[str], *,
+        spread: nn.Module | None = None, interpreter: Interpreter | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.network, self.levels, self.interpreter = config, network, levels, interpreter
         self.spread: nn.Module = network if spread is None else spread
         self.device = next(network.parameters()).device
@@ -159,7 +149,7 @@ class Distillation:
         row = {"loss": means["loss"], "grad_norm": means["grad_norm"], **facts}
         for name in (name for name in means if "/" not in name and name not in (*row, "entropy")):
             row[name] = means[name]
-            if name == "label":  # the loss cannot fall below the entropy of the soft labels
+            if name == "label":
                 row["label_kl"] = means.difference("label", "entropy")
         weights = loss_weights(self.config)
         for i, level in enumerate(self.levels if part.maps else ()):

@@ -52,7 +52,7 @@ def compiled(function: Callable[P, R], *, strict: bool) -> Callable[P, R]:
         if failed:
             return function(*args, **kwargs)
         try:
-            with _backward_at_once():
+            with _backward_at_once():  # so that one that cannot be compiled fails where there is a way back
                 return fast(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join(str(error).split())[:120]
@@ -66,11 +66,7 @@ def compiled(function: Callable[P, R], *, strict: bool) -> Callable[P, R]:
 
 
 def _backward_at_once() -> Any:
-    """Within: a backward graph is compiled with its forward graph (where torch has the setting), not at the first
-    backward.
-
-    So one that cannot be compiled fails where there is a way back.
-    """
+    """Within: a backward graph is compiled with its forward graph, where torch has the setting."""
     from torch._functorch import config
 
     if not hasattr(config, "force_non_lazy_backward_lowering"):

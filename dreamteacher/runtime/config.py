@@ -45,19 +45,7 @@ def largest(value: Any) -> float:
 
 def to_json(config: Any) -> dict[str, Any]:
     """A config dataclass as plain JSON values: tuples become lists, paths strings."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return to_json(value)
-    if isinstance(value, Path):
-        return value.as_posix()
-    if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return value
+    return json.loads(json.dumps(dataclasses.asdict(config), default=Path.as_posix))
 
 
 def from_json(cls: type[T], values: dict[str, Any]) -> T:
@@ -69,16 +57,13 @@ def from_json(cls: type[T], values: dict[str, Any]) -> T:
     """
     hints = typing.get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    names = [f.name for f in fields]
+    names, mend = [f.name for f in fields], "Mend or restore the file."
     if not isinstance(values, dict):
-        raise UserError(
-            f"{cls.__name__} must be a table of settings, not {str(values)[:40]!r}.",
-            "Mend or restore the file.",
-        )
+        raise UserError(f"{cls.__name__} must be a table of settings, not {str(values)[:40]!r}.", mend)
     for field in fields:
-        no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        no_default = field.default is field.default_factory is dataclasses.MISSING
         if no_default and field.name not in values:
-            raise UserError(f"{cls.__name__} lacks the setting '{field.name}'.", "Mend or restore the file.")
+            raise UserError(f"{cls.__name__} lacks the setting '{field.name}'.", mend)
     for key in values:
         if key not in names:
             raise UserError(
@@ -91,7 +76,7 @@ def from_json(cls: type[T], values: dict[str, Any]) -> T:
             typed[key] = _typed(hints[key], value)
         except (TypeError, ValueError, OverflowError):
             words = typing.get_args(hints[key]) if typing.get_origin(hints[key]) is typing.Literal else ()
-            way = f"It is one of: {', '.join(map(str, words))}." if words else "Mend or restore the file."
+            way = f"It is one of: {', '.join(map(str, words))}." if words else mend
             raise UserError(f"{cls.__name__}: '{key}' cannot be {str(value)[:40]!r}.", way) from None
     return cls(**typed)
 
@@ -101,13 +86,11 @@ def _typed(hint: Any, value: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        hint = next(a for a in args if a is not type(None))
-        return _typed(hint, value)
+        return _typed(next(a for a in args if a is not type(None)), value)
     if origin is typing.Literal and value not in args:
         raise ValueError("not one of the words")
-    plain: Any = (
-        hint if hint in (int, str, bool) else {tuple: (list, tuple), list: list, dict: dict}.get(origin)
-    )
+    plain: Any = {tuple: (list, tuple), list: list, dict: dict}.get(origin)
+    plain = hint if hint in (int, str, bool) else plain
     if plain and (not isinstance(value, plain) or (hint is int and isinstance(value, bool))):
         raise TypeError("of another kind")
     if origin is tuple:
@@ -115,10 +98,8 @@ def _typed(hint: Any, value: Any) -> Any:
         return tuple(_typed(h, v) for h, v in zip(inner, value, strict=True))
     if origin is list:
         return [_typed(args[0], v) for v in value]
-    if hint is Path:
-        return Path(value)
-    if hint is float:
-        return float(value)
+    if hint in (Path, float):
+        return hint(value)
     if dataclasses.is_dataclass(hint):
         return from_json(hint, value)  # type: ignore[arg-type]
     return value

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import parse_json
@@ -23,88 +25,64 @@ NAMES = (
 PROJECT = "dreamteacher"
 
 
-class Logger(Protocol):
-    """Where lines of metrics go beside the run folder."""
+class Logger(NamedTuple):
+    """Where lines of metrics go beside the run folder: `log` adds one of a step, `close` sends what is left."""
 
-    def log(self, step: int, row: Mapping[str, float]) -> None:
-        """Adds one line of numbers."""
-
-    def close(self) -> None:
-        """Sends what is left."""
+    log: Callable[[int, Mapping[str, float]], object]
+    close: Callable[[], object]
 
 
-class TensorBoard:
+def _tensorboard(folder: Path, settings: Mapping[str, Any], known_as: str) -> Logger:
     """Event files in RUN/tensorboard."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], known_as: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(folder / "tensorboard")
 
-        self.writer = SummaryWriter(folder / "tensorboard")
-
-    def log(self, step: int, row: Mapping[str, float]) -> None:
+    def log(step: int, row: Mapping[str, float]) -> None:
         for key, value in row.items():
-            self.writer.add_scalar(key, value, step)
+            writer.add_scalar(key, value, step)
 
-    def close(self) -> None:
-        self.writer.close()
+    return Logger(log, writer.close)
 
 
-class WeightsAndBiases:
+def _wandb(folder: Path, settings: Mapping[str, Any], known_as: str) -> Logger:
     """A run of the project "dreamteacher"; WANDB_MODE, WANDB_PROJECT and the like are wandb's own."""
+    import wandb
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], known_as: str) -> None:
-        import os
-
-        import wandb
-
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT), name=folder.name, id=known_as, resume="allow",
-            dir=folder, config=dict(settings),
-        )  # fmt: skip
-
-    def log(self, step: int, row: Mapping[str, float]) -> None:
-        self.run.log(dict(row), step=step)
-
-    def close(self) -> None:
-        self.run.finish()
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", PROJECT), name=folder.name, id=known_as, resume="allow",
+        dir=folder, config=dict(settings),
+    )  # fmt: skip
+    return Logger(lambda step, row: run.log(dict(row), step=step), run.finish)
 
 
-class MLflow:
+def _mlflow(folder: Path, settings: Mapping[str, Any], known_as: str) -> Logger:
     """A run of the experiment "dreamteacher", at MLFLOW_TRACKING_URI."""
+    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.tracking import MlflowClient
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], known_as: str) -> None:
-        import os
-
-        from mlflow.entities import Metric, Param, RunTag
-        from mlflow.tracking import MlflowClient
-
-        self.metric, self.client = Metric, MlflowClient()
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        experiment = self.client.get_experiment_by_name(name)
-        place = experiment.experiment_id if experiment else self.client.create_experiment(name)
-        same = self.client.search_runs([place], f"tags.dreamteacher = '{known_as}'")
-        if same:
-            self.run_id = same[0].info.run_id
-            return
-        self.run_id = self.client.create_run(place, run_name=folder.name).info.run_id
+    client = MlflowClient()
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+    experiment = client.get_experiment_by_name(name)
+    place = experiment.experiment_id if experiment else client.create_experiment(name)
+    same = client.search_runs([place], f"tags.dreamteacher = '{known_as}'")
+    run = (same[0] if same else client.create_run(place, run_name=folder.name)).info.run_id
+    if not same:
         params = [Param(key, str(value)[:500]) for key, value in settings.items()]
-        self.client.log_batch(self.run_id, params=params, tags=[RunTag("dreamteacher", known_as)])
+        client.log_batch(run, params=params, tags=[RunTag("dreamteacher", known_as)])
 
-    def log(self, step: int, row: Mapping[str, float]) -> None:
-        import time
-
+    def log(step: int, row: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
-        self.client.log_batch(self.run_id, metrics=[self.metric(k, v, now, step) for k, v in row.items()])
+        client.log_batch(run, metrics=[Metric(key, value, now, step) for key, value in row.items()])
 
-    def close(self) -> None:
-        self.client.set_terminated(self.run_id)
+    return Logger(log, lambda: client.set_terminated(run))
 
 
-# Name of --log-to -> its class and the module that it needs.
-LOGGERS: dict[LoggerName, tuple[type, str]] = {
-    "tensorboard": (TensorBoard, "tensorboard"),
-    "wandb": (WeightsAndBiases, "wandb"),
-    "mlflow": (MLflow, "mlflow"),
+# Name of --log-to -> what opens it, and the module that it needs.
+LOGGERS: dict[LoggerName, tuple[Callable[[Path, Mapping[str, Any], str], Logger], str]] = {
+    "tensorboard": (_tensorboard, "tensorboard"),
+    "wandb": (_wandb, "wandb"),
+    "mlflow": (_mlflow, "mlflow"),
 }
 
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from dreamteacher.runtime.distributed.group import Told
 from dreamteacher.runtime.distributed.world import ALONE
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.loggers import Logger, open_loggers
+from dreamteacher.runtime.memory import Undo
 from dreamteacher.runtime.meter import Means, Meter
 from dreamteacher.runtime.progress import Progress
 from dreamteacher.runtime.run_folder import RunDir
@@ -35,16 +37,7 @@ from dreamteacher.runtime.signals import Signals
 FORMAT = 2  # of checkpoints; those of version 0.1 have none
 
 
-class Undoable(Protocol):
-    """What a step changes before its update, and how to go back."""
-
-    def note(self) -> None:
-        """Remembers the state before a step."""
-
-    def undo(self) -> None:
-        """Goes back to it."""
-
-
+@dataclass(eq=False)
 class Loop:
     """Steps from the last checkpoint to the last one, with all that surrounds them.
 
@@ -69,54 +62,44 @@ class Loop:
         shown: whether progress is shown.
     """
 
-    def __init__(
-        self,
-        run: RunDir | None,
-        *,
-        title: str,
-        steps: int,
-        batch: int,
-        state: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]],
-        restore: Callable[[Mapping[str, Tensor], Mapping[str, Any], Path], None],
-        resume: Path | None = None,
-        meter: Meter | None = None,
-        undo: Undoable | None = None,
-        save_every: int = 0,
-        save_minutes: float = 0.0,
-        keep: int = 1,
-        advice: Callable[[str], str] = lambda name: "Lower the learning rate, or use --precision float32.",
-        log_to: Sequence[LoggerName] = (),
-        log_at: Path | None = None,
-        guard_each: bool = False,
-        shown: bool = True,
-    ) -> None:
-        self.run, self.title, self.steps, self.batch = run, title, steps, batch
-        self.world = ALONE if run is None else run.world  # one alone of several trains alone
-        self.meter = Meter(world=self.world) if meter is None else meter
+    run: RunDir | None
+    _: KW_ONLY
+    title: str
+    steps: int
+    batch: int
+    state: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
+    restore: Callable[[Mapping[str, Tensor], Mapping[str, Any], Path], None]
+    resume: Path | None = None
+    meter: Meter = None  # type: ignore[assignment]
+    undo: Undo | None = None
+    save_every: int = 0
+    save_minutes: float = 0.0
+    keep: int = 1
+    advice: Callable[[str], str] = lambda name: "Lower the learning rate, or use --precision float32."
+    log_to: Sequence[LoggerName] = ()
+    log_at: Path | None = None
+    guard_each: bool = False
+    shown: bool = True
+
+    def __post_init__(self) -> None:
+        self.world = ALONE if self.run is None else self.run.world  # one alone of several trains alone
+        self.meter = self.meter or Meter(world=self.world)
         self.first = 0  # steps that are done when it begins
-        self._state, self._restore, self._resume, self._undo = state, restore, resume, undo
-        self._every, self._minutes, self._keep = save_every, save_minutes, keep
-        self._advice, self._log_to, self._log_at = advice, log_to, log_at
-        self._guard_each, self._shown = guard_each, shown
         self._signals, self._told = Signals(), Told(self.world)
         self._loggers: list[Logger] = []
         self._said = ""
         self._step = 0  # the one in progress
-        self._whole: int | None = (
-            None  # steps whose state is in memory, all of it and no more; None: within a step
-        )
+        self._whole: int | None = None  # steps whose state is in memory, and no more; None: within one
         self._begun = False
 
-    # --- begin and end ---------------------------------------------------------------------------------------
-
     def __enter__(self) -> Loop:
-        if self._resume is not None:
-            self.first = self._read(self._resume)
+        if self.resume is not None:
+            self.first = self._read(self.resume)
         self._step, self._whole = self.first, self.first
         if self.run is not None and self.world.first:
-            settings = (self.run.config() or {}).get("config", {}) if self._log_to else {}
-            self._loggers = open_loggers(self._log_to, self._log_at or self.run.path, settings)
-        self.progress = Progress(self.steps, self.first, self.batch, self.title, shown=self._shown)
+            settings = (self.run.config() or {}).get("config", {}) if self.log_to else {}
+            self._loggers = open_loggers(self.log_to, self.log_at or self.run.path, settings)
+        self.progress = Progress(self.steps, self.first, self.batch, self.title, shown=self.shown)
         self._saved_at, self._saved = time.monotonic(), self.first
         if self.run is not None:
             self._signals.__enter__()
@@ -144,35 +127,24 @@ class Loop:
                 f"'{path}' was written by another version of dreamteacher.",
                 "Start anew: choose another --out. Or resume it with the version that wrote it.",
             )
-        self._restore(tensors, meta, path)
+        self.restore(tensors, meta, path)
         self.meter.unpack(tensors, meta["meter"])
         assert self.run is not None
         for name in ("metrics.jsonl", "timing.jsonl"):
             self.run.rewind(name, meta["step"])
-        if self._shown:
+        if self.shown:
             print(f"Resuming from step {meta['step']} of {self.steps}.", flush=True)
         return int(meta["step"])
 
-    # --- steps -----------------------------------------------------------------------------------------------
-
     def __iter__(self) -> Iterator[int]:
         for step in range(self.first, self.steps):
-            self._step = step
-            self._note()
+            self._step, self._begun = step, False
+            self.meter.note()
+            if self.undo is not None:
+                self.undo.note()
+            self._begun = True
             yield step
             self._finish(step + 1)
-
-    def _note(self) -> None:
-        self._begun = False
-        self.meter.note()
-        if self._undo is not None:
-            self._undo.note()
-        self._begun = True
-
-    def _undo_step(self) -> None:
-        self.meter.undo()
-        if self._undo is not None:
-            self._undo.undo()
 
     @contextlib.contextmanager
     def update(self) -> Iterator[None]:
@@ -188,15 +160,17 @@ class Loop:
 
     def late(self) -> bool:
         """Whether the last checkpoint is old enough for another."""
-        return bool(self._minutes) and time.monotonic() - self._saved_at >= 60 * self._minutes
+        return bool(self.save_minutes) and time.monotonic() - self._saved_at >= 60 * self.save_minutes
 
     def _finish(self, done: int) -> None:
         """After a step: progress, the guard, checkpoint, signals."""
         self.progress.update(done, self._said)
         stop, late = self._told(self._signals.number, self.run is not None and self.late())
         last = done == self.steps
-        save = self.run is not None and (last or stop or late or (self._every and done % self._every == 0))
-        if save or self._guard_each:
+        save = self.run is not None and (
+            last or stop or late or (self.save_every and done % self.save_every == 0)
+        )
+        if save or self.guard_each:
             self._guard()
         self._whole = done
         self._signals.release()
@@ -207,8 +181,6 @@ class Loop:
             self._told.close()
             self._say_stopped(done)
             raise SystemExit(128 + stop)
-
-    # --- log -------------------------------------------------------------------------------------------------
 
     def log(self, row: Callable[[Means], Mapping[str, Any]], *, shown: Sequence[str] = ("loss",)) -> None:
         """Writes one line of metrics.jsonl and timing.jsonl, and begins the sums anew.
@@ -223,31 +195,22 @@ class Loop:
         self._guard()
         done = self._step + 1
         self.progress.advance(done)
-        line = self._line(row(self.meter.means()))
+        line = self.add_line(row(self.meter.means()))
         if self.run is not None:
-            self.run.append("metrics.jsonl", line)
             self.run.append("timing.jsonl", {"step": done, **self.progress.rates()})
-        self._send(line)
         self._said = ", ".join(f"{name} {line[name]:.4f}" for name in shown if name in line)
         self.meter.zero()
 
-    def add_line(self, row: Mapping[str, Any]) -> None:
-        """Writes one more line of metrics.jsonl for this step; the sums stay."""
-        line = self._line(row)
+    def add_line(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes a line of metrics.jsonl for this step, which it returns; the sums stay."""
+        done = self._step + 1
+        numbers = {**({"images_seen": done * self.batch} if self.batch else {}), **row}
+        line = {"step": done, **numbers}
         if self.run is not None:
             self.run.append("metrics.jsonl", line)
-        self._send(line)
-
-    def _line(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        done = self._step + 1
-        return {"step": done, **({"images_seen": done * self.batch} if self.batch else {}), **row}
-
-    def _send(self, line: Mapping[str, Any]) -> None:
-        numbers = {k: v for k, v in line.items() if k != "step"}
         for logger in self._loggers:
-            logger.log(line["step"], numbers)
-
-    # --- checkpoints -----------------------------------------------------------------------------------------
+            logger.log(done, numbers)
+        return line
 
     def _guard(self) -> None:
         """Raises UserError when a watched scalar was not finite. No checkpoint is written past such a step."""
@@ -255,16 +218,16 @@ class Loop:
         if found is not None:
             name, step = found
             before = "" if self.run is None else f" {checkpoint.before(self.run.path)}"
-            raise UserError(f"The {name} is not finite at step {step}.", self._advice(name) + before)
+            raise UserError(f"The {name} is not finite at step {step}.", self.advice(name) + before)
 
     def _save(self, done: int) -> None:
         assert self.run is not None
         sums, counts = self.meter.pack()
-        tensors, meta = self._state()
+        tensors, meta = self.state()
         if self.world.first:
             facts = {"format": FORMAT, "kind": self.title, "step": done, "meter": counts, **meta}
             checkpoint.save(checkpoint.checkpoint_path(self.run.path, done), {**tensors, **sums}, facts)
-            checkpoint.prune(self.run.path, self._keep)
+            checkpoint.prune(self.run.path, self.keep)
         self._saved_at, self._saved = time.monotonic(), done
 
     def _interrupted(self) -> None:
@@ -275,7 +238,9 @@ class Loop:
             print(f"Interrupted within an update. {checkpoint.before(self.run.path)}", flush=True)
             return
         if self._begun:
-            self._undo_step()
+            self.meter.undo()
+            if self.undo is not None:
+                self.undo.undo()
         if self._whole > self._saved and self.meter.bad() is None:
             self._save(self._whole)
         self._say_stopped(self._whole)

@@ -25,11 +25,6 @@ def ran_out(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _SAID)
 
 
-def reason(error: RuntimeError) -> str:
-    """What such an error says, in a few words."""
-    return first_line(error, 80)
-
-
 @contextlib.contextmanager
 def needed(problem: str, way_out: str) -> Iterator[None]:
     """Within: memory that runs out is a UserError of these words."""
@@ -38,7 +33,7 @@ def needed(problem: str, way_out: str) -> Iterator[None]:
     except RuntimeError as error:
         if not ran_out(error):
             raise
-        raise UserError(f"{problem}: {reason(error)}.", way_out) from None
+        raise UserError(f"{problem}: {first_line(error, 80)}.", way_out) from None
 
 
 class Undo:

@@ -84,28 +84,24 @@ class Meter:
             first = torch.full((len(names),), _NEVER, device=good.device)
         self._bad[names] = first.where(good, first.clamp(max=step + 1))
 
-    def _mean(self, x: Tensor) -> Tensor:
-        return all_reduce_mean(x) if self.world.ranks > 1 else x
-
-    def _earliest(self, first: Tensor) -> Tensor:
-        return earliest(first.clone()) if self.world.ranks > 1 else first
+    def _means(self) -> Tensor:
+        sums = torch.stack(list(self.sums.values()))
+        return all_reduce_mean(sums) if self.world.ranks > 1 else sums
 
     def bad(self) -> tuple[str, int] | None:
         """Which watched scalar was not finite first, and at which step (from 1); None: all were."""
-        found = [
-            (step, name)
-            for names, first in self._bad.items()
-            for name, step in zip(names, self._earliest(first).tolist(), strict=True)
-        ]
-        step, name = min(found, key=lambda pair: pair[0], default=(_NEVER, ""))
+        found: list[tuple[str, int]] = []
+        for names, first in self._bad.items():
+            steps = earliest(first.clone()) if self.world.ranks > 1 else first
+            found += zip(names, steps.tolist(), strict=True)
+        name, step = min(found, key=lambda pair: pair[1], default=("", _NEVER))
         return (name, step) if step < _NEVER else None
 
     def means(self) -> Means:
         """The mean of each name over the steps since `zero`, and over the processes."""
         if not self.sums:
             return Means({}, {})
-        totals = self._mean(torch.stack(list(self.sums.values()))).tolist()
-        return Means(dict(zip(self.sums, totals, strict=True)), dict(self.counts))
+        return Means(dict(zip(self.sums, self._means().tolist(), strict=True)), dict(self.counts))
 
     def zero(self) -> None:
         """Begins anew."""
@@ -123,8 +119,7 @@ class Meter:
     def pack(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Tensors (meter/NAME) and counts for a checkpoint; every process then goes on from the mean of all."""
         if self.sums:
-            means = self._mean(torch.stack(list(self.sums.values())))
-            self.sums = dict(zip(self.sums, means.unbind(), strict=True))
+            self.sums = dict(zip(self.sums, self._means().unbind(), strict=True))
         return {_PREFIX + name: value for name, value in self.sums.items()}, dict(self.counts)
 
     def unpack(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:

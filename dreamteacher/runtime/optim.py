@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence, Set
-from itertools import compress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dreamteacher.runtime.settings import OptimizerName
 
@@ -26,10 +25,11 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
 def _two_groups(
     parameters: Sequence[nn.Parameter], no_decay: Set[int], weight_decay: float
 ) -> list[dict[str, object]]:
-    decayed = [p.ndim > 1 and id(p) not in no_decay for p in parameters]
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+    for parameter in parameters:
+        groups[parameter.ndim < 2 or id(parameter) in no_decay].append(parameter)
     return [
-        {"params": list(compress(parameters, decayed)), "weight_decay": weight_decay},
-        {"params": [p for p, d in zip(parameters, decayed, strict=True) if not d], "weight_decay": 0.0},
+        {"params": p, "weight_decay": decay} for p, decay in zip(groups, (weight_decay, 0.0), strict=True)
     ]
 
 
@@ -104,15 +104,11 @@ class Ema:
         """Takes in the module's present weights; call it after every optimizer step."""
         self.updates += 1
         weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averaged: list[Tensor] = []
-        current: list[Tensor] = []
-        for key, value in module.state_dict(keep_vars=True).items():
-            if isinstance(value, nn.Parameter):
-                averaged.append(self.tensors[key])
-                current.append(value)
-            else:
-                self.tensors[key].copy_(value)
-        torch._foreach_lerp_(averaged, current, weight)
+        current = {k: v for k, v in module.state_dict(keep_vars=True).items() if isinstance(v, nn.Parameter)}
+        torch._foreach_lerp_([self.tensors[k] for k in current], list(current.values()), weight)
+        for key, buffer in module.state_dict().items():
+            if key not in current:
+                self.tensors[key].copy_(buffer)
 
 
 def layer_depths(model: Any) -> dict[str, int]:
@@ -155,13 +151,8 @@ def layer_depths(model: Any) -> dict[str, int]:
 def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, object]]:
     """`parameter_groups` of a timm model by depth, each with the `factor` on its learning rate.
 
-    The deepest group has the factor `layer_decay`, the one before its square, and so on: what comes after
-    the backbone has 1.
-
-    Args:
-        model: see `layer_depths`.
-        weight_decay: of matrices and kernels.
-        layer_decay: above 0, up to 1.
+    The deepest group has the factor `layer_decay` (above 0, up to 1), the one before its square, and so on: what
+    comes after the backbone has 1.
     """
     depths, no_decay = layer_depths(model), _no_decay([model])
     deepest = max(depths.values())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from time import perf_counter
 from typing import NamedTuple, TypeVar
 
@@ -66,21 +66,13 @@ def prefetch(items: Iterator[T], work: Callable[[T], R], *, threaded: bool) -> I
             return (work(item),)
         return None
 
-    if not threaded:
+    with helpers(1) if threaded else contextlib.nullcontext() as pool:
+        waiting = pool.submit(one) if pool else None
         while True:
             begin = perf_counter()
-            done = one()
+            done = waiting.result() if waiting else one()
             if done is None:
                 return
+            waiting = pool.submit(one) if pool else None
             yield done[0], perf_counter() - begin
             del done  # or its tensors would outlive their use
-    with helpers(1) as pool:
-        waiting: Future[tuple[R] | None] = pool.submit(one)
-        while True:
-            begin = perf_counter()
-            done = waiting.result()
-            if done is None:
-                return
-            waiting = pool.submit(one)
-            yield done[0], perf_counter() - begin
-            del done

@@ -13,11 +13,7 @@ from dreamteacher.runtime.distributed.world import launched
 class Progress:
     """A bar with images/s, the fraction of time spent waiting for data, and the time left.
 
-    In a terminal it is a tqdm bar; elsewhere one line about every `every` seconds.
-
-    Args:
-        every: seconds between two lines.
-        shown: whether anything is shown at all.
+    In a terminal it is a tqdm bar; elsewhere one line about every `every` seconds; nothing unless `shown`.
     """
 
     def __init__(
@@ -52,23 +48,17 @@ class Progress:
         self.step = step
 
     def update(self, step: int, said: str = "") -> None:
-        """Moves to `step`, and says so where it is time.
-
-        Args:
-            said: the newest losses in words.
-        """
+        """Moves to `step`, and says so where it is time, with the newest losses in words (`said`)."""
         self.advance(step)
         now = time.perf_counter()
         late = self.lines and (now - self.last > self.every or step == self.total)
         if self.bar.disable and not late:
             return
         rates = self.rates()
-        parts = (
-            [f"{rates['images_per_s']:.0f} images/s", f"data wait {rates['data_wait']:.0%}"]
-            if self.batch
-            else []
+        speed = (
+            f"{rates['images_per_s']:.0f} images/s, data wait {rates['data_wait']:.0%}" if self.batch else ""
         )
-        text = ", ".join([*parts, said] if said else parts)
+        text = ", ".join(filter(None, (speed, said)))
         self.bar.set_postfix_str(text, refresh=False)
         if late:
             left = (self.total - step) * rates["seconds"] / max(1, step - self.first)

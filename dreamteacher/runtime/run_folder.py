@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import BaseFileLock
 
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import changed_keys, parse_json
 from dreamteacher.runtime.distributed.group import broadcast
 from dreamteacher.runtime.distributed.world import ALONE, World
 from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.lock import take_lock
 
 # Settings that may differ between a run and its resumption: they change no number, but for `accumulate` (BatchNorm
 # sees its parts alone), without which a run that has run out of memory could not go on.
@@ -28,25 +28,6 @@ FREE_TO_CHANGE = (
 PATIENCE_S = 10.0
 
 
-def take_lock(file: int, place: Path) -> bool:
-    """Locks an open file for this process; False when another one holds it.
-
-    Raises:
-        UserError: when the disk of `place` cannot lock.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
-            raise
-        raise UserError(
-            f"The disk of '{place}' cannot lock files.", "Choose an --out on another disk."
-        ) from None
-    return True
-
-
 class RunDir:
     """One folder that holds everything of a run. Open it only after every check has passed.
 
@@ -56,8 +37,7 @@ class RunDir:
 
     def __init__(self, path: Path, world: World = ALONE) -> None:
         self.path, self.world = path, world
-        self._lock: Any = None
-        self._owner = os.getpid()
+        self._lock: BaseFileLock | None = None
 
     @staticmethod
     def check(path: Path, resolved: Mapping[str, Any], needed_bytes: int = 0) -> None:
@@ -81,9 +61,8 @@ class RunDir:
             # Hidden files (the lock, a temporary) may be left of a start that was killed or out of space.
             empty = place != path or all(p.name.startswith(".") for p in path.iterdir())
         except OSError as error:
-            raise UserError(
-                f"'{path}' cannot be used: {error.strerror or error}.", "Choose another --out."
-            ) from None
+            why = error.strerror or error
+            raise UserError(f"'{path}' cannot be used: {why}.", "Choose another --out.") from None
         if free < needed_bytes:
             raise UserError(
                 f"'{path}' needs {needed_bytes / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB free.",
@@ -91,15 +70,14 @@ class RunDir:
             )
         if empty:
             return
-        old = RunDir(path).config()
+        old, verb = RunDir(path).config(), resolved.get("verb")
         if old is None or "verb" not in old:
             raise UserError(
                 f"'{path}' is not empty and is no run folder.", "Choose another --out, or empty that folder."
             )
-        if old["verb"] != resolved.get("verb"):
+        if old["verb"] != verb:
             raise UserError(
-                f"'{path}' holds a run of '{old['verb']}', not of '{resolved.get('verb')}'.",
-                "Choose another --out.",
+                f"'{path}' holds a run of '{old['verb']}', not of '{verb}'.", "Choose another --out."
             )
         if checkpoint.latest(path) is None and not (path / "backbone.safetensors").exists():
             return  # it never reached its first checkpoint: nothing is lost by starting anew
@@ -114,28 +92,16 @@ class RunDir:
 
     def open(self, resolved: Mapping[str, Any]) -> Path | None:
         """Makes and locks the folder, writes a new run's config.json; returns the checkpoint to resume."""
-        if self.world.ranks > 1:
-            found = broadcast(lambda: str(self._open(resolved) or ""))
-            return Path(found) if found else None
-        return self._open(resolved)
+        return self._open(resolved) if self.world.ranks == 1 else broadcast(lambda: self._open(resolved))
 
     def _open(self, resolved: Mapping[str, Any]) -> Path | None:
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until `close` or the end of the process
         patience = PATIENCE_S if "TORCHELASTIC_RUN_ID" in os.environ else 0.0  # it may be a restart
-        end = time.monotonic() + patience
-        try:
-            while not take_lock(lock.fileno(), self.path):
-                if time.monotonic() >= end:
-                    raise UserError(
-                        f"Another process is writing to '{self.path}'.",
-                        "Wait for it, or choose another --out.",
-                    )
-                time.sleep(0.1)
-        except BaseException:
-            lock.close()
-            raise
-        self._lock = lock
+        self._lock = take_lock(self.path / ".lock", patience)
+        if self._lock is None:
+            raise UserError(
+                f"Another process is writing to '{self.path}'.", "Wait for it, or choose another --out."
+            )
         checkpoint.sweep(self.path)
         resume = checkpoint.latest(self.path, whole=True)
         if resume is None:  # a run that goes on keeps the config that it was started with
@@ -145,15 +111,9 @@ class RunDir:
         return resume
 
     def close(self) -> None:
-        """Releases the lock (the end of the process does the same).
-
-        The file `.lock` stays: were it deleted, a process that already opened it and one that makes it anew
-        would both hold "the" lock.
-        """
+        """Releases the lock (the end of the process does the same)."""
         if self._lock is not None:
-            if self._owner == os.getpid():  # at once: workers that were forked hold the same open file
-                fcntl.flock(self._lock, fcntl.LOCK_UN)
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def __del__(self) -> None:

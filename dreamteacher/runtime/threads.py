@@ -15,10 +15,12 @@ from tqdm import tqdm
 T = TypeVar("T")
 R = TypeVar("R")
 _starting = threading.Lock()
-# A child of a fork has its state and not the thread that would release it.
-os.register_at_fork(
-    before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release
-)
+if hasattr(
+    os, "register_at_fork"
+):  # a child of a fork has its state and not the thread that would release it
+    os.register_at_fork(
+        before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release
+    )
 
 
 def helpers(count: int) -> ThreadPoolExecutor:

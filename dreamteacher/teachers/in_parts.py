@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dreamteacher.runtime.distributed.world import world_of
-from dreamteacher.runtime.errors import UserError
-from dreamteacher.runtime.memory import ran_out, reason
+from dreamteacher.runtime.errors import UserError, first_line
+from dreamteacher.runtime.memory import ran_out
 from dreamteacher.teachers.base import Teacher
 
 MOST_ON_GPU = 32  # images at once where no number is given; a choice, not measured
@@ -23,8 +23,7 @@ class RowsOfDraws(TorchFunctionMode):
     """Within: whoever draws `count` rows from `generator` gets rows `first` to `first + count` of a draw of `total`.
 
     So a part of a batch gets the random numbers that it has within the whole batch, if `generator` begins where it
-    does for the whole one. Draws of several rows an image, one image's together, are divided likewise. Draws from other
-    generators are left alone.
+    does for the whole one. Draws of several rows an image, one image's together, are divided likewise.
 
     Args:
         count, first, total: in images.
@@ -89,14 +88,12 @@ class InParts:
         self.teacher, self.most = teacher, most
 
     def encode(self, images: Tensor, *, generator: torch.Generator) -> list[Tensor]:
-        return self._run(
-            len(images), generator, lambda at: self.teacher.encode(images[at], generator=generator)
-        )
+        act = self.teacher.encode
+        return self._run(len(images), generator, lambda at: act(images[at], generator=generator))
 
     def encode_latents(self, latents: Tensor, *, generator: torch.Generator) -> list[Tensor]:
-        return self._run(
-            len(latents), generator, lambda at: self.teacher.encode_latents(latents[at], generator=generator)
-        )
+        act = self.teacher.encode_latents
+        return self._run(len(latents), generator, lambda at: act(latents[at], generator=generator))
 
     def sample(self, n: int, *, generator: torch.Generator) -> tuple[Tensor, list[Tensor]]:
         def part(at: slice) -> list[Tensor]:
@@ -120,7 +117,7 @@ class InParts:
                     raise
                 if size == 1:
                     raise UserError(
-                        f"The teacher '{self.teacher.name}' runs out of memory on one image: {reason(error)}.",
+                        f"The teacher '{self.teacher.name}' runs out of memory on one image: {first_line(error, 80)}.",
                         "Use a smaller --size, --precision bfloat16, or a smaller teacher.",
                     ) from None
             # Only here, where the exception no longer holds the memory of what failed.

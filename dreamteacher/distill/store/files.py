@@ -25,7 +25,7 @@ from dreamteacher.data.images import ImageFile, below
 from dreamteacher.distill.store.items import StorePlan, layout
 from dreamteacher.runtime.config import from_json, parse_json, to_json
 from dreamteacher.runtime.errors import UserError, first_line
-from dreamteacher.runtime.run_folder import take_lock
+from dreamteacher.runtime.lock import take_lock
 
 FORMAT, VERSION = "dreamteacher-features", 1
 MANIFEST, BASIS, IMAGES, CLAIMS = "features.json", "basis.safetensors", "images.jsonl", ".claims"
@@ -48,15 +48,14 @@ def claim(folder: Path, name: str) -> Iterator[bool]:
     place = folder / CLAIMS
     while True:
         place.mkdir(exist_ok=True)
-        try:
-            handle = os.open(place / name, os.O_CREAT | os.O_RDWR, 0o666)
+        with contextlib.suppress(FileNotFoundError):  # whoever finished the store has just removed the folder
+            lock = take_lock(place / name)
             break
-        except FileNotFoundError:  # whoever finished the store has just removed the folder of claims
-            continue
     try:
-        yield take_lock(handle, folder)
+        yield lock is not None
     finally:
-        os.close(handle)
+        if lock is not None:
+            lock.release()
 
 
 # --- the manifest -------------------------------------------------------------------------------------------

@@ -1,23 +1,19 @@
 """Several processes as one: how they meet, agree, wait for the first one, and stop together.
 
 They are started by torchrun (or anything else that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT).
-Beside torch's process group there is its key-value store: what is said there arrives however long it takes.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
-import hashlib
 import os
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,8 +25,7 @@ from dreamteacher.runtime.errors import UserError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-POLL_S = 0.05  # between two looks at what another process may have said
-DOOR_S = 5.0  # for an answer at the first process's own port
+DOOR_S = 5.0  # for an answer of the first process
 
 
 class LostError(UserError):
@@ -53,75 +48,48 @@ def timeout() -> timedelta:
     return timedelta(seconds=float(os.environ.get("DREAMTEACHER_TIMEOUT", "600")))
 
 
-def _agents_serve() -> bool:
-    """Whether torchrun's agents keep the store, and not the first process."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+class _Met:
+    """What this process has of the others: the key-value store of this start, and a group that waits patiently."""
+
+    tried = False  # to reach them
+    store: dist.Store | None = None
+    patient: Any = None
+    door: dist.Store | None = None
 
 
-@functools.cache
-def _server() -> dist.Store:
-    """The key-value store at MASTER_ADDR and MASTER_PORT. That of torchrun's agents survives a restart."""
-    world = launched()
-    return dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world.ranks,
-        world.first and not _agents_serve(), timeout=timeout(), wait_for_workers=False,
-    )  # fmt: skip
+def _meet(world: World) -> dist.Store:
+    """The key-value store that the processes of this start share, and no other start.
 
-
-def _name_of_start() -> str:
-    """A name that the processes of this start share, and none of an earlier one knows.
-
-    Each agent counts restarts by itself, and not those for which another one is the cause: so the first process makes
-    a name, and says it to all who come to a port of its own. There an earlier one does not answer any more.
+    That of torchrun's agents outlives a restart with all that was said before it, and how often an agent has restarted
+    is its own count. So the first process opens a store of its own as well, at which no earlier one answers any more;
+    its port and a name, told in the agents' store, are what this start goes by.
     """
-    where = "dreamteacher/door"
-    if launched().first:
-        name = uuid.uuid4().hex
-        dual = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if dual else socket.AF_INET
-        door = socket.create_server(("", 0), family=family, dualstack_ipv6=dual)
-        threading.Thread(target=_answer, args=(door, name.encode()), daemon=True).start()
-        _server().set(f"dreamteacher/{name}", "")
-        _server().set(where, str(door.getsockname()[1]))
-        return name
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    _Met.tried = True
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    connect = functools.partial(dist.TCPStore, host, wait_for_workers=False)
+    store = connect(port, is_master=world.first and not agents, timeout=timeout())
+    if not agents:
+        return store
+    if world.first:
+        _Met.door = connect(0, is_master=True)
+        name = f"{_Met.door.port}/{uuid.uuid4().hex}"
+        store.set("dreamteacher", name)
+        return dist.PrefixStore(name, store)
     end = time.monotonic() + timeout().total_seconds()
-    while time.monotonic() < end:
-        address = os.environ["MASTER_ADDR"], int(_server().get(where))
-        with contextlib.suppress(OSError), socket.create_connection(address, DOOR_S) as caller:
-            name = caller.recv(32, socket.MSG_WAITALL).decode("ascii", "replace")
-            if len(name) == 32 and _server().check([f"dreamteacher/{name}"]):  # and no stranger's greeting
-                return name
-        time.sleep(POLL_S)
-    raise RuntimeError(f"the first one does not answer at {address[0]}:{address[1]}")
-
-
-def _answer(door: socket.socket, name: bytes) -> None:
     while True:
-        caller, _ = door.accept()
-        with contextlib.suppress(OSError), caller:
-            caller.sendall(name)
-
-
-_met: dist.Store | Exception | None = None
-
-
-def _store() -> dist.Store:
-    """The part of the store that all processes of this start share, and no other start.
-
-    Raises:
-        KeyError, ValueError: the environment does not say where it is.
-        RuntimeError: nobody answers there; at once, when that was found before.
-    """
-    global _met
-    if _met is None:
+        name = store.get("dreamteacher").decode()
+        door = int(name.partition("/")[0])
         try:
-            name = _name_of_start() if _agents_serve() else "start"
-            _met = dist.PrefixStore(f"dreamteacher/{name}", _server())
-        except (KeyError, ValueError, RuntimeError) as error:
-            _met = error
-    if isinstance(_met, Exception):
-        raise _met
-    return _met
+            socket.create_connection(
+                (host, door), DOOR_S
+            ).close()  # where it is shut, torch would say so at length
+            connect(door, timeout=timedelta(seconds=DOOR_S))
+            return dist.PrefixStore(name, store)
+        except (OSError, RuntimeError) as error:
+            if time.monotonic() > end:
+                raise RuntimeError(f"the first one does not answer at {host}:{door}") from error
+        time.sleep(0.1)
 
 
 def join(device: str) -> World:
@@ -142,13 +110,15 @@ def join(device: str) -> World:
             f"--device {device} is one GPU, and there are {world.ranks} processes.",
             "Leave out --device: each process takes its own GPU.",
         )
-    if gpu:
-        torch.cuda.set_device(pick_device("cuda"))
     try:
+        _Met.store = _meet(world)
+        if gpu:
+            torch.cuda.set_device(pick_device("cuda"))
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpu else "gloo", store=dist.PrefixStore("group", _store()), rank=world.rank,
+            "cpu:gloo,cuda:nccl" if gpu else "gloo", store=dist.PrefixStore("group", _Met.store), rank=world.rank,
             world_size=world.ranks, timeout=timeout(),
         )  # fmt: skip
+        _Met.patient = dist.new_group(backend="gloo", timeout=timedelta(days=365))
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{world.ranks} processes could not meet: {_cause(error)}",
@@ -168,20 +138,13 @@ def together(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if launched().ranks == 1:
-            return function(*args, **kwargs)
         try:
             return function(*args, **kwargs)
-        except BaseException as error:
-            if _met is not None:
-                speaks()  # claimed before the others hear of it, for this process knows the cause
-                with contextlib.suppress(KeyError, ValueError, RuntimeError):
-                    _store().set("over", "")  # whoever waits for this process reads it
-            if not isinstance(error, RuntimeError) or not (
-                isinstance(error, dist.DistError) or any(w in str(error) for w in _LOST)
-            ):
-                raise
-            raise LostError(_cause(error)) from error
+        except RuntimeError as error:
+            lost = isinstance(error, dist.DistError) or any(words in str(error) for words in _LOST)
+            if launched().ranks > 1 and lost:
+                raise LostError(_cause(error)) from error
+            raise
 
     return run
 
@@ -198,63 +161,34 @@ def _cause(error: Exception) -> str:
 
 @functools.cache
 def speaks() -> bool:
-    """Whether this process tells of the error that ends them all: the first one to ask does."""
-    world = launched()
-    if world.ranks == 1:
-        return True
-    if _met is None and not _agents_serve():
-        return world.first  # they have not met: an error that all of them find
+    """Whether this process tells of the error that ends them all: the first one to ask does.
+
+    So it is the one that knows the cause: the others hear of it when it ends.
+    """
+    if _Met.store is None:  # before they meet all find the same error, but where they cannot reach each other
+        return launched().first or _Met.tried
     try:
-        early = f"dreamteacher/early/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        store = dist.PrefixStore(early, _server()) if _met is None else _store()
-        return store.add("told", 1) == 1
-    except (KeyError, ValueError):  # what is missing here is missing in all of them
-        return world.first
+        return _Met.store.add("told", 1) == 1
     except RuntimeError:  # nobody keeps the store: rather twice than never
         return True
 
 
-def broadcast(make: Callable[[], str]) -> str:
-    """What `make` returns in the first process; the others wait for it, however long that takes.
-
-    Raises:
-        LostError: in the others, when the first one has stopped.
-    """
-    if launched().ranks == 1:
-        return make()
-    name = _numbered("first")
-    if launched().first:
-        text = make()
-        _store().set(name, text)
-        return text
-    return _read(name)
+def broadcast(make: Callable[[], R]) -> R:
+    """What `make` returns in the first process; the others wait for it, however long that takes."""
+    world = launched()
+    made = [make() if world.first else None]
+    if world.ranks > 1:
+        dist.broadcast_object_list(made, 0, group=_Met.patient)
+    return made[0]  # type: ignore[return-value]
 
 
 def all_gather_text(text: str) -> list[str]:
-    """One text of each process, by rank."""
+    """One text of each process, by rank; they wait for each other, however long that takes."""
     world = launched()
-    if world.ranks == 1:
-        return [text]
-    name = _numbered("each")
-    _store().set(f"{name}/{world.rank}", text)
-    return [_read(f"{name}/{rank}") for rank in range(world.ranks)]
-
-
-_count = {"first": 0, "each": 0}
-
-
-def _numbered(kind: str) -> str:
-    """A new name at every call, the same in all processes."""
-    _count[kind] += 1
-    return f"{kind}/{_count[kind]}"
-
-
-def _read(name: str) -> str:
-    while not _store().check([name]):
-        if _store().check(["over"]):
-            raise LostError("it says that it ends.")
-        time.sleep(POLL_S)
-    return _store().get(name).decode()
+    found = [text] * world.ranks
+    if world.ranks > 1:
+        dist.all_gather_object(found, text, group=_Met.patient)
+    return found
 
 
 def agree(text: str, what: str) -> None:
@@ -263,16 +197,11 @@ def agree(text: str, what: str) -> None:
     Raises:
         UserError: they have not.
     """
-    world = launched()
-    if world.ranks == 1:
-        return
-    mine = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
-    all_ = [torch.empty_like(mine) for _ in range(world.ranks)]
-    dist.all_gather(all_, mine)
-    different = [str(rank) for rank, other in enumerate(all_) if not torch.equal(other, all_[0])]
+    texts = all_gather_text(text)
+    different = [str(rank) for rank, other in enumerate(texts) if other != texts[0]]
     if different:
         raise UserError(
-            f"Processes {', '.join(different)} of {world.ranks} have another {what} than process 0.",
+            f"Processes {', '.join(different)} of {len(texts)} have another {what} than process 0.",
             "Start all with the same command, on the same images and teacher.",
         )
 
@@ -318,10 +247,7 @@ class Told:
     """What any process says after a step, known to all of them after the same one.
 
     That is the number of a signal that it got, and whether it wants the state saved. What is said at one step is
-    heard at the next: so nobody waits for it.
-
-    Args:
-        world: the processes that listen; one alone hears itself at once.
+    heard at the next, so nobody waits for it; one process alone hears itself at once.
     """
 
     def __init__(self, world: World) -> None:

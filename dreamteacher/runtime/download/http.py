@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from dreamteacher.runtime.config import parse_json
 from dreamteacher.runtime.errors import UserError, first_line, shorten
+from dreamteacher.runtime.lock import locked
 
 TIMEOUT = 30.0  # seconds without an answer
 TRIES, PAUSE = 4, 2.0  # connections in a row that bring nothing, and the seconds between two
@@ -119,13 +119,10 @@ def opened(path: Path, mode: str) -> IO[Any]:
 @contextlib.contextmanager
 def alone(part: Path) -> Iterator[IO[bytes]]:
     """The part's file, opened to append and locked: two processes must not write into one."""
-    with opened(part, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"Another process is bringing '{part}' right now.", "Wait for it, then run the same command."
-            ) from None
+    busy = UserError(
+        f"Another process is bringing '{part}' right now.", "Wait for it, then run the same command."
+    )
+    with opened(part, "ab") as file, locked(part, busy):
         try:
             yield file
         finally:

@@ -7,7 +7,6 @@ again.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -21,6 +20,7 @@ from urllib.parse import urlsplit
 
 from dreamteacher.runtime.download import http
 from dreamteacher.runtime.errors import UserError
+from dreamteacher.runtime.lock import locked
 from dreamteacher.runtime.threads import in_threads
 
 # http and https are ours; the others are fsspec's, each with a library of its own. memory is for tests.
@@ -152,23 +152,13 @@ def _bring(address: str, target: Path) -> None:
 def _sole(target: Path) -> Iterator[None]:
     """Within: no other process brings this file; the others wait, and then find it there."""
     path = target.with_name(target.name + ".lock")
-    while True:
-        with http.opened(path, "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_at(lock, path):
-                continue  # the one before us removed it: another may have made it anew
-            try:
-                yield
-            finally:
+    http.opened(path, "a").close()
+    with locked(path):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # who waits for it sees that it is gone, and makes it anew
                 path.unlink()
-            return
-
-
-def _is_at(file: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _begin(file: IO[bytes], known: str) -> None:

@@ -1,7 +1,4 @@
-"""Adaptive augmentation for GANs on small sets: what the discriminator sees is disturbed with a probability p.
-
-p follows a measure of overfitting, so that the generator does not learn the disturbances.
-"""
+"""Adaptive augmentation for GANs on small sets: what the discriminator sees is disturbed with a probability p."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from dreamteacher.data import seeds
 from dreamteacher.runtime import checkpoint, optim
 from dreamteacher.runtime.distributed.ddp import replicate
 from dreamteacher.runtime.distributed.device import autocast, seeded
-from dreamteacher.runtime.distributed.world import Draws, randint, randn
+from dreamteacher.runtime.distributed.world import randint, randn
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.teachers.diffusion.teacher import DiffusionSpec, DiffusionTeacher, build_unet, q_sample
 from dreamteacher.teachers.training.objective import Objective, Preset, TrainingPlan
@@ -96,38 +96,22 @@ def network_spec(
                 f"Attention at level {i} would have no head: {preset.channels[i]} channels, heads of {preset.head}.",
                 f"Widen the level, or make `head` at most {preset.channels[i]}.",
             )
-    plain = (
-        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
-        if preset.resample
-        else ("DownBlock2D", "UpBlock2D")
-    )
     channels = image_channels * preset.patch**2
-    kind = "resnet" if preset.resample else "conv"
+    kind, plain = ("resnet", "Resnet{}sampleBlock2D") if preset.resample else ("conv", "{}Block2D")
+    blocks = ["Attn{}Block2D" if i in preset.attention else plain for i in levels]
     unet: dict[str, Any] = {
-        "sample_size": [s // preset.patch for s in size],
-        "in_channels": channels,
-        "out_channels": channels,
-        "block_out_channels": list(preset.channels),
-        "layers_per_block": preset.layers,
-        "down_block_types": ["AttnDownBlock2D" if i in preset.attention else plain[0] for i in levels],
-        "up_block_types": ["AttnUpBlock2D" if i in preset.attention else plain[1] for i in reversed(levels)],
-        "downsample_type": kind,
-        "upsample_type": kind,
-        "resnet_time_scale_shift": "scale_shift",
-        "attention_head_dim": preset.head,
-        "norm_num_groups": preset.groups,
-        "attn_norm_num_groups": preset.groups,
-        "dropout": preset.dropout,
-        "time_embedding_dim": max(256, 4 * preset.channels[0]),
-    }
+        "sample_size": [s // preset.patch for s in size], "in_channels": channels, "out_channels": channels,
+        "block_out_channels": list(preset.channels), "layers_per_block": preset.layers,
+        "down_block_types": [name.format("Down") for name in blocks],
+        "up_block_types": [name.format("Up") for name in reversed(blocks)],
+        "downsample_type": kind, "upsample_type": kind, "resnet_time_scale_shift": "scale_shift",
+        "attention_head_dim": preset.head, "norm_num_groups": preset.groups, "attn_norm_num_groups": preset.groups,
+        "dropout": preset.dropout, "time_embedding_dim": max(256, 4 * preset.channels[0]),
+    }  # fmt: skip
     return DiffusionSpec(
-        unet=unet,
-        patch=preset.patch,
-        image_channels=image_channels,
-        size=size,
+        unet=unet, patch=preset.patch, image_channels=image_channels, size=size, timestep=preset.timestep,
         schedule="cosine" if schedule == "cosine" else "linear",
-        timestep=preset.timestep,
-    )
+    )  # fmt: skip
 
 
 def build(spec: DiffusionSpec, seed: int) -> UNet2DModel:
@@ -181,9 +165,7 @@ class DiffusionObjective(Objective):
 
     def step(self, step: int, images: Tensor) -> dict[str, Tensor]:
         plan, device = self.plan, self.plan.device
-        generator = Draws(
-            device, seeds.step_generator(plan.seed, step, "diffusion").initial_seed(), plan.world
-        )
+        generator = seeds.device_generator(plan.seed, step, "diffusion", device, plan.world)
         x0 = self.ema_teacher.to_network(images)
         t = randint(self.spec.steps, (len(x0),), generator, device=device)
         noise = randn(x0.shape, generator, device=device, dtype=x0.dtype)

@@ -71,8 +71,7 @@ class Objective(ABC):
     def step(self, step: int, images: Tensor) -> dict[str, Tensor]:
         """One step (from 0) on this process's images, N x 3 x H x W, RGB in [0, 1], on the plan's device.
 
-        Returns: losses and what else the log shows, by name, as scalars on the device. Reading them would make the
-            host wait for the device, so that is left to the loop, which does it now and then.
+        Returns: losses and what else the log shows, by name, as scalars on the device, read by the loop alone.
         """
 
     @abstractmethod

@@ -22,9 +22,7 @@ from dreamteacher.teachers.training.augment import Adaptation, augment
 from dreamteacher.teachers.training.discriminator import Discriminator
 from dreamteacher.teachers.training.objective import Objective, Preset, TrainingPlan
 
-R1_EVERY = (
-    16  # steps between gradient penalties, which are that much heavier (Karras et al. 2020, section 3.1)
-)
+R1_EVERY = 16  # steps between gradient penalties, so much heavier (Karras et al. 2020, section 3.1)
 BETAS = (0.0, 0.99)
 W_AVERAGE = 0.995  # decay of the mean style, per step
 
@@ -103,7 +101,7 @@ def parameter_count(spec: StyleGan2Spec) -> int:
 
 
 def generator_loss(fake: Tensor) -> Tensor:
-    """-log sigmoid of the logits (N,) of made images: the non-saturating loss (Goodfellow et al. 2014)."""
+    """-log sigmoid of the logits (N,) of made images (Goodfellow et al. 2014)."""
     return F.softplus(-fake).mean()
 
 
@@ -147,29 +145,17 @@ class StyleGan2Objective(Objective):
     """Generator, discriminator, the averaged generator, and the steps between them."""
 
     def __init__(
-        self,
-        preset: StyleGan2Preset,
-        spec: StyleGan2Spec,
-        plan: TrainingPlan,
-        *,
-        gamma: float,
-        ada: float | None,
-    ) -> None:
+        self, preset: StyleGan2Preset, spec: StyleGan2Spec, plan: TrainingPlan, *, gamma: float, ada: float | None
+    ) -> None:  # fmt: skip
         self.preset, self.spec, self.plan, self.gamma = preset, spec, plan, gamma
         device = plan.device
-        g, d = build(spec, plan.seed)
-        self.g = g.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.d = d.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        mean = build(spec, plan.seed)[0].to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.mean: Generator = mean.requires_grad_(False)
+        self.g, self.d = build(spec, plan.seed)
+        self.mean = build(spec, plan.seed)[0].requires_grad_(False)
+        for network in (self.g, self.d, self.mean):
+            network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.g_optimizer = lazy_adam(list(self.g.parameters()), plan.lr, None)
         self.d_optimizer = lazy_adam(list(self.d.parameters()), plan.lr, R1_EVERY)
-        zeros = torch.zeros(3, device=device)
-        self.ada = (
-            None
-            if ada is None
-            else Adaptation(target=ada, images=preset.ada_images, p=zeros[0], signs=zeros[1], count=zeros[2])
-        )
+        self.ada = None if ada is None else Adaptation(ada, preset.ada_images, *torch.zeros(3, device=device))
 
     def step(self, step: int, images: Tensor) -> dict[str, Tensor]:
         real = self._to_network(images)
@@ -187,10 +173,9 @@ class StyleGan2Objective(Objective):
         x = images.mean(1, keepdim=True) if self.spec.image_channels == 1 else images
         return (x * 2 - 1).contiguous(memory_format=torch.channels_last)
 
-    def _draws(self, step: int, stream: str) -> Draws:
+    def _draws(self, step: int, stream: str) -> torch.Generator:
         """Random numbers of a step for this process's rows."""
-        plan = self.plan
-        return Draws(plan.device, seeds.step_generator(plan.seed, step, stream).initial_seed(), plan.world)
+        return seeds.device_generator(self.plan.seed, step, stream, self.plan.device, self.plan.world)
 
     def _make(self, step: int, stream: str) -> Tensor:
         """A batch of images by the generator in training, which depends on seed, step and stream alone."""
@@ -269,22 +254,28 @@ class StyleGan2Objective(Objective):
             }
         return row, ((made.float() + 1) / 2).clamp(0, 1).expand(-1, 3, -1, -1)
 
+    def _trained(self) -> tuple[dict[str, nn.Module], dict[str, torch.optim.Optimizer]]:
+        networks = {"generator": self.g, "discriminator": self.d, "ema": self.mean}
+        return networks, {"g": self.g_optimizer, "d": self.d_optimizer}
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = {}
         meta: dict[str, Any] = {}
-        for name, optimizer in (("g", self.g_optimizer), ("d", self.d_optimizer)):
+        networks, optimizers = self._trained()
+        for name, optimizer in optimizers.items():
             packed, meta[name] = checkpoint.pack_optimizer(optimizer)
             tensors |= {f"{name}/{k}": v for k, v in packed.items()}
-        for name, network in (("generator", self.g), ("discriminator", self.d), ("ema", self.mean)):
+        for name, network in networks.items():
             tensors |= {f"{name}/{k}": v for k, v in network.state_dict().items()}
         if self.ada is not None:
             tensors |= {f"ada/{k}": v for k, v in self.ada.tensors().items()}
         return tensors, meta
 
     def load_state(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> None:
-        for name, network in (("generator", self.g), ("discriminator", self.d), ("ema", self.mean)):
+        networks, optimizers = self._trained()
+        for name, network in networks.items():
             checkpoint.load_exactly(network, checkpoint.under(f"{name}/", tensors), path)
-        for name, optimizer in (("g", self.g_optimizer), ("d", self.d_optimizer)):
+        for name, optimizer in optimizers.items():
             checkpoint.unpack_optimizer(optimizer, checkpoint.under(f"{name}/", tensors), meta[name])
         if self.ada is not None:
             for key, value in self.ada.tensors().items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -16,12 +17,12 @@ from torchvision.utils import make_grid
 from dreamteacher import __version__
 from dreamteacher.data import batches, image_set
 from dreamteacher.data.images import to_float
-from dreamteacher.runtime import checkpoint
+from dreamteacher.runtime import checkpoint, memory
 from dreamteacher.runtime.config import describe, to_json
 from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.distributed.group import agree, join, together
 from dreamteacher.runtime.distributed.world import check_batch
-from dreamteacher.runtime.errors import UserError, first_line
+from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.loggers import check_loggers
 from dreamteacher.runtime.loop import Loop, check_saving
 from dreamteacher.runtime.meter import Meter
@@ -60,11 +61,10 @@ def train_teacher(config: TrainTeacherConfig) -> Path | None:
     )  # fmt: skip
     fours = 4 if isinstance(preset, StyleGan2Preset) else 1  # its discriminator compares images in fours
     check_batch("A step", plan.batch_size, world, together=fours)
-    unit = preset.unit
-    if size[0] % unit or size[1] % unit:
+    if size[0] % preset.unit or size[1] % preset.unit:
         raise UserError(
             f"--size {size[0]} {size[1]} does not fit the preset '{config.preset}'.",
-            f"Both must be multiples of {unit}.",
+            f"Both must be multiples of {preset.unit}.",
         )
     images = image_set.load_images(
         config.images, size, strict=config.strict, cache_gb=config.cache_gb, workers=config.workers
@@ -89,15 +89,11 @@ def train_teacher(config: TrainTeacherConfig) -> Path | None:
     }), flush=True)  # fmt: skip
     if config.dry_run:
         return None
-    try:
-        with contextlib.closing(RunDir(config.out, world)) as run:
-            objective = make()
-            _train(config, plan, objective, images, run, resolved)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"Steps of {plan.batch_size} images run out of memory: {first_line(error, 80)}",
-            "Use a smaller --batch-size or --size, or another --preset.",
-        ) from error
+    problem = f"Steps of {plan.batch_size} images run out of memory"
+    enough = memory.needed(problem, "Use a smaller --batch-size or --size, or another --preset.")
+    with enough, contextlib.closing(RunDir(config.out, world)) as run:
+        objective = make()
+        _train(config, plan, objective, images, run, resolved)
     if not world.first:
         return config.out
     card = {
@@ -114,8 +110,7 @@ def train_teacher(config: TrainTeacherConfig) -> Path | None:
 def _check_family(config: TrainTeacherConfig, preset: Preset) -> None:
     """Raises UserError for a setting that the preset's family does not have, or that is out of range."""
     if isinstance(preset, StyleGan2Preset):
-        foreign = {"--schedule": config.schedule != "linear"}
-        kind, other = "a StyleGAN2", "diffusion"
+        foreign, kind, other = {"--schedule": config.schedule != "linear"}, "a StyleGAN2", "diffusion"
     else:
         foreign = {"--gamma": config.gamma is not None, "--ada": config.ada is not None}
         kind, other = "a diffusion model", "StyleGAN2"
@@ -136,19 +131,14 @@ def _family(
     config: TrainTeacherConfig, preset: Preset, plan: TrainingPlan, size: tuple[int, int], image_channels: int
 ) -> tuple[Any, int, Callable[[], Objective]]:
     """The network's spec, how many parameters are trained, and what makes them ready to be."""
-    match preset:
-        case DiffusionPreset():
-            unet = diffusion.network_spec(preset, size, image_channels, config.schedule)
-            return unet, diffusion.parameter_count(unet), lambda: DiffusionObjective(preset, unet, plan)
-        case StyleGan2Preset():
-            gan = stylegan2.network_spec(preset, size, image_channels)
-            gamma = preset.gamma if config.gamma is None else config.gamma
-            return (
-                gan,
-                stylegan2.parameter_count(gan),
-                lambda: StyleGan2Objective(preset, gan, plan, gamma=gamma, ada=config.ada),
-            )
-    raise AssertionError(f"a preset of no family: {preset}")
+    if isinstance(preset, DiffusionPreset):
+        unet = diffusion.network_spec(preset, size, image_channels, config.schedule)
+        return unet, diffusion.parameter_count(unet), lambda: DiffusionObjective(preset, unet, plan)
+    assert isinstance(preset, StyleGan2Preset)
+    gan = stylegan2.network_spec(preset, size, image_channels)
+    gamma = preset.gamma if config.gamma is None else config.gamma
+    make = functools.partial(StyleGan2Objective, preset, gan, plan, gamma=gamma, ada=config.ada)
+    return gan, stylegan2.parameter_count(gan), make
 
 
 def _all_grey(images: image_set.ImageSet) -> bool:

@@ -17,7 +17,8 @@ import torch
 from dreamteacher.distill.dataset import PartStream
 from dreamteacher.distill.step import Distillation
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.run_folder import RunDir, take_lock
+from dreamteacher.runtime.lock import take_lock
+from dreamteacher.runtime.run_folder import RunDir
 from dreamteacher.teachers.training import diffusion
 from dreamteacher.teachers.training import train as train_module
 from tests.distill.test_faults import poison_loss, poison_teacher
@@ -50,19 +51,9 @@ def without_torchrun(patch: pytest.MonkeyPatch) -> None:
     patch.delenv("MASTER_ADDR", raising=False)
 
 
-class Lock:
-    """That of the run in `run`, held until this is forgotten: another open file is as good as another process."""
-
-    def __init__(self) -> None:
-        self.file = os.open("run/.lock", os.O_RDWR)
-        assert take_lock(self.file, Path("run"))
-
-    def __del__(self) -> None:
-        os.close(self.file)
-
-
 def another_process_writes(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(another_process_writes, "lock", Lock(), raising=False)
+    """Another lock object on the file is as good as another process."""
+    patch.setattr(another_process_writes, "lock", take_lock(Path("run/.lock")), raising=False)
 
 
 def out_of_memory(patch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from dreamteacher.cli import main as cli
 from dreamteacher.distill import plan as distill_plan
 from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.runtime.distributed import group
+from dreamteacher.runtime.distributed.world import World
 from dreamteacher.runtime.errors import UserError
 
 
@@ -29,18 +30,15 @@ def _second_of_two(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    monkeypatch.setattr(group, "_met", None)
-    caches = group.speaks, group._server
-    for cached in caches:
-        cached.cache_clear()
+    monkeypatch.setattr(group, "_Met", type("_Met", (), dict(vars(group._Met))))
+    group.speaks.cache_clear()
     yield
-    for cached in caches:
-        cached.cache_clear()
+    group.speaks.cache_clear()
 
 
 def meet(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     store = dist.HashStore()
-    monkeypatch.setattr(group, "_met", store)
+    monkeypatch.setattr(group._Met, "store", store)
     return store
 
 
@@ -79,22 +77,9 @@ def test_a_loss_says_what_torch_says(said: str, cause: str, monkeypatch: pytest.
     assert len(lines) == 3
     assert cause in lines[0]
     assert len(lines[0]) < 280
-    assert store.check(["over"])
     assert group.speaks()
-
-
-def test_who_fails_claims_to_tell_before_the_others_hear_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = meet(monkeypatch)
-    order: list[str] = []
-    other = SimpleNamespace(
-        add=lambda key, n: order.append(key) or store.add(key, n), set=lambda key, _: order.append(key)
-    )
-    monkeypatch.setattr(group, "_met", other)
-    with pytest.raises(ValueError, match="mine"):
-        fail(ValueError("mine"))
-    assert order == ["told", "over"]
-    assert group.speaks()
-    assert order == ["told", "over"]  # it is asked once
+    assert group.speaks()  # it is asked once
+    assert store.add("told", 0) == 1
 
 
 def test_who_comes_second_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,12 +87,6 @@ def test_who_comes_second_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(group.LostError):
         fail(RuntimeError("Connection closed by peer"))
     assert not group.speaks()
-
-
-def test_who_waits_for_one_that_ended_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    meet(monkeypatch).set("over", "")
-    with pytest.raises(group.LostError, match="it says that it ends"):
-        group.broadcast(lambda: "never made")
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -151,41 +130,32 @@ def test_writers_of_features_meet(image_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there is a second GPU")
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(group, "_meet", lambda world: dist.HashStore())
     with pytest.raises(UserError, match="Device 'cuda:1' cannot be used"):
         group.join("auto")
 
 
-def test_a_start_has_a_name_of_its_own_whatever_an_earlier_one_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The agents' store still names the port of the last start, at which others listen by now."""
-    agents = dist.HashStore()
-    monkeypatch.setattr(group, "_server", lambda: agents)
-    monkeypatch.setattr(group, "DOOR_S", 0.2)
-    monkeypatch.setenv("DREAMTEACHER_TIMEOUT", "30")
-    names: list[str] = []
-    second = threading.Thread(target=lambda: names.append(group._name_of_start()), daemon=True)
-    with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as talks:
-        threading.Thread(target=group._answer, args=(talks, b"SSH-2.0-" + b"x" * 24), daemon=True).start()
-        agents.set("dreamteacher/door", str(silent.getsockname()[1]))
-        second.start()
-        for port in (talks.getsockname()[1], "1"):
-            second.join(0.4)
-            agents.set("dreamteacher/door", str(port))
-        second.join(0.2)
-        assert second.is_alive()
-        monkeypatch.setenv("RANK", "0")
-        first = group._name_of_start()
-        second.join(20)
-        assert names == [first]
-        assert group._name_of_start() != first
-
-
-def test_a_first_one_that_never_comes_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    agents = dist.HashStore()
-    agents.set("dreamteacher/door", "1")
-    monkeypatch.setattr(group, "_server", lambda: agents)
+def test_a_restart_meets_whom_the_agents_store_has_forgotten_to_forget(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The agents' store still names the port of the last start, where nobody answers by now."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    with pytest.raises(UserError, match=r"could not meet: the first one does not answer at 127\.0\.0\.1:1"):
-        group.join("cpu")
+    monkeypatch.setenv("DREAMTEACHER_TIMEOUT", "30")
+    agents = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_PORT", str(agents.port))
+    stores: list[dist.Store] = []
+    second = threading.Thread(target=lambda: stores.append(group._meet(World(1, 2))), daemon=True)
+    with socket.create_server(("127.0.0.1", 0)) as shut:
+        agents.set("dreamteacher", f"{shut.getsockname()[1]}/old")
+    second.start()
+    second.join(0.5)
+    assert second.is_alive()
+    first = group._meet(World(0, 2))
+    second.join(20)
+    first.set("said", "yes")
+    assert stores[0].get("said") == b"yes"
+    again = group._meet(World(0, 2))
+    assert not again.check(["said"])
 
 
 # --- what all of them do -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dreamteacher.data import batches, image_set
+from dreamteacher.data import batches, image_set, seeds
 from dreamteacher.runtime import prefetch
 from dreamteacher.runtime.distributed.device import resolve_precision
 from dreamteacher.runtime.distributed.world import Draws
@@ -51,8 +51,9 @@ def test_a_step_on_a_gpu_never_waits(kind: str, monkeypatch: pytest.MonkeyPatch)
         assert device == CUDA
         return Draws("cpu", seed)  # there is no other here
 
-    for module in (training_diffusion, stylegan2):
+    for module in (seeds, stylegan2):
         monkeypatch.setattr(module, "Draws", draws)
+    for module in (training_diffusion, stylegan2):
         monkeypatch.setattr(module, "autocast", cuda_autocast)
     monkeypatch.setattr(training_diffusion, "seeded", lambda *_: contextlib.nullcontext())
     plan = TrainingPlan(
