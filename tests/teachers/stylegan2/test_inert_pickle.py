@@ -335,7 +335,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("name", stylegan2_convert._allowed(0))
+@pytest.mark.parametrize("name", stylegan2_convert._ALLOWED)
 def test_allowed_names_take_only_the_arguments_of_the_official_files(tmp_path, name):
     for arguments in WRONG:
         if (name, arguments) in [("collections OrderedDict", ()), ("dnnlib.util EasyDict", ())]:
