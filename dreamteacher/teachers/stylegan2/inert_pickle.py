@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -102,7 +103,9 @@ def flat_storage(blob: bytes) -> Tensor:
             storage = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
         return torch.empty(0, dtype=storage.dtype).set_(storage)
     except Exception as error:  # whatever torch raises for damaged bytes: it has no one error for them
-        raise ValueError(f"a tensor's bytes cannot be read: {first_line(error, 120)}") from None
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"they ask for '{asked[1]}'" if asked else first_line(error, 120)
+        raise ValueError(f"a tensor's bytes cannot be read: {why}") from None
 
 
 def tensor(
