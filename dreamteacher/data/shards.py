@@ -156,6 +156,8 @@ def _members(shard: Path) -> tuple[dict[str, TarImage], dict[str, str]]:
     with tarfile.open(shard, "r:") as tar:
         for info in tar:
             tar.members = []  # type: ignore[attr-defined]  # none is needed again
+            if info.size < 0:  # it would lead back for ever
+                raise tarfile.ReadError(f"a member declares {info.size} bytes")
             name = PurePosixPath(info.name)
             if name.is_absolute() or ".." in name.parts:
                 raise UserError(f"'{shard}' holds '{info.name}', which leads out of it.", "Do not use it.")

@@ -116,4 +116,6 @@ def _members(archive: Path) -> Iterator[_Member]:
     else:
         with tarfile.open(archive) as tar:
             for entry in tar:
+                if entry.size < 0:  # it would lead back for ever
+                    raise tarfile.ReadError(f"a member declares {entry.size} bytes")
                 yield _Member(entry.name, entry.size, entry.isreg(), partial(tar.extractfile, entry))

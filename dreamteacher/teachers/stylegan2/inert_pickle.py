@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import struct
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,13 +75,17 @@ def read_inert(data: bytes, allowed: Mapping[str, Callable[..., Any]], where: Pa
         raise UserError(f"'{where}' is refused: {first_line(error, 120)}.", DISTRUST) from None
 
 
+_FORMATS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b"}
+_FORMATS |= {"u8": "Q", "u4": "I", "u2": "H", "u1": "B", "b1": "?"}
+
+
 class NumpyDType:
     """`numpy.dtype(code, align, copy)` of a plain number; BUILD then tells its byte order."""
 
     def __init__(self, code: str, *_: Any) -> None:
-        if code not in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1"):
+        if code not in _FORMATS:
             raise ValueError("no plain number type")
-        self.code = code
+        self.format = f"<{_FORMATS[code]}"
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         if state[1] not in ("<", "|"):
@@ -92,7 +96,7 @@ def numpy_scalar(dtype: NumpyDType, content: bytes) -> float | int | bool:
     """`numpy.core.multiarray.scalar(dtype, bytes)` as a Python number. Raises ValueError for any other."""
     if type(dtype) is not NumpyDType or type(content) is not bytes:
         raise ValueError("no number")
-    return np.frombuffer(content, f"<{dtype.code}").reshape(()).item()
+    return struct.unpack(dtype.format, content)[0]
 
 
 def flat_storage(blob: bytes) -> Tensor:

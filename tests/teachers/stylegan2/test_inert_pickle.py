@@ -232,7 +232,7 @@ ODD: dict[str, tuple[Any, str]] = {
     "objects": (number(("O8", False, True), PLAIN_STATE, b"12345678"), "no plain number type"),
     "raw memory": (number(("V8", False, True), PLAIN_STATE, b"12345678"), "no plain number type"),
     "big-endian": (number(("f8", False, True), (3, ">", *PLAIN_STATE[2:]), b"12345678"), "little-endian"),
-    "a number too short": (number(("f8", False, True), PLAIN_STATE, b"1234"), "buffer size"),
+    "a number too short": (number(("f8", False, True), PLAIN_STATE, b"1234"), "requires a buffer"),
     "a number of no type": (Call(SCALAR, "f8", b"12345678"), "no number"),
     # tensors
     "beyond the bytes": (tensor(offset=1), "larger than its bytes"),
