@@ -24,8 +24,8 @@ from dreamteacher.data.labelled import read_labelled
 from dreamteacher.data.layouts import table as layouts
 from dreamteacher.distill.config import PretrainConfig, TrainInterpreterConfig
 from dreamteacher.distill.estimate import millions
-from dreamteacher.downstream.check import check_config
 from dreamteacher.downstream.config import EvaluateConfig
+from dreamteacher.downstream.evaluate import check_config
 from dreamteacher.downstream.presets import check_preset
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import Student, create_student

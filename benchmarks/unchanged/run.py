@@ -185,7 +185,7 @@ CASES: dict[str, Case] = {
     )),
     "linear-sgd": Case((
         f"{EVALUATE} {CLASSES} --tasks linear-sgd --linear-sgd.epochs 5 --linear-sgd.batch-size 8 "
-        "--linear-sgd.views 2 --linear-sgd.weight-decay 0.0001 --linear-sgd.warmup-epochs 1",
+        "--linear-sgd.weight-decay 0.0001 --linear-sgd.warmup-epochs 1",
     )),
     "finetune-full": Case((
         FULL,

@@ -7,12 +7,16 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from dreamteacher.downstream.classification.config import FinetuneConfig, FinetuneFullConfig, LinearSgdConfig
-from dreamteacher.downstream.detection.config import DetectConfig
-from dreamteacher.downstream.panoptic.config import PanopticConfig
+from dreamteacher.downstream.classification.config import (
+    FinetuneConfig,
+    FinetuneFullConfig,
+    LinearSgdConfig,
+    check_numbers,
+)
+from dreamteacher.downstream.detection.config import DetectConfig, PanopticConfig
 from dreamteacher.downstream.segmentation.config import ReadoutConfig, SegmentConfig, SemanticConfig
-from dreamteacher.downstream.tasks import ADDED, TASKS
-from dreamteacher.runtime.errors import UserError, did_you_mean
+from dreamteacher.downstream.tasks import ADDED, place_of
+from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.settings import LoggerName, OnDevice
 
 T = TypeVar("T")
@@ -123,10 +127,7 @@ class EvaluateConfig(OnDevice):
 
     def __post_init__(self) -> None:
         for name in self.tasks:
-            if name not in TASKS:
-                raise UserError(
-                    f"There is no task '{name}'.{did_you_mean(name, TASKS)}", f"Tasks: {', '.join(TASKS)}."
-                )
+            place_of(name)
         for setting, least in (("labels", 1), ("mask_counts", 2), ("seeds", 0)):
             values = getattr(self, setting)
             if not values or min(values) < least or len(set(values)) < len(values):
@@ -139,7 +140,4 @@ class EvaluateConfig(OnDevice):
                 f"size {self.size[0]}x{self.size[1]} does not fit strides up to 32.",
                 "Give height and width as multiples of 32.",
             )
-        if min(self.batch_size, self.knn_k) < 1:
-            raise UserError("batch_size or knn_k is below 1.", "Give at least 1.")
-        if self.save_minutes < 0:
-            raise UserError(f"save_minutes is {self.save_minutes}.", "Give 0 (only at the end) or more.")
+        check_numbers(self, above=("batch_size", "knn_k"), least=("save_minutes",))

@@ -4,31 +4,66 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dreamteacher.downstream.check import check_config, default_tasks, group_budgets
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.presets import check_preset
 from dreamteacher.downstream.results import Results
 from dreamteacher.downstream.tables import row_title, separated, summary_table
-from dreamteacher.downstream.task import Bench, find_task
-from dreamteacher.downstream.tasks import Row
+from dreamteacher.downstream.task import Bench, Budgets, Group, Task, find_task
+from dreamteacher.downstream.tasks import TASKS, Row
 from dreamteacher.models.distilled import neck_weights
 from dreamteacher.models.student import Student, create_student, is_ours, recorded_student, weight_file
 from dreamteacher.runtime.distributed.device import pick_device
+from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.loggers import check_loggers
 
-__all__ = [
-    "EvaluateConfig",
-    "check_config",
-    "evaluate",
-    "evaluate_student",
-    "separated",
-    "summary_table",
-]
+__all__ = ["EvaluateConfig", "check_config", "evaluate", "evaluate_student", "separated", "summary_table"]
+
+
+def default_tasks(config: EvaluateConfig, groups: Iterable[str] | None = None) -> tuple[Task, ...]:
+    """The tasks that run where none is named: of `groups`, or else of those with data in the config."""
+    tasks = [find_task(name) for name in TASKS]
+    given = [task.group.given(config) if groups is None else task.group.name in groups for task in tasks]
+    return tuple(t for t, there in zip(tasks, given, strict=True) if there and t.default(config))
+
+
+def group_budgets(tasks: Iterable[Task], config: EvaluateConfig) -> Mapping[Group, Budgets]:
+    """The groups of these tasks, in order, with the budgets of those of its tasks that draw labelled images."""
+    found: dict[Group, list[int | None]] = {}
+    for task in tasks:
+        budgets = found.setdefault(task.group, [])
+        budgets += task.all_budgets(config) if task.unit else ()
+    return found
+
+
+def check_config(config: EvaluateConfig) -> tuple[str, ...]:
+    """The names of the tasks that will run; reads no image.
+
+    A UserError for missing or differing folders, settings of a task that do not fit, or more labels than
+    there are.
+    """
+    pick_device(config.device)
+    tasks = tuple(find_task(name) for name in config.tasks) or default_tasks(config)
+    if not tasks:
+        raise UserError(
+            "There is nothing to evaluate on.",
+            "Give --train and --test (one folder per class), or --images and --masks (or --instances).",
+        )
+    for task in tasks:
+        task.check(config)
+    for place in (config.out, *config.out.parents) if config.out is not None else ():
+        if place.exists():
+            if not place.is_dir() or not os.access(place, os.W_OK):
+                raise UserError(f"'{place}' is no folder that can be written.", "Choose another --out.")
+            break
+    for group, budgets in group_budgets(tasks, config).items():
+        group.check(config, budgets)
+    return tuple(task.name for task in tasks)
 
 
 def evaluate_student(
@@ -47,15 +82,14 @@ def evaluate_student(
             features are reused, and what depends on no draw (knn) is reported once.
         config: see `EvaluateConfig`; without tasks, all that the data allow.
         method: the name of these rows.
-        data: name of a group of tasks (`Task.group`) -> its data: "classification", "segmentation", "streamed",
-            "detection", "panoptic".
+        data: name of a group of tasks (`Task.group`), "classification" for example, -> its data.
         run_of: the run folder of a seed's backbone, for the config's `neck` and the task distilled.
         results: where rows are kept, and those that are there are not computed again; None: nowhere.
 
     Yields:
         {"method", "student", "task", "metric", "value", "labels", "seed", "seconds"}: `labels` is per class
-        (None: all of them, as for knn) or a number of masks or images, `seconds` that of the whole task (after a
-        stop: of its last part). With `results` also "key", of all that decides the row.
+        (None: all) or a number of masks or images, `seconds` that of the whole task. With `results` also
+        "key".
     """
     device = pick_device(config.device)
     tasks = tuple(find_task(name) for name in config.tasks) or default_tasks(config, data)
@@ -87,17 +121,9 @@ def evaluate_student(
 
 
 def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> list[Row]:
-    """Evaluates one backbone on folders of images; every check comes before any work.
+    """The rows of one backbone on folders of images, also added to out/results.jsonl; `log` receives lines.
 
-    Args:
-        config: see `EvaluateConfig`.
-        log: receives lines for the screen.
-
-    Returns:
-        The rows, as `evaluate_student` yields them; they are also added to out/results.jsonl.
-
-    Raises:
-        UserError: for anything wrong with the config, the folders or the weights.
+    Every check of config, folders and weights comes before any work, as a UserError.
     """
     check_loggers(config.log_to)
     check_preset(config)
@@ -130,13 +156,9 @@ def evaluate(config: EvaluateConfig, *, log: Callable[[str], None] = print) -> l
             results.check(first)
         config.out.mkdir(parents=True, exist_ok=True)
     rows = []
+    run_of = (lambda _seed: run) if run.is_dir() else None
     for row in evaluate_student(
-        make_student,
-        config,
-        method=method,
-        data=data,
-        run_of=(lambda _seed: run) if run.is_dir() else None,
-        results=results,
+        make_student, config, method=method, data=data, run_of=run_of, results=results
     ):
         rows.append(row)
         if row["metric"] == find_task(row["task"]).headline:

@@ -1,63 +1,44 @@
-"""What a backbone is worth: k nearest neighbours, linear probes, fine-tuning, segmentation, detection.
+"""What the tasks share: data with classes, frozen features, scores of classes.
 
-A task is a function (backbone, data, settings) that yields (metric, value) pairs. It leaves the backbone it
-was given exactly as it was (weights, buffers, mode): probes freeze it, fine-tuning works on a copy. It knows
-no teacher, so every backbone is measured by the same code. This file holds what the tasks share: data,
-frozen features and scores of classes.
+A task yields (metric, value) pairs and leaves the backbone exactly as it was (weights, buffers, mode): probes
+freeze it, fine-tuning works on a copy. It knows no teacher: every backbone is measured by the same code.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from dreamteacher import metrics
 from dreamteacher.data.image_set import ImageSet
-from dreamteacher.data.images import below, to_float
-from dreamteacher.data.layouts.table import Part, image_files
+from dreamteacher.data.images import to_float
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.distributed.device import autocast
-from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.settings import Precision
 
-Images: TypeAlias = Tensor | ImageSet
-Levels = Literal["last", "all"]
+Images: TypeAlias = Tensor | ImageSet  # a tensor is uint8 N x 3 x H x W
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationData:
-    """Labelled images in two parts that share their classes.
+    """Labelled images in two parts that share their classes."""
 
-    Args:
-        train: uint8 N x 3 x H x W or an image set; labels are drawn from here, and the probes may look at all
-            of these images without labels.
-        train_labels: N class ids (int64).
-        test: as `train`; seen by nothing but the final score.
-        test_labels: M class ids (int64).
-        classes: class names in id order.
-    """
-
-    train: Images
-    train_labels: Tensor
-    test: Images
+    train: Images  # labels are drawn from here, and the probes may look at all of these images without labels
+    train_labels: Tensor  # class ids (int64)
+    test: Images  # seen by nothing but the final score
     test_labels: Tensor
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # names in id order
 
 
 def labelled_data(train: ImageSet, test: ImageSet) -> ClassificationData:
-    """Two image sets whose folders are their classes.
-
-    Raises:
-        UserError: one of them has no classes, or not those of the other.
-    """
+    """Two image sets whose folders are their classes; a UserError where these are not the same."""
     if train.labels is None or test.labels is None or train.classes != test.classes:
         raise UserError(
             f"'{train.folder}' and '{test.folder}' do not have the same classes.",
@@ -97,82 +78,17 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 def extract_features(
-    student: Student,
-    images: Images,
-    *,
-    batch_size: int = 128,
-    precision: Precision = "auto",
-    levels: Levels = "last",
+    student: Student, images: Images, *, batch_size: int = 128, precision: Precision = "auto"
 ) -> Tensor:
-    """Frozen global features of all images: extract once, then reuse for every probe.
-
-    Args:
-        student: left as it is; runs in evaluation mode.
-        images: uint8 N x 3 x H x W, or an image set.
-        batch_size: images at once; changes speed and memory only.
-        precision: of the forward pass.
-        levels: "last" averages the coarsest map over its positions; "all" does so with every map and
-            concatenates, fine to coarse.
-
-    Returns:
-        N x C float32 on the student's device.
-    """
+    """The coarsest map of all images, averaged over its positions: N x C float32 on the student's device."""
     device = device_of(student)
-    features = []
+    batches = torch.arange(len(images)).split(batch_size)
     with frozen(student), autocast(device, precision):
-        for index in torch.arange(len(images)).split(batch_size):
-            batch = to_input(take(images, index), device)
-            if levels == "last":
-                features.append(student.pooled(batch).float())
-            else:
-                features.append(torch.cat([m.float().mean((2, 3)) for m in student(batch)], dim=1))
-    return torch.cat(features)
-
-
-def class_counts(folder: Path, part: Part = "train") -> Counter[str]:
-    """Images per class of a folder with one subfolder per class, or of LAYOUT:ROOT; only paths are read.
-
-    Raises:
-        UserError: there are fewer than two subfolders, or images beside them; a layout has no classes.
-    """
-    files = image_files(folder, part)
-    if files.labels is not None:
-        return Counter(files.classes[label] for label in files.labels)
-    parts = [below(files.folder, path).split("/") for path in files.paths]
-    counts = Counter(names[0] for names in parts if len(names) > 1)
-    if not files.by_folder or len(counts) < 2 or any(len(names) == 1 for names in parts):
-        raise UserError(
-            f"'{folder}' is not sorted into classes.",
-            "Put every image into one of at least two subfolders, one per class.",
-        )
-    return counts
-
-
-def check_classes(train: Path, test: Path, per_class: int) -> None:
-    """Checks two folders of classes by their paths alone.
-
-    Raises:
-        UserError: the classes differ, or a training class has fewer than `per_class` images.
-    """
-    counts, others = class_counts(train), class_counts(test, "val")
-    if set(counts) != set(others):
-        only = shorten(sorted(set(counts) ^ set(others)))
-        raise UserError(
-            f"Classes of '{train}' and '{test}' differ: {only} in one of them only.",
-            "Give both the same subfolders.",
-        )
-    name, count = min(counts.items(), key=lambda item: item[1])
-    if count < per_class:
-        raise UserError(
-            f"{per_class} labels per class asked for; class '{name}' of '{train}' has {count} images.",
-            "Ask for fewer labels, or add images to that class.",
-        )
+        return torch.cat([student.pooled(to_input(take(images, i), device)).float() for i in batches])
 
 
 def class_metrics(scores: Tensor, target: Tensor) -> Iterator[Metric]:
-    """Accuracy, top-5 accuracy (of more than 5 classes), balanced accuracy and AUROC.
-
-    AUROC needs every class in the target and is left out otherwise.
+    """Accuracy, top-5 (of more than 5 classes), balanced accuracy and AUROC (if the target has every class).
 
     Args:
         scores: N x classes, larger is likelier; probabilities where there are more than two classes.

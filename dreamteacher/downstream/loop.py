@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,16 +24,12 @@ class Saved:
     """Where one training keeps its last checkpoint: the same training goes on from there, bitwise.
 
     The caller begins its stream of batches at `step`; `run_steps` does the rest. Random numbers that layers
-    draw from torch's global generators (see `dreamteacher.runtime.distributed.device.seeded`) go on where they stopped.
+    draw from torch's global generators (see `dreamteacher.runtime.distributed.device.seeded`) go on where
+    they stopped.
 
-    Args:
-        folder: made and locked; it belongs to this training alone.
-        facts: all that decides the training, as JSON values; kept in its config.json for the reader.
-        minutes: between two checkpoints; 0: only at the end.
-        log_to: services that the log also goes to.
-
-    Raises:
-        UserError: another process trains it, its checkpoint cannot be read, or it cannot be written.
+    The folder, which it makes and locks, belongs to this training alone; `facts`, all that decides it, are
+    kept there for the reader. A UserError where another process trains it, its checkpoint cannot be read, or
+    it cannot be written.
     """
 
     def __init__(
@@ -50,50 +45,29 @@ class Saved:
             raise
         self.step = checkpoint.step_of(self.path) if self.path else 0
 
+    def __enter__(self) -> Saved:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.run.close()
+
 
 @dataclass(frozen=True, kw_only=True)
 class LongRun:
-    """How a long training runs: what does not belong to its settings.
+    """How a long training runs: what does not belong to its settings."""
 
-    Args:
-        seed: of the draw and of all that is random in the training.
-        precision: of the matrix products.
-        workers: processes that decode and augment; changes no number.
-        saved: where the training is kept; None: it is not.
-    """
-
-    seed: int = 0
+    seed: int = 0  # of the draw and of all that is random in the training
     precision: Precision = "auto"
-    workers: int = 0
-    saved: Saved | None = None
+    workers: int = 0  # processes that decode and augment; they change no number
+    saved: Saved | None = None  # None: the training is not kept
+
+    @property
+    def first(self) -> int:
+        """The step that it begins with."""
+        return self.saved.step if self.saved else 0
 
 
 UNKEPT = LongRun()
-
-
-def _device(modules: Sequence[nn.Module]) -> torch.device:
-    return next(p for module in modules for p in module.parameters()).device
-
-
-def _state(
-    modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer, ema: Ema | None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors, meta = checkpoint.pack({f"module{i}": m for i, m in enumerate(modules)}, optimizer, ema)
-    tensors["random/cpu"] = torch.get_rng_state()
-    if _device(modules).type == "cuda":
-        tensors["random/cuda"] = torch.cuda.get_rng_state(_device(modules))
-    return tensors, meta
-
-
-def _restore(
-    modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer, ema: Ema | None, tensors: Mapping[str, Tensor],
-    meta: Mapping[str, Any], path: Path,
-) -> None:  # fmt: skip
-    named = {f"module{i}": module for i, module in enumerate(modules)}
-    checkpoint.unpack(named, optimizer, ema, tensors, meta, path)
-    torch.set_rng_state(tensors["random/cpu"])
-    if "random/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random/cuda"], _device(modules))
 
 
 def run_steps(
@@ -107,7 +81,6 @@ def run_steps(
     clip: float = 0.0,
     ema: Ema | None = None,
     title: str = "",
-    seen: Callable[[int, float], None] | None = None,
 ) -> None:
     """Updates number `saved.step` (0 without one) to `steps` - 1.
 
@@ -118,24 +91,32 @@ def run_steps(
             before it was differentiated, so that parts of a batch need the memory of one.
         rate_at: step -> learning rate.
         steps: number of updates.
-        saved: where the training is kept; None: it is not.
+        saved: where the training is kept; a UserError is then raised for a loss that is not finite, and a
+            SystemExit (128 + n) after SIGINT or SIGTERM, where signals are handled.
         clip: largest norm of all gradients; 0: no clipping.
         ema: the moving average of the only module.
         title: of a progress bar in a terminal; none without one.
-        seen: receives step and loss.
-
-    Raises:
-        SystemExit: 128 + n after SIGINT or SIGTERM, where the training is kept and signals are handled.
-        UserError: the loss of one that is kept is not finite.
     """
-    parts = (
-        functools.partial(_state, modules, optimizer, ema),
-        functools.partial(_restore, modules, optimizer, ema),
-    )
+    named = {f"module{i}": module for i, module in enumerate(modules)}
+    device = next(p for module in modules for p in module.parameters()).device
+
+    def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, meta = checkpoint.pack(named, optimizer, ema)
+        tensors["random/cpu"] = torch.get_rng_state()
+        if device.type == "cuda":
+            tensors["random/cuda"] = torch.cuda.get_rng_state(device)
+        return tensors, meta
+
+    def restore(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> None:
+        checkpoint.unpack(named, optimizer, ema, tensors, meta, path)
+        torch.set_rng_state(tensors["random/cpu"])
+        if "random/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random/cuda"], device)
+
     buffers = [b for module in modules for b in module.buffers()]
     loop = Loop(
-        saved.run if saved else None, title=title, steps=steps, batch=0, state=parts[0], restore=parts[1],
-        resume=saved.path if saved else None, undo=memory.Undo(buffers, _device(modules)) if saved else None,
+        saved.run if saved else None, title=title, steps=steps, batch=0, state=state, restore=restore,
+        resume=saved.path if saved else None, undo=memory.Undo(buffers, device) if saved else None,
         save_minutes=saved.minutes if saved else 0.0, log_to=saved.log_to if saved else (),
         log_at=saved.log_at if saved else None,
         advice=lambda name: "Use a lower learning rate for this task, or --precision float32.",
@@ -147,20 +128,16 @@ def run_steps(
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("factor", 1.0)
             optimizer.zero_grad(set_to_none=True)
-            total = 0.0
             for loss in losses_at(step):
                 loss.backward()
                 if saved is not None:
                     loop.meter.watch(step, {"loss": loss})
                     loop.meter.add(step, {"loss": loss})
-                total += float(loss.detach()) if seen is not None else 0.0
             if clip:
                 nn.utils.clip_grad_norm_([p for module in modules for p in module.parameters()], clip)
             with loop.update():
                 optimizer.step()
                 if ema is not None:
                     ema.update(modules[0])
-            if seen is not None:
-                seen(step, total)
             if saved is not None and loop.due(LOG_EVERY):
                 loop.log(lambda means, rate=rate: {**means, "lr": rate})  # type: ignore[misc]

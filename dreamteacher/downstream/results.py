@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from dreamteacher import __version__
 from dreamteacher.data.layouts.table import layout_of
@@ -30,24 +31,14 @@ _NO_MATTER = ("mask_counts", "image_counts", "workers")
 
 
 class Results:
-    """The rows of one folder, and the checkpoints of the trainings that they come from.
-
-    Args:
-        out: the folder, which exists.
-        config: the evaluation; its folders are looked at when a task asks for them.
-        method: what the rows are called.
-    """
+    """The rows of a method in a folder (which exists), and the checkpoints of their trainings."""
 
     def __init__(self, out: Path, config: EvaluateConfig, method: str) -> None:
         self.out, self.config, self.method = out, config, method
+        self.path = out / "results.jsonl"
         self.reused: set[str] = set()
         self._data: dict[Path, str] = {}
         self._weights: tuple[Student, str] | None = None
-
-    @property
-    def path(self) -> Path:
-        """Where the rows are."""
-        return self.out / "results.jsonl"
 
     def facts(self, student: Student, task: Task, budget: int | None, seed: int) -> dict[str, Any]:
         """All that decides the numbers of one task: code, weights, data, settings, seed, precision."""
@@ -75,27 +66,19 @@ class Results:
             shutil.rmtree(self._folder(facts), ignore_errors=True)  # of a kill just after they were written
         return rows
 
-    @contextlib.contextmanager
-    def training(self, task: Task, facts: dict[str, Any]) -> Iterator[Saved | None]:
+    def training(self, task: Task, facts: dict[str, Any]) -> contextlib.AbstractContextManager[Saved | None]:
         """Within: where the training of these facts is kept; None for a short one."""
         if not task.long:
-            yield None
-            return
-        saved = Saved(self._folder(facts), facts, self.config.save_minutes, log_to=self.config.log_to)
-        try:
-            yield saved
-        finally:
-            saved.run.close()
+            return contextlib.nullcontext()
+        return Saved(self._folder(facts), facts, self.config.save_minutes, log_to=self.config.log_to)
 
     def add(self, rows: Sequence[Row], facts: dict[str, Any]) -> list[Row]:
-        """Writes the rows of one task, all or none of them, and returns them with their key; its checkpoint goes.
+        """Writes the rows of one task, all or none, and returns them with their key; its checkpoint goes.
 
-        Raises:
-            UserError: the disk is full.
+        A UserError where the disk is full.
         """
         rows = [{**row, "key": key_of(facts)} for row in rows]
-        with open(self.out / ".results.lock", "w") as lock:  # several evaluations may share the folder
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(self.out / ".results.lock"):  # several evaluations may share the folder
             text = self.path.read_text("utf-8", "surrogateescape") if self.path.exists() else ""
             text += "" if text.endswith("\n") or not text else "\n"
             checkpoint.write_text(self.path, text + "".join(json.dumps(row) + "\n" for row in rows))
@@ -120,11 +103,9 @@ class Results:
     def _listed(self, name: str) -> str | None:
         """A digest of all files below a place of data, by name, size and time of change; none where none is given."""
         place: Path | None = getattr(self.config, name)
-        if place is None:
-            return None
-        if place not in self._data:
+        if place is not None and place not in self._data:
             self._data[place] = _listing(place, self.out.resolve())
-        return self._data[place]
+        return None if place is None else self._data[place]
 
 
 def key_of(facts: dict[str, Any]) -> str:
@@ -145,11 +126,8 @@ def _listing(place: Path, out: Path) -> str:
         here = Path(folder)
         folders[:] = sorted(name for name in folders if (here / name).resolve() != out)
         files += [here / name for name in sorted(names)]
-    for file in files:
-        try:
-            facts = file.stat()
-        except OSError:
-            continue  # a broken link is no data
+    for file in filter(Path.exists, files):  # a broken link is no data
+        facts = file.stat()
         name = os.fsencode(file.relative_to(root)) if file != root else os.fsencode(file.name)
         digest.update(name + f"|{facts.st_size}|{facts.st_mtime_ns}|".encode())
     return digest.hexdigest()[:16]

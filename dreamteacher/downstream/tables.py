@@ -40,24 +40,16 @@ def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[float]]:
 def summary_table(rows: Sequence[Row], *, every_metric: bool = False) -> str:
     """A Markdown table, aligned to be read as text: one line per task, one column per method.
 
-    A cell is the mean ± the sample deviation over the seeds; without ± there is one seed (or one backbone and
-    nothing drawn).
-
-    Args:
-        rows: of one or several methods.
-        every_metric: all metrics instead of the one that stands for each task.
+    A cell is the mean ± the sample deviation over the seeds; without ± there is one seed (or one backbone and nothing
+    drawn). Of each task the metric is shown that stands for it, or with `every_metric` all.
     """
     rows = [row for row in rows if every_metric or row["metric"] == headline(row["task"])]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     groups = _grouped(rows)
     lines = [["task", *methods]]
     for title in dict.fromkeys(row_title(row) for row in rows):
-        lines.append(
-            [
-                title,
-                *(spread(groups[title, method]) if (title, method) in groups else "-" for method in methods),
-            ]
-        )
+        cells = (groups.get((title, method)) for method in methods)
+        lines.append([title, *(spread(cell) if cell else "-" for cell in cells)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(methods) + 1)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
@@ -67,13 +59,10 @@ def summary_table(rows: Sequence[Row], *, every_metric: bool = False) -> str:
 
 
 class Separation(NamedTuple):
-    """How far method a lies above method b in one result.
+    """How far method a lies above method b in one result: the difference of the means.
 
-    Args:
-        title: task, labels and metric.
-        difference: mean of a minus mean of b.
-        deviations: the difference in units of the larger of the two sample deviations over the seeds; None
-            when neither has two values, infinite when both deviations are 0.
+    `deviations` is it in units of the larger of the two sample deviations over the seeds; None when neither
+    has two values, infinite when both deviations are 0.
     """
 
     title: str
@@ -82,13 +71,7 @@ class Separation(NamedTuple):
 
 
 def separated(rows: Sequence[Row], a: str, b: str) -> list[Separation]:
-    """By how many deviations the mean of method `a` exceeds that of `b`, for each result that both have.
-
-    Args:
-        rows: of both methods.
-        a: a method's name.
-        b: another's.
-    """
+    """By how many deviations the mean of method `a` exceeds that of `b`, for each result that both have."""
     groups = _grouped(rows)
     found = []
     for title in dict.fromkeys(row_title(row) for row in rows):

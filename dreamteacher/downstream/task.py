@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dreamteacher.downstream.features import ClassificationData, extract_features
 from dreamteacher.downstream.loop import LongRun, Saved
-from dreamteacher.downstream.tasks import TASKS, Metric
+from dreamteacher.downstream.tasks import Metric, place_of
 from dreamteacher.models.student import Student
-from dreamteacher.runtime.errors import UserError, did_you_mean
+from dreamteacher.runtime.errors import UserError
 
 if TYPE_CHECKING:  # an added task is imported by the module of the config: see `added_settings` there
     from dreamteacher.downstream.config import EvaluateConfig
@@ -25,40 +25,18 @@ Budgets: TypeAlias = Sequence[int | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Data that several tasks share: they are checked and read once for all of them.
-
-    Args:
-        name: of the group.
-        needs: what is said where the data are missing: the problem, and what to give.
-        headline: the metric that stands for its tasks in tables.
-        places: the settings of `EvaluateConfig` that say where the data are.
-        settings: those that decide how they are read.
-        given: config -> whether the places were named.
-        check: (config, budgets of the tasks that draw) -> None; a UserError for what paths and headers show. It reads
-            no image.
-        load: (config, budgets of the tasks that draw) -> the data; a UserError where they are too few.
-    """
+    """Data that several tasks share: they are checked and read once for all of them."""
 
     name: str
-    needs: tuple[str, str]
-    headline: str
-    places: tuple[str, ...]
-    settings: tuple[str, ...] = ()
-    given: Callable[[EvaluateConfig], bool]
+    needs: tuple[str, str]  # what is said where the data are missing: the problem, and what to give
+    headline: str  # the metric that stands for its tasks in tables
+    places: tuple[str, ...]  # the settings of `EvaluateConfig` that say where the data are
+    settings: tuple[str, ...] = ()  # those that decide how they are read
+    given: Callable[[EvaluateConfig], bool]  # whether the places were named
+    # With the budgets of the tasks that draw: a UserError for what paths and headers show; reads no image.
     check: Callable[[EvaluateConfig, Budgets], None]
+    # With these budgets: the data; a UserError where they are too few.
     load: Callable[[EvaluateConfig, Budgets], Any]
-
-
-def _nothing(*_: Any) -> None:
-    return None
-
-
-def _never(_config: EvaluateConfig) -> bool:
-    return False
-
-
-def _none(_config: EvaluateConfig) -> tuple[Any, ...]:
-    return ()
 
 
 def always(_config: EvaluateConfig) -> bool:
@@ -68,43 +46,29 @@ def always(_config: EvaluateConfig) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One way to measure a backbone.
+    """One way to measure a backbone."""
 
-    Args:
-        name: on the command line, in rows and tables.
-        what: in words, for reports.
-        group: the data that it needs.
-        headline: the metric that stands for it in tables; none: the group's.
-        unit: what a budget counts: labels per class, masks, images; "" where nothing is drawn.
-        whole: what a row says that has no budget.
-        config: class of its settings, a frozen dataclass whose fields have defaults: --NAME.setting; none: it has none
-            of its own.
-        settings: fields of `EvaluateConfig` that decide its numbers, beside its own.
-        budgets: config -> the numbers of labels, masks or images that it runs with; none: once, with all.
-        default: config -> whether it runs where no task is named and its data are given.
-        long: it trains for long: a checkpoint of it is kept.
-        seeded: seeds change its numbers for one and the same backbone.
-        files: config -> files beside the backbone's weights that decide its numbers.
-        check: config -> None; a UserError for settings that do not fit. It reads no weight and no image.
-        fits: (backbone, config) -> None; a UserError where the backbone does not fit. It reads no image.
-        run: (bench, budget, seed) -> (metric, value) pairs; it leaves the backbone as it is.
-    """
-
-    name: str
-    what: str
-    group: Group
-    headline: str = ""
-    unit: str = ""
-    whole: str = "all labels"
+    name: str  # on the command line, in rows and tables
+    what: str  # in words, for reports
+    group: Group  # the data that it needs
+    headline: str = ""  # the metric that stands for it in tables; "": the group's
+    unit: str = ""  # what a budget counts: labels per class, masks, images; "" where nothing is drawn
+    whole: str = "all labels"  # what a row says that has no budget
+    # Class of its settings, a frozen dataclass whose fields have defaults: --NAME.setting; None: it has none.
     config: type | None = None
-    settings: tuple[str, ...] = ()
-    budgets: Callable[[EvaluateConfig], tuple[int, ...]] = _none
-    default: Callable[[EvaluateConfig], bool] = _never
-    long: bool = False
-    seeded: bool = True
-    files: Callable[[EvaluateConfig], Sequence[Path]] = _none
-    check: Callable[[EvaluateConfig], None] = _nothing
-    fits: Callable[[Student, EvaluateConfig], None] = _nothing
+    settings: tuple[str, ...] = ()  # fields of `EvaluateConfig` that decide its numbers, beside its own
+    # The numbers of labels, masks or images that it runs with; (): once, with all.
+    budgets: Callable[[EvaluateConfig], tuple[int, ...]] = lambda _config: ()
+    # Whether it runs where no task is named and its data are given.
+    default: Callable[[EvaluateConfig], bool] = lambda _config: False
+    long: bool = False  # it trains for long: a checkpoint of it is kept
+    seeded: bool = True  # seeds change its numbers for one and the same backbone
+    # Files beside the backbone's weights that decide its numbers.
+    files: Callable[[EvaluateConfig], Sequence[Path]] = lambda _config: ()
+    # A UserError for settings that do not fit, or for a backbone that does not fit them; they read no image.
+    check: Callable[[EvaluateConfig], object] = lambda _config: None
+    fits: Callable[[Student, EvaluateConfig], object] = lambda _student, _config: None
+    # (bench, budget, seed) -> (metric, value) pairs; it leaves the backbone as it is.
     run: Callable[[Bench, int | None, int], Iterator[Metric]]
 
     def __post_init__(self) -> None:
@@ -126,14 +90,7 @@ class Task:
 
 @dataclass
 class Bench:
-    """One backbone with the data; its frozen features are extracted when first asked for.
-
-    Args:
-        student: the backbone.
-        config: the evaluation.
-        loaded: name of a group -> its data.
-        run: the run folder that the backbone is from.
-    """
+    """One backbone (of a `run` folder or not) with the data of each group, and its features."""
 
     student: Student
     config: EvaluateConfig
@@ -176,28 +133,21 @@ class Bench:
     def features(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Training features and labels, test features and labels, of images with classes."""
         data: ClassificationData = self.data
-        size, precision = self.config.batch_size, self.config.precision
         if self._extracted is None:
-            train = extract_features(self.student, data.train, batch_size=size, precision=precision)
-            test = extract_features(self.student, data.test, batch_size=size, precision=precision)
+            train, test = (
+                extract_features(self.student, x, **self.passes()) for x in (data.train, data.test)
+            )
             self._extracted = train, test
         return self._extracted[0], data.train_labels, self._extracted[1], data.test_labels
 
 
 def find_task(name: str) -> Task:
-    """The task of this name, from its module.
-
-    Raises:
-        UserError: there is none.
+    """The task of this name, from its module; a UserError where there is none.
 
     Example:
         >>> find_task("knn").headline
         'accuracy'
     """
-    if name not in TASKS:
-        raise UserError(
-            f"There is no task '{name}'.{did_you_mean(name, TASKS)}", f"Tasks: {', '.join(TASKS)}."
-        )
-    module, _, attribute = TASKS[name].partition(":")
+    module, _, attribute = place_of(name).partition(":")
     task: Task = getattr(importlib.import_module(module), attribute)
     return task

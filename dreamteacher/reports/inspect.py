@@ -21,7 +21,7 @@ from dreamteacher.data import image_set, seeds
 from dreamteacher.data.draws import draw_labels
 from dreamteacher.data.images import to_float
 from dreamteacher.data.masks.reader import read_masks
-from dreamteacher.downstream.classification.linear import linear
+from dreamteacher.downstream.classification.probes import linear
 from dreamteacher.reports.charts import pca_basis, pca_colours
 from dreamteacher.reports.config import InspectConfig
 from dreamteacher.reports.inspect_scores import halves, pixel_probe, pixels_at, recognition, standardised

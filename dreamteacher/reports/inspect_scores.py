@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamteacher import metrics
-from dreamteacher.downstream.classification.linear import standardisation
+from dreamteacher.downstream.classification.probes import standardisation
 
 _RIDGE = 0.01  # of the number of rows; features are standardised
 

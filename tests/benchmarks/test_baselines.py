@@ -23,9 +23,8 @@ from torch import Tensor, nn
 
 from dreamteacher.data.batches import batches
 from dreamteacher.data.image_set import load_images
-from dreamteacher.downstream.check import check_config
 from dreamteacher.downstream.config import EvaluateConfig
-from dreamteacher.downstream.evaluate import evaluate, method_name
+from dreamteacher.downstream.evaluate import check_config, evaluate, method_name
 from dreamteacher.models.student import Student, create_student, recorded_student
 from dreamteacher.runtime.run_folder import read_rows
 from tests.builders.pictures import refused

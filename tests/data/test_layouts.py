@@ -31,9 +31,9 @@ from dreamteacher.data.layouts.table import (
 )
 from dreamteacher.data.masks.reader import read_masks
 from dreamteacher.data.sources import MaskFiles, label_fraction
+from dreamteacher.downstream.classification.data import CLASSIFICATION, class_counts
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.evaluate import evaluate
-from dreamteacher.downstream.features import check_classes, class_counts
 from tests.builders.layouts import (
     ADE20K,
     BDD100K,
@@ -185,8 +185,9 @@ def test_imagenet(val: str, tmp_path: Path) -> None:
     assert test.labels is not None
     assert {p.stem: WNIDS[k] for p, k in zip(test.paths, test.labels.tolist(), strict=True)} == truth  # type: ignore[union-attr]
     assert dict(class_counts(source)) == dict(zip(WNIDS, (2, 3, 4), strict=True))
-    check_classes(source, source, 2)
-    refused(lambda: check_classes(source, source, 3), "3 labels per class", WNIDS[0])
+    config = EvaluateConfig(train=source, test=source)
+    CLASSIFICATION.check(config, [2])
+    refused(lambda: CLASSIFICATION.check(config, [3]), "3 labels per class", WNIDS[0])
     assert check(source, "classes") == (9, 4)
 
 

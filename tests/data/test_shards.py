@@ -20,7 +20,7 @@ from dreamteacher.data.layouts.table import image_files
 from dreamteacher.data.shards import tar_images
 from dreamteacher.distill.config import PretrainConfig
 from dreamteacher.distill.pretrain import pretrain
-from dreamteacher.downstream.features import class_counts
+from dreamteacher.downstream.classification.data import class_counts
 from dreamteacher.reports.maps import _pick_images
 from tests.builders.pictures import cut, fill, noise, refused
 

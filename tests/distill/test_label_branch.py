@@ -28,9 +28,8 @@ from dreamteacher.distill.make_labels import make_labels
 from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.distill.step import loss_weights
 from dreamteacher.distill.train_interpreter import prepare, train_interpreter
-from dreamteacher.downstream.check import check_config
 from dreamteacher.downstream.config import EvaluateConfig
-from dreamteacher.downstream.evaluate import evaluate
+from dreamteacher.downstream.evaluate import check_config, evaluate
 from dreamteacher.downstream.segmentation.config import SegmentConfig
 from dreamteacher.losses import feature_loss, interpreter_loss, label_distillation, total_loss
 from dreamteacher.models import distilled
@@ -255,7 +254,7 @@ def test_the_loss_of_a_step_is_equation_3_5_or_6(
     training = Stepper(config, student, regressor, 10, interpreter)
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     maps = teacher.encode(images, generator=torch.Generator().manual_seed(1))
-    part = Part(FeatureBatch(images, maps, 0.0, 0), 1.0, last=True)
+    part = Part(FeatureBatch(images, maps, 0.0, 0), last=True)
     losses = training.distillation.losses(part)
     total = total_loss(losses, loss_weights(config))
     fused = regressor.fused(student(images))

@@ -21,17 +21,16 @@ from dreamteacher.data.panoptic_set import PanopticSet, read_panoptic
 from dreamteacher.data.split import Split
 from dreamteacher.downstream import evaluate
 from dreamteacher.downstream.config import EvaluateConfig
-from dreamteacher.downstream.detection.config import DetectConfig
+from dreamteacher.downstream.detection.config import PANOPTIC_PRESETS, DetectConfig, PanopticConfig
 from dreamteacher.downstream.detection.data import Draw
-from dreamteacher.downstream.panoptic.config import PRESETS, PanopticConfig
-from dreamteacher.downstream.panoptic.merge import merge
-from dreamteacher.downstream.panoptic.train import (
+from dreamteacher.downstream.loop import LongRun
+from dreamteacher.downstream.panoptic import (
+    SEGMENTS,
     TASK,
     PanopticFPN,
     SemanticBranch,
     checked,
-    load_panoptic,
-    panoptic,
+    merge,
     panoptic_example,
     train_panoptic,
 )
@@ -42,7 +41,7 @@ from dreamteacher.runtime.distributed.device import seeded
 from dreamteacher.testing import check_task
 from tests.builders.layouts import cityscapes, coco
 from tests.builders.pictures import cut, refused
-from tests.builders.students import left_alone
+from tests.builders.students import left_alone, run_task
 
 NAME = "test_resnet"
 TINY = PanopticConfig(
@@ -185,7 +184,7 @@ def test_every_flaw_is_named(harm: Callable[[Path], None], words: str, tmp_path:
 def test_layouts_are_read(make: Callable[[Path], object], tmp_path: Path) -> None:
     make(tmp_path)
     source = Path(f"{make.__name__}:{tmp_path}")
-    found = load_panoptic(source, None, None)
+    found = SEGMENTS.load(EvaluateConfig(images=source), ())
     for part, files in ((found.pool, panoptic_files(source)), (found.test, panoptic_files(source, "val"))):
         assert (part.names, part.things) == (files.names, files.things)
         assert len(part) == len(files.images) > 0
@@ -241,9 +240,7 @@ def test_merging_equals_a_loop_over_pixels(draw: st.DataObject) -> None:
         torch.tensor(classes, dtype=torch.int64),
         torch.tensor(scores, dtype=torch.float64),
         stuff,
-        score=limits[0],
-        overlap=limits[1],
-        stuff_area=limits[2],
+        PanopticConfig(score=limits[0], overlap=limits[1], stuff_area=limits[2]),
     )
     expected = merged_by_loop(masks, classes, scores, stuff, limits)
     got = [[(n, found.classes.get(n, -1)) for n in row] for row in found.ids.tolist()]
@@ -308,7 +305,7 @@ def test_crowds_are_no_examples(data: Split[PanopticSet]) -> None:
 def test_panoptic_solves_the_toy(student: Student, data: Split[PanopticSet]) -> None:
     detect = dataclasses.replace(TINY.detect, steps=60, batch_size=4)
     config = dataclasses.replace(TINY, detect=detect, semantic_weight=1.0)
-    found = dict(panoptic(student, data, config, precision="float32"))
+    found = run_task("panoptic", student, data, panoptic=config)
     assert found["pq_stuff"] > 0.8
     assert found["pq_things"] > 0.6
     assert found["pq"] == pytest.approx((2 * found["pq_stuff"] + found["pq_things"]) / 3)
@@ -321,7 +318,9 @@ def test_a_perfect_prediction_has_quality_one(data: Split[PanopticSet]) -> None:
 
 def test_training_is_reproducible(student: Student, data: Split[PanopticSet]) -> None:
     def weights(seed: int) -> Tensor:
-        model: PanopticFPN = train_panoptic(student, data.pool, TINY, seed=seed, precision="float32")
+        model: PanopticFPN = train_panoptic(
+            student, data.pool, TINY, run=LongRun(seed=seed, precision="float32")
+        )
         assert not any(part.training for part in model.modules())
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
@@ -375,7 +374,10 @@ def test_evaluate_runs_it_from_files(root: Path, tmp_path: Path) -> None:
 
 def test_without_a_test_file_half_is_set_aside(root: Path) -> None:
     folder = root / "train"
-    found = load_panoptic(folder / "images", folder / "masks", folder / "panoptic.json", None, None, None)
+    config = EvaluateConfig(
+        images=folder / "images", masks=folder / "masks", segments=folder / "panoptic.json"
+    )
+    found = SEGMENTS.load(config, ())
     assert (len(found.pool), len(found.test)) == (4, 4)
     assert not {s.image for s in found.pool.scenes} & {s.image for s in found.test.scenes}
 
@@ -413,4 +415,4 @@ def test_categories_must_agree_and_have_both_kinds(data: Split[PanopticSet]) -> 
 @pytest.mark.parametrize("change", [{"width": 12}, {"stuff_area": -1}, {"score": 1.5}])
 def test_settings_are_checked(change: dict[str, Any]) -> None:
     refused(lambda: PanopticConfig(**change), "Give")
-    assert PRESETS["bdd100k-36"].detect.optimizer == "sgd"
+    assert PANOPTIC_PRESETS["bdd100k-36"].detect.optimizer == "sgd"

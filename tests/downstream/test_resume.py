@@ -72,7 +72,7 @@ def config_of(root: Path, task: str, **changes: object) -> EvaluateConfig:
         "readout": ReadoutConfig(steps=4, batch_size=2, crops=SMALL, dropout=0.5),
         "detect": dataclasses.replace(DETECT, steps=4),
         "panoptic": dataclasses.replace(PANOPTIC, detect=dataclasses.replace(TRAINED, workers=0)),
-        "linear_sgd": LinearSgdConfig(epochs=2, batch_size=6, views=2, lr=1.0, weight_decay=1e-3),
+        "linear_sgd": LinearSgdConfig(epochs=2, batch_size=6, lr=1.0, weight_decay=1e-3),
         "finetune_full": FinetuneFullConfig(
             optimizer="lamb", epochs=4 / 3, batch_size=4, lr=1e-3, drop_path=0.3, ema=0.9, accumulate=2, mixup=0.5,
             rand_augment="off",

@@ -23,7 +23,7 @@ from dreamteacher.downstream.detection.config import DetectConfig
 from dreamteacher.downstream.detection.model import build_detector
 from dreamteacher.downstream.evaluate import evaluate
 from dreamteacher.downstream.segmentation.few_masks import SegmentationHead
-from dreamteacher.downstream.segmentation.semantic import FCNHead
+from dreamteacher.downstream.segmentation.semantic import ReadoutHead
 from dreamteacher.exports.config import ExportConfig
 from dreamteacher.exports.timm import load_snippet
 from dreamteacher.exports.write import write_export
@@ -257,7 +257,7 @@ def test_heads_make_a_pyramid_of_their_own() -> None:
     student = create_student("test_vit")
     head = SegmentationHead(student.specs, 3, 8, norm=True)
     assert head(student(images()), (64, 96)).shape == (2, 3, 64, 96)
-    assert FCNHead(student.specs, 3, -1)(student(images()), (64, 96)).shape == (2, 3, 64, 96)
+    assert ReadoutHead(student.specs, 3, -1)(student(images()), (64, 96)).shape == (2, 3, 64, 96)
     config = DetectConfig(width=8, fc=8)
     model = build_detector(student, config, classes=1, cascade=False)
     maps = model.backbone(images())

@@ -18,15 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from dreamteacher.cli.main import main
 from dreamteacher.data.layouts.table import instance_files
 from dreamteacher.distill.config import PretrainConfig, TrainInterpreterConfig
-from dreamteacher.downstream.check import check_config
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.detection.config import PRESETS as DETECT
-from dreamteacher.downstream.detection.data import load_detection
 from dreamteacher.downstream.detection.model import build_detector
-from dreamteacher.downstream.evaluate import evaluate
+from dreamteacher.downstream.detection.train import INSTANCES
+from dreamteacher.downstream.evaluate import check_config, evaluate
 from dreamteacher.downstream.presets import PRESETS, preset_config
 from dreamteacher.downstream.segmentation.few_masks import SegmentationHead
-from dreamteacher.downstream.segmentation.semantic import FCNHead
+from dreamteacher.downstream.segmentation.semantic import ReadoutHead
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime.errors import UserError
@@ -417,7 +416,7 @@ def test_a_dry_run_of_evaluate(data: Path, tmp_path: Path, capsys: pytest.Captur
 def test_detection_on_a_layout(data: Path) -> None:
     """Objects of BDD100K's bitmasks, as the layout reads them."""
     source = Path(f"bdd100k:{data}/bdd100k")
-    found, files = load_detection(source, None, None, None), instance_files(source, "val")
+    found, files = INSTANCES.load(EvaluateConfig(images=source), ()), instance_files(source, "val")
     assert (found.pool.classes, len(found.pool), len(found.test)) == (files.names, 2, 2)
     for i in range(2):
         truth, read = found.test.truth(i), files.read(i)
@@ -505,7 +504,7 @@ def test_operations_are_counted_anew(name: str) -> None:
         regressor = FeatureRegressor(student.specs, levels).eval()
         upernet, auxiliary = (
             SegmentationHead(student.specs, 150, 512).eval(),
-            FCNHead(student.specs, 150, -2).eval(),
+            ReadoutHead(student.specs, 150, -2).eval(),
         )
         detector = build_detector(student, DETECT["coco-1x"], classes=80, cascade=False).eval()
     maps = student(images)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,44 +16,27 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
 from dreamteacher.data.image_set import ImageSet
-from dreamteacher.data.images import BadImageError, Size, read_image
+from dreamteacher.data.images import Size
 from dreamteacher.data.loader import load_ahead
 from dreamteacher.data.seeds import step_generator
-from dreamteacher.downstream.classification.config import Source
 from dreamteacher.downstream.features import Images, take
 from dreamteacher.runtime.errors import UserError
-
-_MOST_TRIED = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What happens to each image, by itself.
+    """What happens to each image, by itself, in timm's words."""
 
-    Args:
-        size: (height, width) of what comes out.
-        scale: smallest and largest share of the area that a random resized crop keeps.
-        flip: probability of mirroring left to right.
-        rand_augment: timm's policy, "rand-m7-mstd0.5-inc1" for example, or "" for none.
-        erase: probability that a random rectangle is filled with noise.
-        mean: subtracted from each colour.
-        std: each colour is divided by it.
-    """
-
-    size: Size
-    scale: tuple[float, float] = (0.08, 1.0)
-    flip: float = 0.5
-    rand_augment: str = ""
-    erase: float = 0.0
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    size: Size  # of what comes out
+    scale: tuple[float, float] = (0.08, 1.0)  # smallest and largest share of the area that a crop keeps
+    flip: float = 0.5  # probability of mirroring left to right
+    rand_augment: str = ""  # timm's policy, "rand-m7-mstd0.5-inc1" for example; "": none
+    erase: float = 0.0  # probability that a random rectangle is filled with noise
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # subtracted from each colour, which is then divided by std
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def transform(self) -> Any:
-        """timm's training transform: a PIL image -> float32 3 x H x W.
-
-        Raises:
-            UserError: timm does not know the policy.
-        """
+        """timm's training transform: a PIL image -> float32 3 x H x W; a UserError for an unknown policy."""
         create: Any = create_transform
         try:
             made = create(
@@ -67,11 +49,9 @@ class Augmentation:
                 f"timm has no augmentation policy '{self.rand_augment}' ({str(error)[:80] or type(error).__name__}).",
                 "Give one like rand-m9-mstd0.5-inc1, or none.",
             ) from error
-        for part in made.transforms:
-            if isinstance(part, (auto_augment.RandAugment, auto_augment.AugMixAugment)):
-                for op in part.ops:
-                    if op.name.startswith("Posterize"):
-                        op.level_fn = functools.partial(_one_bit_or_more, op.level_fn)
+        for op in (op for part in made.transforms for op in getattr(part, "ops", ())):
+            if op.name.startswith("Posterize"):
+                op.level_fn = functools.partial(_one_bit_or_more, op.level_fn)
         return made
 
 
@@ -102,26 +82,13 @@ def drawn_from(seed: int) -> Iterator[None]:
 
 
 def repeated_order(order: Tensor, repeats: int) -> Tensor:
-    """Every index of `order` several times in a row, cut to as many as there were: repeated augmentation.
+    """Every index of an epoch's order several times in a row, cut to as many as there were.
 
-    So an epoch is as long as ever and shows a part of the images, each in `repeats` augmentations.
-
-    Args:
-        order: int64 N, an epoch's order.
-        repeats: at least 1; 1 gives the order itself.
+    Repeated augmentation: an epoch is as long as ever and shows a part of the images.
 
     Source: Hoffer et al., arXiv 1901.09335; timm's `RepeatAugSampler` on one process is the oracle.
-
-    Example:
-        >>> repeated_order(torch.tensor([4, 0, 2, 1]), 3).tolist()
-        [4, 4, 4, 0]
     """
     return order.repeat_interleave(repeats)[: len(order)]
-
-
-def epoch_steps(count: int, batch_size: int) -> int:
-    """Whole batches in an epoch of `count` images; a batch larger than the set is cut to it."""
-    return count // min(batch_size, count)
 
 
 class _Steps(Dataset[tuple[Tensor, Tensor]]):
@@ -131,71 +98,39 @@ class _Steps(Dataset[tuple[Tensor, Tensor]]):
         self,
         images: Images,
         augmentation: Augmentation,
-        *,
         batch_size: int,
         seed: int,
-        stream: str,
-        source: Source,
-        repeats: int | None,
+        repeats: int,
     ) -> None:
-        self.images, self.transform = images, augmentation.transform()
+        self.images, self.transform = whole_images(images), augmentation.transform()
         self.batch_size, self.repeats = min(batch_size, len(images)), repeats
-        self.source, self.seed, self.stream = source, seed, stream
+        self.seed = seed
         self.known: tuple[int, Tensor] | None = None  # the present epoch's order: a million take a while
 
     def indices(self, step: int) -> Tensor:
-        """int64 indices of a step. Without `repeats`: one pass in the set's order, to its last image."""
-        if self.repeats is None:
-            epoch, part, order = 0, step, torch.arange(len(self.images))
-        else:
-            epoch, part = divmod(step, epoch_steps(len(self.images), self.batch_size))
-            if self.known is None or self.known[0] != epoch:
-                generator = step_generator(self.seed, epoch, f"{self.stream}/order")
-                permutation = torch.randperm(len(self.images), generator=generator)
-                self.known = epoch, repeated_order(permutation, self.repeats)
-            order = self.known[1]
-        return order[part * self.batch_size : (part + 1) * self.batch_size]
+        """int64 indices of a step."""
+        epoch, part = divmod(step, len(self.images) // self.batch_size)
+        if self.known is None or self.known[0] != epoch:
+            generator = step_generator(self.seed, epoch, "augment/order")
+            permutation = torch.randperm(len(self.images), generator=generator)
+            self.known = epoch, repeated_order(permutation, self.repeats)
+        return self.known[1][part * self.batch_size : (part + 1) * self.batch_size]
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         index = self.indices(step)
         shown = []
         for place, i in enumerate(index.tolist()):
-            image = to_pil_image(whole_image(self.images, i, self.source))
-            drawn = step_generator(self.seed, step * self.batch_size + place, self.stream)
+            image = to_pil_image(take(self.images, torch.tensor([i]))[0])
+            drawn = step_generator(self.seed, step * self.batch_size + place, "augment")
             with drawn_from(drawn.initial_seed()):
                 shown.append(self.transform(image))
         return torch.stack(shown), index
 
 
-def whole_image(images: Images, i: int, source: Source) -> Tensor:
-    """One image as uint8 3 x H x W: as large as its file, or as the set decodes it.
-
-    A file that cannot be read gives way to the next readable one of its class.
-
-    Args:
-        images: uint8 N x 3 x H x W, or an image set.
-        i: which one.
-        source: "file" or "decoded"; a tensor has no files.
-
-    Raises:
-        UserError: a hundred in a row cannot be read.
-    """
-    if not isinstance(images, ImageSet) or source == "decoded":
-        return take(images, torch.tensor([i]))[0]
-    tried = 0
-    for j in itertools.chain(range(i, len(images)), range(i)):
-        if images.labels is not None and images.labels[j] != images.labels[i]:
-            continue
-        try:
-            return read_image(images.paths[j], None)
-        except BadImageError as error:
-            tried, reason = tried + 1, error.reason
-        if tried == _MOST_TRIED:
-            break
-    raise UserError(
-        f"'{images.paths[i]}' and {tried - 1} images after it cannot be read ({reason}).",
-        "Check that the disk is still there.",
-    )
+def whole_images(images: Images) -> Images:
+    """The same, those of files each as large as its file."""
+    as_stored: dict[str, Any] = {"size": None, "cache": None}
+    return replace(images, **as_stored) if isinstance(images, ImageSet) else images
 
 
 def augmented_batches(
@@ -206,47 +141,16 @@ def augmented_batches(
     steps: int,
     seed: int,
     repeats: int = 1,
-    source: Source = "file",
     workers: int = 0,
     first: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training batches `first` to `steps` - 1, each the same wherever they begin: a new order in every epoch, whose incomplete last batch is dropped.
+    """Training batches `first` to `steps` - 1, each the same wherever they begin, of files or a tensor.
 
-    Args:
-        images: uint8 N x 3 x H x W, or an image set, which is streamed.
-        augmentation: see `Augmentation`; drawn from (seed, step, place in the batch).
-        batch_size: images in a batch; cut to the size of the set.
-        steps: number of batches from the very first on.
-        seed: of the order and of all draws.
-        repeats: see `repeated_order`.
-        source: random crops are cut from the whole "file", or from the image "decoded" at the set's size.
-        workers: processes that decode and augment; 0: this one.
-        first: where to begin.
+    Every epoch has a new order and whole batches alone, cut to the size of the set. All is drawn from (seed,
+    step, place in the batch), with any number of workers (processes; 0: this one).
 
     Yields:
         float32 N x 3 x H x W, as the augmentation normalises it; int64 N, the images' places in their set.
     """
-    shown = _Steps(
-        images, augmentation, batch_size=batch_size, seed=seed, stream="augment", source=source, repeats=repeats
-    )  # fmt: skip
+    shown = _Steps(images, augmentation, batch_size, seed, repeats)
     yield from load_ahead(shown, range(first, steps), workers)
-
-
-def augmented_pass(
-    images: Images,
-    augmentation: Augmentation,
-    *,
-    batch_size: int,
-    seed: int,
-    view: int,
-    source: Source = "file",
-    workers: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once, in the set's order, augmented by draw number `view`.
-
-    Args and yields: as `augmented_batches`.
-    """
-    shown = _Steps(
-        images, augmentation, batch_size=batch_size, seed=seed, stream=f"view {view}", source=source, repeats=None
-    )  # fmt: skip
-    yield from load_ahead(shown, range(-(-len(images) // shown.batch_size)), workers)

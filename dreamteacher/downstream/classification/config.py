@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.settings import OptimizerName
 
 Optimizer = Literal["adamw", "sgd"]
 Loss = Literal["bce", "ce"]
-Source = Literal["file", "decoded"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,16 +26,13 @@ class FineTuning(BackboneRate):
     """A short training of a backbone and a head with few labels."""
 
     steps: int
-    """Updates, the same for every number of labels."""
     batch_size: int
-    """Images per update."""
     lr: float
-    """Peak learning rate of the head (AdamW, cosine)."""
     weight_decay: float = 0.05
     """Of matrices and kernels."""
 
     def __post_init__(self) -> None:
-        check_training(self.steps, self.batch_size, self.lr)
+        check_training(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +98,6 @@ class FinetuneFullConfig:
     """Decay of the averaged weights that are scored, 0 for none; none: the preset's."""
     accumulate: int = 1
     """Parts that a batch is split into to save memory; BatchNorm and mixup see one part at a time."""
-    crop_from: Source = "file"
-    """Random crops are cut from the whole file, or from the image decoded at --size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,33 +116,40 @@ class LinearSgdConfig:
     """Of LARS; the paper does not say."""
     weight_decay: float = 0.0
     """L2 on the weights, not on the biases; the paper does not say."""
-    trust: float = 0.001
-    """LARS's trust coefficient; it acts on weights that decay, or with `always-adapt`."""
-    always_adapt: bool = False
-    """Scale the step by the trust ratio without weight decay too: other libraries' LARS, far slower here."""
     standardise: bool = False
     """Bring each feature to mean 0 and deviation 1 over the training images (takes no label)."""
-    views: int = 0
-    """Augmented passes (random resized crop, flip) that the epochs take in turn; 0: the plain images."""
-    crop_from: Source = "file"
-    """Random crops are cut from the whole file, or from the image decoded at --size."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr", "trust"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} is {getattr(self, name)}.", "Give a number above 0.")
-        for name in ("warmup_epochs", "weight_decay", "views"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}.", "Give 0 or more.")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"momentum is {self.momentum}.", "Give a share from 0 to below 1.")
+        check_numbers(
+            self,
+            above=("epochs", "batch_size", "lr"),
+            least=("warmup_epochs", "weight_decay"),
+            shares=("momentum",),
+        )
 
 
-def check_training(steps: int, batch_size: int, lr: float) -> None:
-    """Raises UserError for settings that nothing can be trained with."""
-    if steps < 1:
-        raise UserError(f"steps is {steps}.", "Give at least 1.")
-    if batch_size < 2:
-        raise UserError(f"batch_size is {batch_size}.", "Give at least 2, for BatchNorm.")
-    if lr <= 0:
-        raise UserError(f"lr is {lr}.", "Give a number above 0.")
+def check_numbers(
+    config: object,
+    *,
+    above: Sequence[str] = (),
+    least: Sequence[str] = (),
+    shares: Sequence[str] = (),
+    prefix: str = "",
+) -> None:
+    """Raises UserError for the first of these settings that is not above 0, 0 or more, or in [0, 1)."""
+    checks: tuple[tuple[Sequence[str], Callable[[float], bool], str], ...] = (
+        (above, lambda v: v > 0, "a number above 0"),
+        (shares, lambda v: 0 <= v < 1, "a share from 0 to below 1"),
+        (least, lambda v: v >= 0, "0 or more"),
+    )
+    for names, fits, wanted in checks:
+        for name in names:
+            if not fits(value := getattr(config, name)):
+                raise UserError(f"{prefix}{name} is {value}.", f"Give {wanted}.")
+
+
+def check_training(config: Any) -> None:
+    """Raises UserError for steps, batch_size and lr that nothing can be trained with."""
+    check_numbers(config, above=("steps", "lr"))
+    if config.batch_size < 2:
+        raise UserError(f"batch_size is {config.batch_size}.", "Give at least 2, for BatchNorm.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,6 @@ from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.config import FinetuneConfig, Optimizer
 from dreamteacher.downstream.classification.data import CLASSIFICATION
 from dreamteacher.downstream.features import (
-    ClassificationData,
     Images,
     class_metrics,
     device_of,
@@ -30,7 +30,7 @@ from dreamteacher.downstream.task import Bench, Task, always
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.distributed.device import autocast, seeded
-from dreamteacher.runtime.optim import lr_at, parameter_groups, poly_lr_at
+from dreamteacher.runtime.optim import build_optimizer, lr_at, parameter_groups, poly_lr_at
 from dreamteacher.runtime.settings import Precision
 
 
@@ -43,6 +43,13 @@ def shuffled_batches(count: int, batch_size: int, steps: int, generator: torch.G
             left = torch.cat([left, torch.randperm(count, generator=generator)])
         yield left[:batch_size]
         left = left[batch_size:]
+
+
+def adamw_or_sgd(name: Optimizer, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    """AdamW with betas 0.9 and 0.999, or SGD with momentum 0.9."""
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+    return build_optimizer("adamw", groups, lr, (0.9, 0.999))
 
 
 def train(
@@ -58,30 +65,16 @@ def train(
     saved: Saved | None = None,
     title: str = "",
 ) -> None:
-    """AdamW or SGD, a linear warm-up and a decay to zero; vectors (biases, norms) have no weight decay.
+    """Trains with a linear warm-up (a share of the steps) and a decay: polynomial with `power`, or cosine.
 
-    Args:
-        modules: (module, factor on its learning rate); what is not listed is not trained.
-        loss_at: step -> loss with a graph; called for each step in turn, from `saved.step` on.
-        steps: number of updates.
-        lr: peak learning rate.
-        weight_decay: of matrices and kernels.
-        warmup: share of the steps.
-        optimizer: AdamW (betas 0.9, 0.999), or SGD with momentum 0.9.
-        power: of a polynomial decay (see `dreamteacher.runtime.optim.poly_lr_at`); None: a half cosine.
-        saved: where the training is kept; None: it is not.
-        title: of a progress bar; none without one.
+    `modules` are pairs (module, factor on its learning rate), whose vectors (biases, norms) have no weight
+    decay; what is not listed is not trained. `loss_at`, step -> loss with a graph, is called for each step in
+    turn, from `saved.step` on.
     """
-    groups: list[dict[str, object]] = []
+    groups: list[dict[str, Any]] = []
     for module, factor in modules:
         groups += [{**group, "factor": factor} for group in parameter_groups([module], weight_decay)]
     groups = [group for group in groups if group["params"]]
-    update: torch.optim.Optimizer
-    if optimizer == "sgd":
-        update = torch.optim.SGD(groups, lr=lr, momentum=0.9)
-    else:
-        # Fused: one pass over the weights. With tiny batches on a CPU the update is else a third of the time.
-        update = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
     first = max(1, round(warmup * steps))
 
     def rate_at(step: int) -> float:
@@ -90,19 +83,16 @@ def train(
         return poly_lr_at(step, total=steps, warmup=first, peak=lr, power=power)
 
     run_steps(
-        [module for module, _ in modules], update, lambda step: [loss_at(step)], rate_at,
-        steps=steps, saved=saved, title=title,
+        [module for module, _ in modules], adamw_or_sgd(optimizer, groups, lr),
+        lambda step: [loss_at(step)], rate_at, steps=steps, saved=saved, title=title,
     )  # fmt: skip
 
 
 def recalibrate(model: nn.Module, forward: Callable[[], object]) -> None:
-    """Sets the running statistics of every BatchNorm to those of one forward pass without gradients.
+    """Sets the running statistics of every BatchNorm to the average over the batches of `forward`.
 
-    After a few dozen steps on tiny batches a running average still lags behind the weights.
-
-    Args:
-        model: holds the BatchNorm layers; everything else in it runs in evaluation mode.
-        forward: runs the model once or several times; the statistics are averaged over its batches.
+    After a few dozen steps on tiny batches a running average still lags behind the weights. Everything else
+    in the model runs in evaluation mode, in which it stays.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -119,12 +109,7 @@ def recalibrate(model: nn.Module, forward: Callable[[], object]) -> None:
 
 
 class Classifier(nn.Module):
-    """A backbone and a linear head on its globally averaged last map.
-
-    Args:
-        student: taken in, not copied.
-        classes: number of classes.
-    """
+    """A backbone, which is taken in and not copied, and a linear head on its globally averaged last map."""
 
     def __init__(self, student: Student, classes: int) -> None:
         super().__init__()
@@ -137,14 +122,7 @@ class Classifier(nn.Module):
 
 
 def augment(images: Tensor, *, flip: bool, crop: float, generator: torch.Generator) -> Tensor:
-    """Random mirroring and shifting, each image by itself.
-
-    Args:
-        images: N x 3 x H x W, any dtype.
-        flip: mirror left to right with probability one half.
-        crop: largest shift as a share of each side, [0, 1).
-        generator: of all draws (on the CPU).
-    """
+    """Mirrors half of N x 3 x H x W at random; shifts each by up to a share `crop` of its sides."""
     count, _, height, width = images.shape
     if flip:
         mirrored = torch.rand(count, generator=generator) < 0.5
@@ -175,20 +153,7 @@ def train_classifier(
     seed: int,
     precision: Precision = "auto",
 ) -> Classifier:
-    """A classifier trained from a copy of the backbone, in evaluation mode.
-
-    BatchNorm normalises by the batch while training; afterwards its running statistics are set from the
-    labelled images, because a running average over few steps lags behind the weights.
-
-    Args:
-        student: where training starts; left as it is.
-        images: labelled images, uint8 N x 3 x H x W.
-        labels: N class ids (int64).
-        config: see `FinetuneConfig`.
-        classes: number of classes.
-        seed: of the head, the batches, the augmentation, and any dropout of the backbone.
-        precision: of the matrix products.
-    """
+    """A classifier trained from a copy of the backbone on uint8 images with class ids, in evaluation mode."""
     device = device_of(student)
     images, labels = images.to(device), labels.to(device)
     generator = step_generator(seed, 0, "finetune")
@@ -218,70 +183,29 @@ def train_classifier(
 def predict(
     model: nn.Module, images: Images, *, batch_size: int = 128, precision: Precision = "auto"
 ) -> Tensor:
-    """Class probabilities N x classes (float32, on the CPU) in evaluation mode.
-
-    Args:
-        model: images in [0, 1] -> logits N x classes; left as it is.
-        images: uint8 N x 3 x H x W, or an image set.
-        batch_size: images at once.
-        precision: of the matrix products.
-    """
-    device = device_of(model)
-    scores = []
+    """Class probabilities N x classes (float32, on the CPU) of images in evaluation mode."""
+    device, scores = device_of(model), []
     with frozen(model), autocast(device, precision):
         for index in torch.arange(len(images)).split(batch_size):
             scores.append(model(to_input(take(images, index), device)).float().softmax(1).cpu())
     return torch.cat(scores)
 
 
-def finetune(
-    student: Student,
-    data: ClassificationData,
-    config: FinetuneConfig,
-    *,
-    labels: int,
-    seed: int,
-    precision: Precision = "auto",
-    batch_size: int = 128,
-) -> Iterator[Metric]:
-    """Accuracy, balanced accuracy and AUROC after fine-tuning on `labels` labelled images per class.
-
-    Args:
-        student: where fine-tuning starts; left as it is.
-        data: see `ClassificationData`.
-        config: see `FinetuneConfig`.
-        labels: labelled images per class.
-        seed: of the draw of the labels and of the training.
-        precision: of the matrix products.
-        batch_size: test images at once.
-    """
-    classes = len(data.classes)
-    drawn = draw_labels(data.train_labels, labels, classes=classes, seed=seed)
-    model = train_classifier(
-        student,
-        take(data.train, drawn),
-        data.train_labels[drawn],
-        config,
-        classes=classes,
-        seed=seed,
-        precision=precision,
-    )
-    scores = predict(model, data.test, batch_size=batch_size, precision=precision)
-    yield from class_metrics(scores, data.test_labels)
-
-
-def _run(bench: Bench, labels: int | None, seed: int) -> Iterator[Metric]:
+def finetune(bench: Bench, labels: int | None, seed: int) -> Iterator[Metric]:
+    """Accuracy, balanced accuracy and AUROC after fine-tuning on labelled images drawn by the seed."""
     assert labels is not None
-    return finetune(bench.student, bench.data, bench.settings, labels=labels, seed=seed, **bench.passes())
+    data, classes = bench.data, len(bench.data.classes)
+    drawn = draw_labels(data.train_labels, labels, classes=classes, seed=seed)
+    images, targets, precision = take(data.train, drawn), data.train_labels[drawn], bench.config.precision
+    model = train_classifier(
+        bench.student, images, targets, bench.settings, classes=classes, seed=seed, precision=precision
+    )
+    return class_metrics(predict(model, data.test, **bench.passes()), data.test_labels)
 
 
 TASK = Task(
-    name="finetune",
-    what="fine-tuning",
-    group=CLASSIFICATION,
-    unit="labels per class",
-    config=FinetuneConfig,
+    name="finetune", what="fine-tuning", group=CLASSIFICATION, unit="labels per class", config=FinetuneConfig,
     budgets=lambda config: config.labels,
     default=always,
-    run=_run,
-)
+    run=finetune,
+)  # fmt: skip

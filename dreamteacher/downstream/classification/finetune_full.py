@@ -19,23 +19,12 @@ from torch import Tensor, nn
 
 from dreamteacher.data.images import Size
 from dreamteacher.data.seeds import step_generator
-from dreamteacher.downstream.classification.augment import (
-    Augmentation,
-    augmented_batches,
-    drawn_from,
-    epoch_steps,
-)
-from dreamteacher.downstream.classification.config import FinetuneFullConfig, Loss, Source
-from dreamteacher.downstream.classification.data import CLASSIFICATION
+from dreamteacher.downstream.classification.augment import Augmentation, augmented_batches, drawn_from
+from dreamteacher.downstream.classification.config import FinetuneFullConfig, Loss, check_numbers
+from dreamteacher.downstream.classification.data import CLASSIFICATION, class_counts
 from dreamteacher.downstream.classification.finetune import predict
-from dreamteacher.downstream.features import (
-    ClassificationData,
-    Images,
-    class_counts,
-    class_metrics,
-    device_of,
-)
-from dreamteacher.downstream.loop import UNKEPT, LongRun, Saved, run_steps
+from dreamteacher.downstream.features import Images, class_metrics, device_of
+from dreamteacher.downstream.loop import UNKEPT, LongRun, run_steps
 from dreamteacher.downstream.task import Bench, Task
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.models.plain_vit import fit, rebuilt_with
@@ -43,7 +32,7 @@ from dreamteacher.models.student import Student
 from dreamteacher.runtime.distributed.device import autocast, seeded
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.optim import Ema, build_optimizer, lr_at
-from dreamteacher.runtime.settings import OptimizerName, Precision
+from dreamteacher.runtime.settings import OptimizerName
 
 if TYPE_CHECKING:
     from dreamteacher.downstream.config import EvaluateConfig
@@ -51,42 +40,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetunePreset:
-    """A published recipe."""
+    """A published recipe: the settings of `FinetuneFullConfig`; 0, 1 or "" is none of a thing."""
 
     optimizer: OptimizerName
-    """adamw or lamb."""
     epochs: float
-    """Passes over the training images."""
     batch_size: int
-    """Images per update."""
     lr: float
-    """Peak learning rate, for that batch."""
     warmup_epochs: float
-    """Epochs of linear warm-up; then a cosine down to 1e-6."""
     weight_decay: float
-    """Of matrices and kernels."""
     layer_decay: float
-    """Factor on the learning rate per layer down from the classifier; 1: none."""
     drop_path: float
-    """Largest rate of stochastic depth."""
     loss: Loss
-    """bce (every class by itself) or ce."""
     smoothing: float
-    """Label smoothing."""
     mixup: float
-    """Alpha of mixup's Beta; 0: none."""
     cutmix: float
-    """Alpha of CutMix's Beta; 0: none."""
     repeats: int
-    """Augmentations of one image in a row (repeated augmentation)."""
     rand_augment: str
-    """timm's policy; empty: none."""
     erase: float
-    """Probability of random erasing."""
     clip: float
-    """Largest gradient norm; 0: no clipping."""
     ema: float
-    """Decay of the averaged weights that are scored; 0: none."""
 
 
 PRESETS: dict[str, FinetunePreset] = {
@@ -119,10 +91,7 @@ _BINARISE_ABOVE = 0.2
 
 
 def recipe_of(config: FinetuneFullConfig) -> FinetunePreset:
-    """The preset with what the config sets in its place.
-
-    Raises:
-        UserError: a number is out of range, or batches cannot be split or mixed.
+    """The preset with what the config sets in its place; a UserError for what is out of range.
 
     Example:
         >>> recipe_of(FinetuneFullConfig(batch_size=512)).lr
@@ -135,17 +104,11 @@ def recipe_of(config: FinetuneFullConfig) -> FinetunePreset:
     if given["lr"] is None and given["batch_size"] is not None:
         given["lr"] = preset.lr * given["batch_size"] / preset.batch_size
     recipe = FinetunePreset(**{k: getattr(preset, k) if v is None else v for k, v in given.items()})
-    for name in ("epochs", "batch_size", "lr", "layer_decay", "repeats"):
-        if getattr(recipe, name) <= 0:
-            raise UserError(f"finetune-full: {name} is {getattr(recipe, name)}.", "Give a number above 0.")
-    for name in ("drop_path", "smoothing", "erase", "ema"):
-        if not 0 <= getattr(recipe, name) < 1:
-            raise UserError(
-                f"finetune-full: {name} is {getattr(recipe, name)}.", "Give a share from 0 to below 1."
-            )
-    for name in ("warmup_epochs", "weight_decay", "mixup", "cutmix", "clip"):
-        if getattr(recipe, name) < 0:
-            raise UserError(f"finetune-full: {name} is {getattr(recipe, name)}.", "Give 0 or more.")
+    check_numbers(
+        recipe, prefix="finetune-full: ", above=("epochs", "batch_size", "lr", "layer_decay", "repeats"),
+        shares=("drop_path", "smoothing", "erase", "ema"),
+        least=("warmup_epochs", "weight_decay", "mixup", "cutmix", "clip"),
+    )  # fmt: skip
     if config.accumulate < 1 or recipe.batch_size % (2 * config.accumulate):
         raise UserError(
             f"finetune-full: a batch of {recipe.batch_size} has no {config.accumulate} even parts (mixup makes pairs).",
@@ -156,15 +119,9 @@ def recipe_of(config: FinetuneFullConfig) -> FinetunePreset:
 
 
 class TimmClassifier(nn.Module):
-    """timm's classifier with a backbone's weights: images in [0, 1] -> logits.
+    """timm's classifier with a copy of a backbone's weights: images in [0, 1] -> logits.
 
-    Args:
-        student: copied from.
-        classes: number of classes.
-        drop_path: largest rate of stochastic depth.
-
-    Raises:
-        UserError: timm's model has no stochastic depth.
+    A UserError where timm's model has no stochastic depth, of which `drop_path` is the largest rate.
     """
 
     mean: Tensor
@@ -175,13 +132,15 @@ class TimmClassifier(nn.Module):
         extra = rebuilt_with(student.name, student.model)
         extra |= {"drop_path_rate": drop_path} if drop_path else {}
         try:
-            model = timm.create_model(student.name.split(".")[0], num_classes=classes, **extra)
+            model: Any = timm.create_model(student.name.split(".")[0], num_classes=classes, **extra)
         except TypeError as error:
             raise UserError(
                 f"timm's '{student.name}' has no stochastic depth.", "Set --finetune-full.drop-path 0."
             ) from error
         found = model.load_state_dict(student.model.state_dict(), strict=False)
-        head = {f"{name}.{kind}" for name in _heads(model) for kind in ("weight", "bias")}
+        heads = model.pretrained_cfg["classifier"]
+        heads = (heads,) if isinstance(heads, str) else heads
+        head = {f"{name}.{kind}" for name in heads for kind in ("weight", "bias")}
         assert not found.unexpected_keys
         assert set(found.missing_keys) <= head
         self.model, self.grid = model.to(memory_format=torch.channels_last), student.grid
@@ -198,11 +157,6 @@ class TimmClassifier(nn.Module):
         return self.model(x.contiguous(memory_format=torch.channels_last))
 
 
-def _heads(model: Any) -> tuple[str, ...]:
-    names = model.pretrained_cfg["classifier"]
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
 def layer_groups(model: nn.Module, recipe: FinetunePreset) -> list[dict[str, Any]]:
     """timm's parameter groups by layer and decay, each with its "lr_scale"."""
     names: Any = getattr(model, "no_weight_decay", set)
@@ -213,11 +167,7 @@ def layer_groups(model: nn.Module, recipe: FinetunePreset) -> list[dict[str, Any
 
 
 def loss_of(recipe: FinetunePreset) -> Callable[[Tensor, Tensor], Tensor]:
-    """timm's loss: logits and class ids, or mixed targets (already smoothed), -> a mean.
-
-    Args:
-        recipe: its loss, smoothing, mixup and cutmix count.
-    """
+    """timm's loss: logits and class ids, or mixed targets (already smoothed), -> a mean."""
     mixed = bool(recipe.mixup or recipe.cutmix)
     if recipe.loss == "bce":
         return BinaryCrossEntropy(recipe.smoothing, target_threshold=_BINARISE_ABOVE if mixed else None)
@@ -225,11 +175,7 @@ def loss_of(recipe: FinetunePreset) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def batch_size_of(count: int, recipe: FinetunePreset, accumulate: int) -> int:
-    """The recipe's, cut to a set of `count` images in even parts: mixup makes pairs.
-
-    Raises:
-        UserError: there are too few.
-    """
+    """The recipe's, cut to `count` images in even parts, as mixup makes pairs; a UserError for too few."""
     batch_size = min(recipe.batch_size, count // (2 * accumulate) * 2 * accumulate)
     if batch_size < 2:
         raise UserError(
@@ -242,56 +188,38 @@ def train_full(
     student: Student,
     images: Images,
     labels: Tensor,
-    recipe: FinetunePreset,
+    config: FinetuneFullConfig,
     *,
     classes: int,
     size: Size,
-    seed: int,
-    accumulate: int = 1,
-    source: Source = "file",
-    precision: Precision = "auto",
-    workers: int = 0,
-    seen: Callable[[int, float], None] | None = None,
-    saved: Saved | None = None,
+    run: LongRun = UNKEPT,
 ) -> TimmClassifier:
     """A classifier trained from a copy of the backbone, in evaluation mode, on the student's device.
 
-    Args:
-        student: where training starts; left as it is.
-        images: uint8 N x 3 x H x W, or an image set, which is streamed.
-        labels: N class ids (int64).
-        recipe: see `recipe_of`.
-        classes: number of classes.
-        size: (height, width) of the training images.
-        seed: of the head, the order, all augmentation, and stochastic depth.
-        accumulate: parts of a batch.
-        source: what random crops are cut from, see `augmented_batches`.
-        precision: of the matrix products.
-        workers: processes that decode and augment.
-        seen: receives step and loss.
-        saved: where the training is kept; None: it is not.
+    The images are uint8 N x 3 x H x W, or an image set, which is streamed; crops of them have `size`. The
+    run's seed is that of the head, the order, all augmentation, and stochastic depth.
     """
+    recipe, accumulate, saved = recipe_of(config), config.accumulate, run.saved
     device = device_of(student)
     mean, std = (tuple(v.flatten().tolist()) for v in (student.mean, student.std))
     augmentation = Augmentation(
         size=size, rand_augment=recipe.rand_augment, erase=recipe.erase, mean=mean, std=std
     )
     batch_size = batch_size_of(len(images), recipe, accumulate)
-    per_epoch = epoch_steps(len(images), batch_size)
+    per_epoch = len(images) // batch_size
     total, warmup = max(1, round(recipe.epochs * per_epoch)), round(recipe.warmup_epochs * per_epoch)
     loss_function = loss_of(recipe)
     mixup = None
     if recipe.mixup or recipe.cutmix:
         mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
     batches = augmented_batches(
-        images, augmentation, batch_size=batch_size, steps=total, seed=seed, repeats=recipe.repeats,
-        source=source, workers=workers, first=saved.step if saved else 0,
+        images, augmentation, batch_size=batch_size, steps=total, seed=run.seed, repeats=recipe.repeats,
+        workers=run.workers, first=run.first,
     )  # fmt: skip
-    with seeded(seed, device):
+    with seeded(run.seed, device):
         model = TimmClassifier(student, classes, recipe.drop_path).to(device).train()
-        betas = (0.9, 0.999)
         groups = [{**group, "factor": group["lr_scale"]} for group in layer_groups(model.model, recipe)]
-        optimizer = build_optimizer(recipe.optimizer, groups, recipe.lr, betas)
+        optimizer = build_optimizer(recipe.optimizer, groups, recipe.lr, (0.9, 0.999))
         ema = Ema(model, recipe.ema) if recipe.ema else None
 
         def rate_at(step: int) -> float:
@@ -303,60 +231,34 @@ def train_full(
             for number, (x, target) in enumerate(parts):
                 x, target = x.to(device, memory_format=torch.channels_last), target.to(device)
                 if mixup is not None:
-                    drawn = step_generator(seed, step * accumulate + number, "mixup").initial_seed()
+                    drawn = step_generator(run.seed, step * accumulate + number, "mixup").initial_seed()
                     with drawn_from(drawn):
                         x, target = mixup(x, target)
-                with autocast(device, precision):
+                with autocast(device, run.precision):
                     logits = model.logits(x)  # normalised by the augmentation already
                 yield loss_function(logits.float(), target) / accumulate
 
         run_steps(
             [model], optimizer, losses_at, rate_at, steps=total, saved=saved, clip=recipe.clip, ema=ema,
-            title="finetune-full", seen=seen,
+            title="finetune-full",
         )  # fmt: skip
     if ema is not None:
         model.load_state_dict(ema.tensors)
     return model.eval()
 
 
-def finetune_full(
-    student: Student,
-    data: ClassificationData,
-    config: FinetuneFullConfig,
-    *,
-    size: Size,
-    batch_size: int = 128,
-    run: LongRun = UNKEPT,
-) -> Iterator[Metric]:
+def finetune_full(bench: Bench, _budget: int | None, seed: int) -> Iterator[Metric]:
     """Accuracy, top-5, balanced accuracy and AUROC after fine-tuning on all labels by a published recipe.
 
     The test images are seen as the set decodes them: their whole centre, where A2 and ConvNeXt keep 95 % and
     87.5 % of the side.
-
-    Args:
-        student: where fine-tuning starts; left as it is.
-        data: see `ClassificationData`.
-        config: see `FinetuneFullConfig`.
-        size: (height, width) of the training images.
-        batch_size: test images at once.
-        run: see `LongRun`.
     """
+    data, size, run = bench.data, bench.config.size, bench.long_run(seed)
+    classes = len(data.classes)
     model = train_full(
-        student, data.train, data.train_labels, recipe_of(config), classes=len(data.classes), size=size,
-        seed=run.seed, accumulate=config.accumulate, source=config.crop_from, precision=run.precision,
-        workers=run.workers, saved=run.saved,
-    )  # fmt: skip
-    scores = predict(model, data.test, batch_size=batch_size, precision=run.precision)
-    yield from class_metrics(scores, data.test_labels)
-
-
-def _run(bench: Bench, _budget: int | None, seed: int) -> Iterator[Metric]:
-    size, batch_size, run = bench.config.size, bench.config.batch_size, bench.long_run(seed)
-    return finetune_full(bench.student, bench.data, bench.settings, size=size, batch_size=batch_size, run=run)
-
-
-def _check(config: EvaluateConfig) -> None:
-    recipe_of(config.finetune_full)
+        bench.student, data.train, data.train_labels, bench.settings, classes=classes, size=size, run=run
+    )
+    return class_metrics(predict(model, data.test, **bench.passes()), data.test_labels)
 
 
 def _fits(student: Student, config: EvaluateConfig) -> None:
@@ -367,12 +269,9 @@ def _fits(student: Student, config: EvaluateConfig) -> None:
 
 
 TASK = Task(
-    name="finetune-full",
-    what="fine-tuning, published recipe",
-    group=CLASSIFICATION,
-    config=FinetuneFullConfig,
-    long=True,
-    check=_check,
+    name="finetune-full", what="fine-tuning, published recipe", group=CLASSIFICATION,
+    config=FinetuneFullConfig, long=True,
+    check=lambda config: recipe_of(config.finetune_full),
     fits=_fits,
-    run=_run,
-)
+    run=finetune_full,
+)  # fmt: skip

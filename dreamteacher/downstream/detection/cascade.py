@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -25,66 +25,35 @@ _SMALLEST = 1e-2  # pixels: boxes below are left out
 
 
 class BoxPredictor(nn.Module):
-    """Class logits and box deltas from a vector.
+    """Class logits (with the background) from a vector, and deltas of one box for all classes."""
 
-    Args:
-        channels: of the vector.
-        classes: with the background.
-        agnostic: one box for all classes instead of one per class.
-    """
-
-    def __init__(self, channels: int, classes: int, *, agnostic: bool) -> None:
+    def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
         self.cls_score = nn.Linear(channels, classes)
-        self.bbox_pred = nn.Linear(channels, 4 if agnostic else 4 * classes)
+        self.bbox_pred = nn.Linear(channels, 4)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """N x channels -> logits N x classes, deltas N x 4 or N x (4 classes)."""
+        """N x channels -> logits N x classes, deltas N x 4."""
         return self.cls_score(x), self.bbox_pred(x)
-
-
-def deltas_of(deltas: Tensor, labels: Tensor) -> Tensor:
-    """The deltas (or boxes) N x 4 of each row's class, from N x 4 K; K = 1 serves all classes."""
-    each = deltas.reshape(len(deltas), -1, 4)
-    return each[:, 0] if each.shape[1] == 1 else each[torch.arange(len(each), device=each.device), labels]
 
 
 def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy over all boxes; smooth L1 (beta 1/9) over those of objects, divided by the number of all.
 
-    As torchvision's `fastrcnn_loss`, and for class-agnostic deltas too.
-
-    Args:
-        logits: N x classes.
-        deltas: N x 4 or N x (4 classes).
-        labels: N class ids, 0 = background (int64).
-        targets: N x 4 deltas.
+    As torchvision's `fastrcnn_loss`, for class-agnostic deltas: logits are N x classes, deltas and their
+    targets N x 4, labels N class ids (0 = background).
     """
     objects = (labels > 0).nonzero().flatten()
-    ours = deltas_of(deltas[objects], labels[objects])
-    regression = F.smooth_l1_loss(ours, targets[objects], beta=1 / 9, reduction="sum") / labels.numel()
-    return F.cross_entropy(logits, labels), regression
+    regression = F.smooth_l1_loss(deltas[objects], targets[objects], beta=1 / 9, reduction="sum")
+    return F.cross_entropy(logits, labels), regression / labels.numel()
 
 
 class CascadeHeads(RoIHeads):
     """Three box heads in a row, trained at IoU 0.5, 0.6 and 0.7, and one mask head.
 
     While training the boxes of the first stage are sampled as in Mask R-CNN; the later stages get these boxes
-    as the stage before has moved them, matched anew. A stage moves a box by the deltas of its true class, or
-    where there is none of its likeliest. The score of a box is the mean of the three stages' probabilities, its
-    place that of the last. The mask head is trained on the boxes of the first stage.
-
-    Args:
-        pool: of the box heads.
-        make_head: makes a box head.
-        make_predictor: makes what comes after it.
-        samples: boxes of an image that a stage is trained on.
-        score_threshold: less likely detections are left out.
-        nms_threshold: IoU above which the less likely of two boxes of a class is left out.
-        detections: most that are kept of an image.
-        mask_pool: of the mask head.
-        mask_head: before the mask predictor.
-        mask_predictor: gives one mask per class.
+    as the stage before has moved them, matched anew. The score of a box is the mean of the three stages'
+    probabilities, its place that of the last. The mask head is trained on the boxes of the first stage.
 
     Source: Cai and Vasconcelos, arXiv 1712.00726 (weights of the losses: as in mmdetection; masks: one head
     instead of one per stage, as in detectron2).
@@ -92,21 +61,16 @@ class CascadeHeads(RoIHeads):
 
     def __init__(
         self,
-        *,
         pool: MultiScaleRoIAlign,
         make_head: Callable[[], nn.Module],
         make_predictor: Callable[[], nn.Module],
+        *,
         samples: int,
-        score_threshold: float,
-        nms_threshold: float,
         detections: int,
-        mask_pool: MultiScaleRoIAlign,
-        mask_head: nn.Module,
-        mask_predictor: nn.Module,
+        masks: tuple[MultiScaleRoIAlign, nn.Module, nn.Module],
     ) -> None:
         super().__init__(
-            pool, None, None, IOUS[0], IOUS[0], samples, 0.25, CODER_WEIGHTS[0],
-            score_threshold, nms_threshold, detections, mask_pool, mask_head, mask_predictor,
+            pool, None, None, IOUS[0], IOUS[0], samples, 0.25, CODER_WEIGHTS[0], 0.05, 0.5, detections, *masks
         )  # fmt: skip
         self.heads = nn.ModuleList([make_head() for _ in IOUS])
         self.predictors = nn.ModuleList([make_predictor() for _ in IOUS])
@@ -142,7 +106,7 @@ class CascadeHeads(RoIHeads):
             logits, deltas = self._stage(stage, features, boxes, image_shapes)
             classifier, box = box_losses(logits, deltas, torch.cat(labels), torch.cat(regression))
             losses |= {f"loss_classifier_{stage}": weight * classifier, f"loss_box_reg_{stage}": weight * box}
-            boxes = self._moved(stage, boxes, logits, deltas, image_shapes, labels)
+            boxes = self._moved(stage, boxes, deltas, image_shapes)
         mask_logits = self._mask_logits(features, mask_boxes, image_shapes)
         truth, classes = [t["masks"] for t in targets], [t["labels"] for t in targets]
         losses["loss_mask"] = maskrcnn_loss(mask_logits, mask_boxes, truth, classes, mask_matched)
@@ -169,21 +133,9 @@ class CascadeHeads(RoIHeads):
         return matched, labels, self.coders[stage].encode(aims, boxes)
 
     @torch.no_grad()
-    def _moved(
-        self,
-        stage: int,
-        boxes: Boxes,
-        logits: Tensor,
-        deltas: Tensor,
-        shapes: list[Size],
-        labels: Sequence[Tensor] | None = None,
-    ) -> Boxes:
+    def _moved(self, stage: int, boxes: Boxes, deltas: Tensor, shapes: list[Size]) -> Boxes:
         """The boxes after a stage, cut at the border of their image; at least a hundredth of a pixel wide."""
-        likeliest = logits[:, 1:].argmax(1) + 1
-        if labels is not None:
-            true = torch.cat(list(labels))
-            likeliest = torch.where(true > 0, true, likeliest)
-        moved = self.coders[stage].decode_single(deltas_of(deltas, likeliest), torch.cat(boxes))
+        moved = self.coders[stage].decode_single(deltas, torch.cat(boxes))
         parts = moved.split([len(b) for b in boxes])
         cut = [clip_boxes_to_image(part, shape) for part, shape in zip(parts, shapes, strict=True)]
         return [torch.cat([b[:, :2], b[:, 2:].maximum(b[:, :2] + _SMALLEST)], dim=1) for b in cut]
@@ -195,21 +147,19 @@ class CascadeHeads(RoIHeads):
             share = logits.softmax(1) / len(IOUS)
             scores = share if scores is None else scores + share
             if stage < len(IOUS) - 1:
-                boxes = self._moved(stage, boxes, logits, deltas, shapes)
+                boxes = self._moved(stage, boxes, deltas, shapes)
         assert scores is not None
         counts = [len(b) for b in boxes]
-        placed = self.coders[-1].decode_single(deltas, torch.cat(boxes)).reshape(len(scores), -1, 4)
-        placed = placed.expand(-1, scores.shape[1], -1)
+        placed = self.coders[-1].decode_single(deltas, torch.cat(boxes))
         return [
             self._chosen(clip_boxes_to_image(b, shape), s)
             for b, s, shape in zip(placed.split(counts), scores.split(counts), shapes, strict=True)
         ]
 
     def _chosen(self, boxes: Tensor, scores: Tensor) -> dict[str, Tensor]:
-        """The detections of one image, from boxes N x classes x 4 and scores N x classes."""
-        likely = scores[:, 1:] > self.score_thresh
-        row, column = likely.nonzero(as_tuple=True)
-        boxes, scores, labels = boxes[row, column + 1], scores[row, column + 1], column + 1
+        """The detections of one image, from boxes N x 4 and scores N x classes."""
+        row, column = (scores[:, 1:] > self.score_thresh).nonzero(as_tuple=True)
+        boxes, scores, labels = boxes[row], scores[row, column + 1], column + 1
         keep = remove_small_boxes(boxes, _SMALLEST)
         boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
         keep = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]

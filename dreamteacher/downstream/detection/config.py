@@ -1,11 +1,11 @@
-"""Settings of detection: the small defaults, and those of the paper."""
+"""Settings of detection and panoptic segmentation: the small defaults, and those of the paper."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from dreamteacher.downstream.classification.config import check_training
+from dreamteacher.downstream.classification.config import check_numbers, check_training
 from dreamteacher.runtime.errors import UserError
 
 
@@ -59,8 +59,6 @@ class DetectConfig:
     """Proposals of an image that the heads are trained on."""
     detections: int = 100
     """Most detections of an image; also the most that are scored."""
-    agnostic: bool = True
-    """Cascade: one box for all classes instead of one per class."""
     workers: int = 2
     """Threads that decode training images; change speed only."""
 
@@ -97,22 +95,17 @@ PRESETS: dict[str, DetectConfig] = {
 
 def check_detect(config: DetectConfig) -> None:
     """Raises UserError for settings that nothing can be trained with."""
-    check_training(config.steps, config.batch_size, config.lr)
+    check_training(config)
     least, greatest = config.short_side
-    if (
-        not 32 <= least <= greatest <= config.longest_side
-        or not 32 <= config.test_side <= config.longest_side
-    ):
+    if not 32 <= least <= greatest <= config.longest_side >= config.test_side >= 32:
         raise UserError(
             f"Sides of {least} to {greatest} (test {config.test_side}), at most {config.longest_side}.",
             "Give at least 32 pixels, in rising order.",
         )
-    if config.image_counts and (
-        min(config.image_counts) < 2 or len(set(config.image_counts)) < len(config.image_counts)
-    ):
+    counts = config.image_counts
+    if any(count < 2 for count in counts) or len(set(counts)) < len(counts):
         raise UserError(
-            f"image_counts is {config.image_counts}.",
-            "Give different numbers of at least 2, or none for all.",
+            f"image_counts is {counts}.", "Give different numbers of at least 2, or none for all."
         )
     for name in ("layer_decay", "cut"):
         if not 0 < getattr(config, name) <= 1:
@@ -124,3 +117,34 @@ def check_detect(config: DetectConfig) -> None:
     numbers = ("width", "fc", "anchor", "anchors", "proposals", "rois", "detections")
     if low := [name for name in numbers if getattr(config, name) < 1]:
         raise UserError(f"{', '.join(low)} below 1.", "Give at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PanopticConfig:
+    """How the Panoptic FPN is made, trained and merged."""
+
+    detect: DetectConfig = field(default_factory=DetectConfig)
+    """Its Mask R-CNN, and the training of all of it."""
+    width: int = 128
+    """Channels of the semantic branch, a multiple of 8."""
+    instance_weight: float = 1.0
+    """Of the losses of Mask R-CNN."""
+    semantic_weight: float = 0.5
+    """Of the cross-entropy of the semantic branch."""
+    score: float = 0.5
+    """Instances of a lower score are left out."""
+    overlap: float = 0.5
+    """An instance is left out when more than this share of it is taken by better ones."""
+    stuff_area: int = 4096
+    """A class of stuff is left out when it covers fewer pixels of the image."""
+
+    def __post_init__(self) -> None:
+        if self.width < 8 or self.width % 8:
+            raise UserError(f"width is {self.width}.", "Give a multiple of 8.")
+        check_numbers(self, least=("instance_weight", "semantic_weight", "stuff_area"))
+        if not 0 <= self.score <= 1 or not 0 <= self.overlap <= 1:
+            raise UserError(f"score {self.score}, overlap {self.overlap}.", "Give shares from 0 to 1.")
+
+
+# BDD100K's 7,000 panoptic images for 36 epochs: ImageNet-supervised 22.4 PQ, DreamTeacher 21.8. Not run by us.
+PANOPTIC_PRESETS = {"bdd100k-36": PanopticConfig(detect=PRESETS["bdd100k-36"])}

@@ -1,7 +1,7 @@
 """Images with instances: folders of instance PNGs or COCO JSON, checked before training, of any mixture of sizes.
 
-The mask of an object is kept as its bounding part, so that a picture with hundreds of objects takes the memory
-of their areas; it is laid into the whole picture only at the resolution that is trained at.
+The mask of an object is kept as its bounding part, so that a picture with hundreds of objects takes the
+memory of their areas; it is laid into the whole picture only at the resolution that is trained at.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
 from dreamteacher.data.coco.annotations import CocoImage, Rle, instance_mask, read_coco
+from dreamteacher.data.draws import check_draw
 from dreamteacher.data.images import (
     BadImageError,
     Size,
@@ -31,8 +32,12 @@ from dreamteacher.data.images import (
 from dreamteacher.data.layouts.table import InstanceFiles, instance_files, layout_of
 from dreamteacher.data.masks.pairs import find_pairs
 from dreamteacher.data.split import Split, halved
+from dreamteacher.downstream.task import Budgets
 from dreamteacher.runtime.errors import UserError, shorten
 from dreamteacher.runtime.threads import helpers, in_threads
+
+if TYPE_CHECKING:
+    from dreamteacher.downstream.config import EvaluateConfig
 
 # Batches that are decoded ahead of the one that is trained on.
 _AHEAD = 2
@@ -55,52 +60,35 @@ class Mask(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Instances:
-    """The objects of one image, or what was found in it.
+    """The objects of one image, or what was found in it."""
 
-    Args:
-        boxes: float32 K x 4: left, top, right, bottom in pixels, right > left, bottom > top.
-        labels: int64 K, 1 for the first class: torchvision's detectors keep 0 for the background.
-        masks: K of them.
-        crowd: K: whether it is a region of many objects, which is neither trained on nor counted; none: no such.
-        scores: float32 K, of what was found; none: this is the truth.
-        outlines: K segmentations in COCO's format where the file has them: the score draws polygons its own way.
-    """
-
-    boxes: Tensor
-    labels: Tensor
+    boxes: Tensor  # float32 K x 4: left, top, right, bottom in pixels, right > left, bottom > top
+    labels: Tensor  # int64 K, 1 for the first class: torchvision's detectors keep 0 for the background
     masks: tuple[Mask, ...]
-    crowd: tuple[bool, ...] = ()
-    scores: Tensor | None = None
-    outlines: tuple[Any, ...] = ()
+    crowd: tuple[
+        bool, ...
+    ] = ()  # regions of many objects, which are neither trained on nor counted; (): no such
+    scores: Tensor | None = None  # float32 K, of what was found; None: this is the truth
+    outlines: tuple[
+        Any, ...
+    ] = ()  # K segmentations in COCO's format, if any: the score draws polygons its own way
 
 
 @dataclass(frozen=True, kw_only=True)
 class InstanceSet:
-    """Images with their objects, decoded when they are asked for.
+    """Images with their objects, decoded when they are asked for."""
 
-    Args:
-        images: paths, or uint8 3 x H x W.
-        sizes: height and width of each.
-        counts: objects of each, crowds left out.
-        truth: index -> the objects of that image.
-        classes: names; label 1 is the first.
-    """
-
-    images: Sequence[Path | Tensor]
-    sizes: Sequence[Size]
-    counts: Sequence[int]
-    truth: Callable[[int], Instances]
-    classes: tuple[str, ...]
+    images: Sequence[Path | Tensor]  # a tensor is uint8 3 x H x W
+    sizes: Sequence[Size]  # height and width of each
+    counts: Sequence[int]  # objects of each, crowds left out
+    truth: Callable[[int], Instances]  # index -> the objects of that image
+    classes: tuple[str, ...]  # label 1 is the first
 
     def __len__(self) -> int:
         return len(self.images)
 
     def image(self, index: int) -> Tensor:
-        """uint8 3 x H x W.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """uint8 3 x H x W; a UserError where the file is damaged."""
         image = self.images[index]
         if isinstance(image, Tensor):
             return image
@@ -112,13 +100,9 @@ class InstanceSet:
     def take(self, index: Tensor) -> InstanceSet:
         """Some of them (int64 K), in this order."""
         chosen = index.tolist()
-        return replace(
-            self,
-            images=[self.images[i] for i in chosen],
-            sizes=[self.sizes[i] for i in chosen],
-            counts=[self.counts[i] for i in chosen],
-            truth=lambda i: self.truth(chosen[i]),
-        )
+        names = "images", "sizes", "counts"
+        lists: dict[str, Any] = {name: [getattr(self, name)[i] for i in chosen] for name in names}
+        return replace(self, **lists, truth=lambda i: self.truth(chosen[i]))
 
     def shown(self) -> InstanceSet:
         """The images that show an object; nothing is learned from a batch without any."""
@@ -126,11 +110,7 @@ class InstanceSet:
 
 
 def checked(data: Split[InstanceSet]) -> Split[InstanceSet]:
-    """The same, if both parts have the same classes and show objects.
-
-    Raises:
-        UserError: they do not.
-    """
+    """The same; a UserError where the parts have different classes, or one shows no object."""
     if data.pool.classes != data.test.classes:
         differ = sorted(set(data.pool.classes) ^ set(data.test.classes)) or ["their order"]
         raise UserError(
@@ -146,21 +126,13 @@ def checked(data: Split[InstanceSet]) -> Split[InstanceSet]:
     return data
 
 
-# --- files --------------------------------------------------------------------------------------------------
-
-
 def load_instances(images: Path, instances: Path) -> InstanceSet:
     """Images and their objects; everything that is wrong is found here, and counted.
 
-    Args:
-        images: folder of images.
-        instances: a COCO JSON file whose file names start from `images`; or a folder with one PNG per image,
-            of its size and under its name, where pixel values (up to 16 bits) are 0 for the background and k
-            for the k-th object. All objects of such a folder are of one class; images without a PNG are left
-            out. Of COCO's annotations those without extent are left out, which is said on stderr.
-
-    Raises:
-        UserError: for files that are missing, damaged, of another size, or hold no instance.
+    `instances` is a COCO JSON file whose file names start from `images` (annotations without extent are left
+    out, which is said on stderr); or a folder with one PNG per image, of its size and under its name, where
+    pixel values (up to 16 bits) are 0 for the background and k for the k-th object. All objects of such a
+    folder are of one class; images without a PNG are left out.
     """
     images, instances = Path(images), Path(instances)
     if not instances.exists():
@@ -171,27 +143,22 @@ def load_instances(images: Path, instances: Path) -> InstanceSet:
     return _load_folder(images, instances) if instances.is_dir() else _load_coco(images, instances)
 
 
-def load_detection(
-    images: Path, instances: Path | None, test_images: Path | None, test_instances: Path | None
-) -> Split[InstanceSet]:
-    """Training and test images with instances; see `load_instances`.
-
-    Args:
-        images: folder of the training images, or LAYOUT:ROOT (see `layouts.instance_files`), instances included.
-        instances: of them; none for a layout.
-        test_images: none: they are in `images` too, which of a layout is its validation part.
-        test_instances: of the test images; none: half of the training images is set aside for the test.
-
-    Raises:
-        UserError: as `load_instances`, and for classes that differ or parts without objects.
-    """
+def load_detection(config: EvaluateConfig, budgets: Budgets) -> Split[InstanceSet]:
+    """Training and test images with instances: of a layout, of `load_instances`, or two halves of one."""
+    images, instances = config.images, config.instances
+    assert images is not None
     if layout_of(images) is not None or instances is None:
-        test = instance_files(test_images or images, "val")
-        return checked(Split(pool=_of_layout(instance_files(images)), test=_of_layout(test)))
-    pool = load_instances(images, instances)
-    if test_instances is None:
-        return checked(halved(pool))
-    return checked(Split(pool=pool, test=load_instances(test_images or images, test_instances)))
+        test = instance_files(config.test_images or images, "val")
+        data = Split(pool=_of_layout(instance_files(images)), test=_of_layout(test))
+    else:
+        pool = load_instances(images, instances)
+        if config.test_instances is None:
+            data = halved(pool)
+        else:
+            test_images = config.test_images or images
+            data = Split(pool=pool, test=load_instances(test_images, config.test_instances))
+    check_draw(len(checked(data).pool.shown()), budgets)
+    return data
 
 
 def _of_layout(files: InstanceFiles) -> InstanceSet:
@@ -204,11 +171,11 @@ def _of_layout(files: InstanceFiles) -> InstanceSet:
             raise UserError(f"'{error.path}' cannot be read: {error.reason}.", "Replace it.") from None
         return CocoImage(id=i, path=files.images[i], size=size, annotations=files.read(i))
 
-    def count(i: int) -> tuple[Size, int]:
+    def counted(i: int) -> tuple[Size, int]:
         found = image(i)
-        return found.size, sum(not a.crowd for a in found.annotations)
+        return found.size, _count(found)
 
-    found = in_threads(count, range(len(files.images)), 2, "reading instances")
+    found = in_threads(counted, range(len(files.images)), 2, "reading instances")
     return InstanceSet(
         images=files.images,
         sizes=[size for size, _ in found],
@@ -223,10 +190,14 @@ def _load_coco(images: Path, path: Path) -> InstanceSet:
     return InstanceSet(
         images=[image.path for image in everything.images],
         sizes=[image.size for image in everything.images],
-        counts=[sum(not a.crowd for a in image.annotations) for image in everything.images],
+        counts=[_count(image) for image in everything.images],
         truth=lambda index: instances_of_coco(everything.images[index]),
         classes=everything.names,
     )
+
+
+def _count(image: CocoImage) -> int:
+    return sum(not a.crowd for a in image.annotations)
 
 
 def _load_folder(images: Path, folder: Path) -> InstanceSet:
@@ -247,19 +218,17 @@ def _load_folder(images: Path, folder: Path) -> InstanceSet:
             return f"{error.path} ({error.reason})"
 
     found = in_threads(load, pairs, 2, "reading instances")
-    wrong = [each for each in found if isinstance(each, str)]
-    if wrong:
+    if wrong := [each for each in found if isinstance(each, str)]:
         raise UserError(
             f"{len(wrong)} of {len(pairs)} instance PNGs in '{folder}' cannot be used: {shorten(wrong)}.",
             "Save the number of each pixel's object as grey PNG, 8 or 16 bits, at the size of the image.",
         )
     good = [each for each in found if not isinstance(each, str)]
-    objects = [instances for _, instances in good]
     return InstanceSet(
         images=[image for image, _ in pairs],
         sizes=[size for size, _ in good],
-        counts=[len(each.masks) for each in objects],
-        truth=objects.__getitem__,
+        counts=[len(objects.masks) for _, objects in good],
+        truth=lambda index: good[index][1],
         classes=("object",),
     )
 
@@ -320,9 +289,6 @@ def instances_of_coco(image: CocoImage) -> Instances:
     )
 
 
-# --- training -----------------------------------------------------------------------------------------------
-
-
 class Example(NamedTuple):
     """An image (float32 3 x H x W in [0, 1]) and its objects as torchvision's detectors take them."""
 
@@ -355,13 +321,7 @@ def scaled_image(image: Tensor, size: Size) -> Tensor:
 
 
 def example(data: InstanceSet, draw: Draw, longest: int) -> Example:
-    """One image of a set as it is trained on; crowds are left out.
-
-    Args:
-        data: the set.
-        draw: see `Draw`.
-        longest: bound on the longer side.
-    """
+    """One image of a set as it is trained on, its longer side bound by `longest`; crowds are left out."""
     image, truth, have = data.image(draw.image), data.truth(draw.image), data.sizes[draw.image]
     size = scaled_size(have, draw.short, longest)
     keep = [i for i in range(len(truth.masks)) if not (truth.crowd and truth.crowd[i])]
@@ -379,34 +339,23 @@ def scaled_masks(masks: Sequence[Mask], have: Size, size: Size) -> Tensor:
     """Masks of a picture of size `have` in the scaled picture: uint8 K x H x W, nearest neighbour."""
     result = torch.zeros(len(masks), *size, dtype=torch.uint8)
     ys, xs = (nearest(old, new) for old, new in zip(have, size, strict=True))
-    for mask, (top, left, pixels) in zip(result, masks, strict=True):
-        height, width = pixels.shape
+    for whole, (top, left, pixels) in zip(result, masks, strict=True):
         rows, columns = (
-            ((ys >= top) & (ys < top + height)).nonzero(),
-            ((xs >= left) & (xs < left + width)).nonzero(),
+            slice(*torch.searchsorted(places, torch.tensor([first, first + length])).tolist())
+            for places, first, length in zip((ys, xs), (top, left), pixels.shape, strict=True)
         )
-        if len(rows) and len(columns):
-            rows, columns = rows[:, 0], columns[:, 0]
-            part = pixels[(ys[rows] - top)[:, None], xs[columns] - left]
-            mask[int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1] = part
+        whole[rows, columns] = pixels[(ys[rows] - top)[:, None], xs[columns] - left]
     return result
 
 
 def example_batches(
-    data: InstanceSet, draws: Sequence[Sequence[Draw]], longest: int, workers: int
+    make: Callable[[Draw], Example], draws: Sequence[Sequence[Draw]], workers: int
 ) -> Iterator[list[Example]]:
-    """The batches of these draws, in order; the next ones are decoded in threads meanwhile.
-
-    Args:
-        data: the set.
-        draws: per batch, per example.
-        longest: bound on the longer side of an image.
-        workers: threads; change speed only.
-    """
+    """The batches of these draws, in order; the next ones are made in threads meanwhile."""
     waiting: deque[list[Future[Example]]] = deque()
     with helpers(workers) as pool:
         for batch in draws:
-            waiting.append([pool.submit(example, data, draw, longest) for draw in batch])
+            waiting.append([pool.submit(make, draw) for draw in batch])
             if len(waiting) > _AHEAD:
                 yield [future.result() for future in waiting.popleft()]
         while waiting:

@@ -10,7 +10,7 @@ from typing import Any
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -32,13 +32,9 @@ from dreamteacher.spec import FeatureSpec
 class Pyramid(nn.Module):
     """A backbone and its FPN, with one more level that halves the coarsest one.
 
-    A plain ViT's map goes through a simple pyramid first; `specs` are the levels that the FPN takes.
-
-    Args:
-        student: taken in, not copied; it normalises images itself.
-        width: channels of every level.
-        norm: layer of the FPN, or None.
-        precision: of the matrix products here; the maps are float32, for box coordinates need their digits.
+    A plain ViT's map goes through a simple pyramid first; `specs` are the levels that the FPN takes. The
+    student is taken in and normalises images itself. The maps are float32, for box coordinates need their
+    digits.
 
     Source: Lin et al., arXiv 1612.03144.
     """
@@ -65,11 +61,8 @@ class Batcher(nn.Module):
     """Images of mixed sizes, side by side in one batch, in the place of torchvision's transform.
 
     It scales and normalises nothing: images come at their size, and a student normalises by itself. What is
-    padded is the student's mean, which becomes 0 there, as padding is in torchvision.
-
-    Args:
-        mean: of the student, 1 x 3 x 1 x 1, in [0, 1].
-        multiple: of the batch's height and width in pixels.
+    padded, up to a multiple of pixels, is the student's mean, which becomes 0 there, as padding is in
+    torchvision.
     """
 
     mean: Tensor
@@ -96,7 +89,8 @@ class Batcher(nn.Module):
 def roi_pool(specs: Sequence[FeatureSpec], side: int) -> MultiScaleRoIAlign:
     """RoIAlign to side x side from the level that fits a box's size.
 
-    torchvision infers the strides from the first batch, and wrongly so for small padded images: we state them.
+    torchvision infers the strides from the first batch, and wrongly so for small padded images: we state
+    them.
     """
     pool = MultiScaleRoIAlign([s.name for s in specs], output_size=side, sampling_ratio=2)
     pool.scales = [1 / s.stride for s in specs]
@@ -110,12 +104,7 @@ def build_detector(
 ) -> GeneralizedRCNN:
     """A detector, randomly initialised from torch's global generator but for the student, which is taken in.
 
-    Args:
-        student: its levels are those of the FPN, but for a plain ViT.
-        config: see `DetectConfig`.
-        classes: number of classes, the background not counted.
-        cascade: Cascade Mask R-CNN instead of Mask R-CNN.
-        precision: of the matrix products of the backbone and the FPN.
+    `classes` are counted without the background.
 
     Source: He et al., Mask R-CNN, arXiv 1703.06870, with the 4conv1fc box head of arXiv 1803.08494.
     """
@@ -138,20 +127,13 @@ def build_detector(
     masks = roi_pool(specs, 14), mask_head, MaskRCNNPredictor(width, width, classes + 1)
     heads: RoIHeads
     if cascade:
+        make_predictor = partial(BoxPredictor, config.fc, classes + 1)
         heads = CascadeHeads(
-            pool=roi_pool(specs, 7),
-            make_head=box_head,
-            make_predictor=partial(BoxPredictor, config.fc, classes + 1, agnostic=config.agnostic),
-            samples=config.rois,
-            score_threshold=0.05,
-            nms_threshold=0.5,
-            detections=config.detections,
-            mask_pool=masks[0],
-            mask_head=masks[1],
-            mask_predictor=masks[2],
-        )
+            roi_pool(specs, 7), box_head, make_predictor, samples=config.rois,
+            detections=config.detections, masks=masks,
+        )  # fmt: skip
     else:
-        predictor = BoxPredictor(config.fc, classes + 1, agnostic=False)
+        predictor = FastRCNNPredictor(config.fc, classes + 1)
         heads = RoIHeads(
             roi_pool(specs, 7), box_head(), predictor, 0.5, 0.5, config.rois, 0.25, None, 0.05, 0.5,
             config.detections, *masks,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from torch import Tensor
-
 from dreamteacher.data.images import Size
 from dreamteacher.downstream.detection.data import Instances
 from dreamteacher.downstream.tasks import Metric
@@ -15,13 +13,8 @@ from dreamteacher.runtime.errors import UserError
 Kind = Literal["box", "mask"]
 
 
-def check_scores() -> None:
-    """Raises UserError where the library that scores is missing; called before anything is trained."""
-    _library()
-
-
-def _library() -> tuple[Any, Any, Any]:
-    """COCO, COCOeval_faster and the module of run lengths."""
+def check_scores() -> tuple[Any, Any, Any]:
+    """COCO, COCOeval_faster and the module of run lengths; a UserError where they are missing."""
     try:
         from faster_coco_eval import COCO, COCOeval_faster
         from faster_coco_eval.core import mask
@@ -41,40 +34,35 @@ def average_precision(
     classes: int,
     kind: Kind,
     most: int = 100,
-) -> tuple[float, float, float]:
+) -> tuple[float, ...]:
     """AP (mean over IoU 0.50 to 0.95 in steps of 0.05), AP at IoU 0.50, and AP at IoU 0.75; each in [0, 1].
 
     The mean over the classes that occur in the truth of the precision at 101 recalls; what lies on a crowd is
-    neither right nor wrong. Parity with pycocotools: `tests/downstream/detection/test_scores.py`.
-
-    Args:
-        truth: the objects of each image.
-        found: what was found in each, with scores.
-        sizes: (height, width) of each.
-        classes: number of classes.
-        kind: which IoU: of boxes or of masks.
-        most: detections of an image that count, the best first; 100 is COCO's number.
+    neither right nor wrong. Of an image with (height, width) `sizes` the best `most` detections count, COCO's
+    number is 100. Parity with pycocotools: `tests/downstream/detection/test_scores.py`. Source:
+    https://cocodataset.org/#detection-eval.
 
     Raises:
         UserError: faster-coco-eval is not installed.
         ValueError: there is no object that counts.
-
-    Source: https://cocodataset.org/#detection-eval.
     """
-    coco, evaluation, run_lengths = _library()
+    coco, evaluation, run_lengths = check_scores()
     if not any(len(t.masks) > sum(t.crowd) for t in truth):
         raise ValueError("the truth holds no object")
     if not any(len(f.masks) for f in found):
         return 0.0, 0.0, 0.0
     images = [{"id": i + 1, "height": h, "width": w} for i, (h, w) in enumerate(sizes)]
-    records: list[list[dict[str, Any]]] = []
-    for parts in (truth, found):
-        rows = [
+    records = [
+        [
             row
-            for i, (part, size) in enumerate(zip(parts, sizes, strict=True))
-            for row in _records(part, i + 1, size, kind, run_lengths)
+            for i, (part, size) in enumerate(zip(parts, sizes, strict=True), start=1)
+            for row in _records(part, i, size, kind, run_lengths)
         ]
-        records.append([{"id": n + 1, **row} for n, row in enumerate(rows)])
+        for parts in (truth, found)
+    ]
+    for rows in records:
+        for number, row in enumerate(rows, start=1):
+            row["id"] = number
     categories = [{"id": c + 1, "name": str(c + 1)} for c in range(classes)]
     there = coco({"images": images, "annotations": records[0], "categories": categories})
     given = there.loadRes(records[1])
@@ -82,13 +70,8 @@ def average_precision(
     scored.params.maxDets = [1, 10, most]
     scored.evaluate()
     scored.accumulate()
-    precision = scored.eval["precision"][:, :, :, 0, -1]  # IoU x recall x class, of any area
-    return _mean(precision), _mean(precision[:1]), _mean(precision[5:6])
-
-
-def _mean(precision: Any) -> float:
-    """Over what is defined: a class without truth has precision -1."""
-    return float(precision[precision > -1].mean())
+    precision = scored.eval["precision"][:, :, :, 0, -1]  # IoU x recall x class, of any area; -1: no truth
+    return tuple(float(p[p > -1].mean()) for p in (precision, precision[:1], precision[5:6]))
 
 
 def _records(
@@ -108,12 +91,9 @@ def _records(
             record["score"] = float(instances.scores[i])
         if kind == "mask":
             outline = instances.outlines[i] if instances.outlines else None
-            record["segmentation"] = outline or _run_lengths(mask.whole(size), run_lengths)
+            whole = mask.whole(size).byte().t().contiguous().t()  # Fortran's order
+            record["segmentation"] = outline or run_lengths.encode(whole.numpy())
         yield record
-
-
-def _run_lengths(mask: Tensor, run_lengths: Any) -> Any:
-    return run_lengths.encode(mask.t().contiguous().t().byte().numpy())  # it wants Fortran's order
 
 
 def scores_of(

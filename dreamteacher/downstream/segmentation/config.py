@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from dreamteacher.downstream.classification.config import BackboneRate, FineTuning, Optimizer, check_training
+from dreamteacher.downstream.classification.config import (
+    BackboneRate,
+    FineTuning,
+    Optimizer,
+    check_numbers,
+    check_training,
+)
 from dreamteacher.runtime.errors import UserError
 
 
@@ -66,7 +72,7 @@ class DenseTraining:
     batch_size: int = 16
     """Crops per update (at least 2)."""
     lr: float = 0.01
-    """Peak learning rate."""
+    """Peak learning rate of the head."""
     power: float = 0.9
     """Of the polynomial decay to zero."""
     weight_decay: float = 5e-4
@@ -106,13 +112,9 @@ class SemanticConfig(BackboneRate, DenseTraining):
     """Full-size semantic segmentation. The defaults are ADE20K's; `PRESETS` has others."""
 
     optimizer: Optimizer = "sgd"
-    """sgd (momentum 0.9) or adamw (betas 0.9, 0.999)."""
-    lr: float = 0.01
-    """Peak learning rate of the head; a usual one for adamw is 1e-4."""
+    """sgd (momentum 0.9) or adamw (betas 0.9, 0.999), usually with lr 1e-4 and weight_decay 0.05."""
     warmup: float = 0.0
     """Share of the steps in which the learning rate rises linearly, [0, 1)."""
-    weight_decay: float = 5e-4
-    """Of matrices and kernels; a usual one for adamw is 0.05."""
     width: int = 512
     """Channels inside the head."""
     norm: bool = False
@@ -128,14 +130,10 @@ class SemanticConfig(BackboneRate, DenseTraining):
     """Share of a window that the next one sees too, [0, 1)."""
 
     def __post_init__(self) -> None:
-        check_training(self.steps, self.batch_size, self.lr)
-        for name in ("warmup", "overlap", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}.", "Give a share from 0 to below 1.")
-        if min(self.power, self.auxiliary, self.width - 1) < 0:
-            raise UserError(
-                "power, auxiliary or width is too small.", "Give 0 or more; a width of at least 1."
-            )
+        check_training(self)
+        check_numbers(
+            self, above=("width",), least=("power", "auxiliary"), shares=("warmup", "overlap", "dropout")
+        )
         if any(count < 2 for count in self.mask_counts) or len(set(self.mask_counts)) < len(self.mask_counts):
             raise UserError(f"mask_counts is {self.mask_counts}.", "Give different numbers, each at least 2.")
 

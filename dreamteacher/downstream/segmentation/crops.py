@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,7 +23,7 @@ from dreamteacher.data.masks.reader import MaskedImages
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.finetune import shuffled_batches
 from dreamteacher.downstream.segmentation.config import CropConfig
-from dreamteacher.runtime.errors import UserError, shorten
+from dreamteacher.runtime.errors import UserError
 
 # What lies beyond an image: close to 0 once a student has normalised it.
 FILL = (124, 116, 104)
@@ -32,9 +34,6 @@ _TRIES = 10
 def drawn_files(files: MaskedImages, masks: int | None, seed: int) -> MaskedImages:
     """Those of `masks` labelled images drawn by the seed; all for None."""
     return files.take(draw_images(len(files), masks or len(files), seed))
-
-
-# --- crops ----------------------------------------------------------------------------------------------------
 
 
 def scaled_size(size: Sequence[int], short_side: int, factor: float = 1.0) -> tuple[int, int]:
@@ -70,15 +69,8 @@ def random_crop(
 ) -> tuple[Tensor, Tensor]:
     """A crop of an image at a random scale, and of its mask; mirrored or not; filled up where it is too small.
 
-    Args:
-        image: uint8 3 x H x W.
-        mask: int64 class ids of the same scene, at any resolution.
-        config: see `CropConfig`.
-        ignore_index: id in the mask that is no class, and of what is filled up.
-        generator: of all draws.
-
-    Returns:
-        uint8 3 x size and int64 size.
+    The image is uint8 3 x H x W, the mask int64 class ids of the same scene, at any resolution;
+    `ignore_index` is no class, and what is filled up. Returns uint8 3 x size and int64 size.
     """
     low, high = config.scale
     factor = low + (high - low) * float(torch.rand((), generator=generator))
@@ -102,36 +94,51 @@ def random_crop(
     return pixels, ids
 
 
-class _Crops(NamedTuple):
-    images: Tensor
-    masks: Tensor
-    bad: list[BadImage]
+@functools.cache
+def _say(path: Path, reason: str) -> None:
+    print(f"'{path}' is damaged ({reason}): other images take its place.", file=sys.stderr)
 
 
-class _CropSet(Dataset[_Crops]):
-    """Item (step, indices) is the batch of that step, whatever came before it and in which process."""
+class _Made(Dataset[Any]):
+    """Item k is what a function makes of k, wherever that is; a bad image where it can be made of none."""
 
-    def __init__(self, files: MaskedImages, config: CropConfig, seed: int) -> None:
-        self.files, self.config, self.seed = files, config, seed
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self.make = make
 
-    def __getitem__(self, item: tuple[int, Tensor]) -> _Crops:
-        step, index = item
-        made, bad = [], []
-        for place, first in enumerate(index.tolist()):
-            generator = step_generator(self.seed, step, f"crop/{place}")
-            for i in range(first, first + len(self.files)):  # a damaged pair gives way to the next
-                try:
-                    image, mask = self.files.read(i % len(self.files))
-                except BadImageError as error:
-                    bad.append(BadImage(error.path, error.reason))
-                    continue
-                ignored = self.files.ignore_index
-                made.append(random_crop(image, mask, self.config, ignore_index=ignored, generator=generator))
-                break
-        if len(made) < len(index):
-            return _Crops(torch.empty(0), torch.empty(0), bad)
-        images, masks = zip(*made, strict=True)
-        return _Crops(torch.stack(images), torch.stack(masks), bad)
+    def __getitem__(self, item: Any) -> Any:
+        try:
+            return self.make(item)
+        except BadImageError as error:
+            return BadImage(error.path, error.reason)
+
+
+def _crop_batch(
+    files: MaskedImages, config: CropConfig, seed: int, item: tuple[int, Tensor]
+) -> tuple[Tensor, Tensor]:
+    step, index = item
+    made = []
+    for place, first in enumerate(index.tolist()):
+        generator = step_generator(seed, step, f"crop/{place}")
+        image, mask = _readable(files, first)
+        made.append(random_crop(image, mask, config, ignore_index=files.ignore_index, generator=generator))
+    images, masks = zip(*made, strict=True)
+    return torch.stack(images), torch.stack(masks)
+
+
+def _readable(files: MaskedImages, first: int) -> tuple[Tensor, Tensor]:
+    """The pair of this number, or where it is damaged the next."""
+    for i in range(first, first + len(files) - 1):
+        try:
+            return files.read(i % len(files))
+        except BadImageError as error:
+            _say(error.path, error.reason)
+    return files.read((first - 1) % len(files))
+
+
+def _scaled_pair(files: MaskedImages, short_side: int, index: int) -> tuple[Tensor, Tensor]:
+    image, mask = files.read(index)
+    size = scaled_size(image.shape[1:], short_side)
+    return scaled(image, size, 0, 0, size), mask
 
 
 def crops(
@@ -146,42 +153,19 @@ def crops(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches `first` to `steps` - 1 of crops, uint8 N x 3 x H x W, and masks, int64 N x H x W.
 
-    The same for every number of workers, and wherever they begin. A pair found damaged gives way to the next, which is said on stderr.
-
-    Raises:
-        UserError: nothing can be read any more.
+    The same for every number of workers, and wherever they begin. A pair found damaged gives way to the next,
+    which is said on stderr; a UserError where nothing can be read any more.
     """
     order = shuffled_batches(len(files), batch_size, steps, step_generator(seed, 0, "semantic"))
-    stream = load_ahead(
-        _CropSet(files, config, seed), itertools.islice(enumerate(order), first, None), workers
-    )
-    known: set[BadImage] = set()
+    wanted = itertools.islice(enumerate(order), first, None)
+    stream = load_ahead(_Made(functools.partial(_crop_batch, files, config, seed)), wanted, workers)
     for batch in stream:
-        known |= set(batch.bad)
-        if not len(batch.images):
+        if isinstance(batch, BadImage):
             raise UserError(
-                f"None of {len(files)} images with masks can be read any more ({batch.bad[-1].path}).",
+                f"None of {len(files)} images with masks can be read any more ({batch.path}).",
                 "Check that the disk is still there.",
             )
-        yield batch.images, batch.masks
-    if known:
-        some = shorten(f"{b.path} ({b.reason})" for b in sorted(known))
-        print(f"{len(known)} damaged files gave way to others: {some}", file=sys.stderr)
-
-
-class _TestSet(Dataset[Any]):
-    """Item k is image k, scaled, and its mask as large as it is."""
-
-    def __init__(self, files: MaskedImages, short_side: int) -> None:
-        self.files, self.short_side = files, short_side
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | BadImage:
-        try:
-            image, mask = self.files.read(index)
-        except BadImageError as error:
-            return BadImage(error.path, error.reason)
-        size = scaled_size(image.shape[1:], self.short_side)
-        return scaled(image, size, 0, 0, size), mask
+        yield batch
 
 
 def whole_images(
@@ -189,10 +173,9 @@ def whole_images(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Each image, uint8 3 x H x W scaled to `short_side` (0: as it is), and its mask, as large as it is.
 
-    Raises:
-        UserError: one of them cannot be read any more.
+    A UserError where one of them cannot be read any more.
     """
-    stream = load_ahead(_TestSet(files, short_side), range(len(files)), workers)
+    stream = load_ahead(_Made(functools.partial(_scaled_pair, files, short_side)), range(len(files)), workers)
     for item in tqdm(stream, total=len(files), desc="testing", disable=not sys.stderr.isatty()):
         if isinstance(item, BadImage):
             raise UserError(

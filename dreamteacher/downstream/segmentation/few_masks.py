@@ -1,26 +1,33 @@
-"""Learning from a few masks: a light UPerNet head, the backbone frozen or fine-tuned."""
+"""Learning from a few masks: a light UPerNet head, or a linear classifier of pixels."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from dreamteacher.data.draws import draw_images
 from dreamteacher.data.labelled_set import LabelledSet
 from dreamteacher.data.seeds import step_generator
 from dreamteacher.downstream.classification.finetune import recalibrate, shuffled_batches, train
+from dreamteacher.downstream.classification.probes import choose_l2, fit_logistic, standardisation
 from dreamteacher.downstream.features import device_of, frozen, to_input
 from dreamteacher.downstream.segmentation.config import SegmentConfig
+from dreamteacher.downstream.segmentation.data import IN_MEMORY
+from dreamteacher.downstream.task import Bench, Task, always
 from dreamteacher.downstream.tasks import Metric
 from dreamteacher.metrics import confusion, iou_per_class, mean_iou
+from dreamteacher.models.distilled import REGRESSOR, neck_weights
 from dreamteacher.models.regressor import LabelHead, Neck, resize
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.distributed.device import autocast, seeded
-from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.settings import Precision
 from dreamteacher.spec import FeatureSpec
 
@@ -28,19 +35,19 @@ from dreamteacher.spec import FeatureSpec
 _MAPS_BYTES = 2 << 30
 
 
+# Pixels that the linear probe is fitted on, at most: bounds its memory (float64) and time.
+_LINEAR_PIXELS = 20_000
+_L2_GRID = (1.0, 0.1, 0.01, 0.001)
+
+
 class SegmentationHead(nn.Module):
     """UPerNet's neck, its maps side by side at the finest stride, and a per-pixel classifier.
 
-    Args:
-        specs: the backbone's levels, fine to coarse.
-        classes: number of classes.
-        width: channels of every inner map.
-        dropout: probability of dropping a channel before the last layer.
-        norm: normalise each level's channels first (LayerNorm), which ConvNeXt's raw maps need.
-        align_corners: of the last resize, to the image's size.
+    `specs` are the backbone's levels, fine to coarse; `width` is that of every inner map. `norm` normalises
+    each level's channels first (LayerNorm), which ConvNeXt's raw maps need.
 
     Source: UPerNet, arXiv 1807.10221; narrower than the 512 channels there. Equal to segmentation-models-pytorch's
-    UPerNet with `norm`, `align_corners` and its weights (`from_segmentation_models`): `tests/downstream/segmentation/test_upernet.py`.
+    with its weights, but for the last resize: `tests/downstream/segmentation/test_upernet.py`.
     """
 
     def __init__(
@@ -51,10 +58,8 @@ class SegmentationHead(nn.Module):
         dropout: float = 0.1,
         *,
         norm: bool = False,
-        align_corners: bool = False,
     ) -> None:
         super().__init__()
-        self.align_corners = align_corners
         self.norms = nn.ModuleList(LayerNorm2d(spec.channels) for spec in specs) if norm else None
         self.neck = Neck(specs, width)
         self.head = LabelHead(len(self.neck.specs), width, classes, dropout=dropout)
@@ -63,58 +68,15 @@ class SegmentationHead(nn.Module):
         """One map per level -> float32 logits N x classes x H x W of `size` = (H, W)."""
         if self.norms is not None:
             maps = [norm(m) for norm, m in zip(self.norms, maps, strict=True)]
-        logits = self.head(self.neck(maps)).float()
-        if self.align_corners:
-            return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
-        return resize(logits, size)
-
-
-def from_segmentation_models(weights: Mapping[str, Tensor], levels: int = 4) -> dict[str, Tensor]:
-    """The state dict of a `SegmentationHead` with `norm` from that of segmentation-models-pytorch's UPerNet.
-
-    Args:
-        weights: of the whole model; its encoder is passed over.
-        levels: maps that its decoder takes (4: encoder depth 5).
-
-    Raises:
-        UserError: a tensor of the decoder has no place here: it is no UPerNet, or has another depth.
-
-    Example:
-        >>> list(from_segmentation_models({"segmentation_head.0.bias": torch.zeros(2)}))
-        ['head.classify.bias']
-    """
-    names = {"decoder.psp.out_conv": "neck.ppm.bottleneck", "decoder.fusion_block": "head.fuse"}
-    names |= {f"decoder.psp.blocks.{i}.1": f"neck.ppm.branches.{i}.1" for i in range(4)}
-    names |= {f"decoder.feature_norms.{i}": f"norms.{i}" for i in range(levels)}
-    for i in range(levels - 1):  # theirs go from coarse to fine
-        names[f"decoder.fpn_lateral_blocks.{levels - 2 - i}.conv_norm_relu"] = f"neck.laterals.{i}"
-        names[f"decoder.fpn_conv_blocks.{levels - 2 - i}"] = f"neck.outputs.{i}"
-    names["segmentation_head.0"] = "head.classify"
-    found = {}
-    for key, value in weights.items():
-        place = next((theirs for theirs in names if key.startswith(f"{theirs}.")), None)
-        if place is not None:
-            found[names[place] + key.removeprefix(place)] = value
-        elif not key.startswith("encoder."):
-            raise UserError(
-                f"'{key}' is no weight of a UPerNet with {levels} levels.",
-                "Give the state dict of segmentation_models_pytorch.UPerNet.",
-            )
-    return found
+        return resize(self.head(self.neck(maps)).float(), size)
 
 
 class Segmenter(nn.Module):
-    """A backbone and its segmentation head.
+    """A backbone and its segmentation head, both taken in; `auxiliary` is a second one, for training."""
 
-    Args:
-        student: taken in, not copied.
-        head: made for the student's levels.
-    """
-
-    def __init__(self, student: Student, head: SegmentationHead) -> None:
+    def __init__(self, student: Student, head: nn.Module, auxiliary: nn.Module | None = None) -> None:
         super().__init__()
-        self.student = student
-        self.head = head
+        self.student, self.head, self.auxiliary = student, head, auxiliary
 
     def forward(self, images: Tensor) -> Tensor:
         """Images in [0, 1], N x 3 x H x W -> logits N x classes x H x W."""
@@ -140,19 +102,11 @@ def train_segmenter(
     precision: Precision = "auto",
     neck: Mapping[str, Tensor] | None = None,
 ) -> Segmenter:
-    """A segmenter in evaluation mode.
+    """A segmenter in evaluation mode, with a copy of the backbone, frozen or fine-tuned.
 
-    Args:
-        student: left as it is; a copy of it, frozen or fine-tuned, is part of the result.
-        images: labelled images, uint8 N x 3 x H x W, N >= 2.
-        masks: N x H x W class ids (int64).
-        config: see `SegmentConfig`.
-        classes: number of classes.
-        freeze: train the head alone.
-        seed: of the head, the batches, mirroring, dropout.
-        ignore_index: mask id that is not learned.
-        precision: of the matrix products.
-        neck: where the head's neck starts (mixed pretraining transfers it); the head then has its width.
+    The labelled images are uint8 N x 3 x H x W, N >= 2, their masks N x H x W class ids (int64); `freeze`
+    trains the head alone. `neck` is where the head's neck starts (mixed pretraining transfers it); the head
+    then has its width.
     """
     width = config.width if neck is None else int(neck["laterals.0.0.weight"].shape[0])
     device = device_of(student)
@@ -165,7 +119,7 @@ def train_segmenter(
             head.neck.load_state_dict(neck)
         head = head.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         backbone = copy.deepcopy(student).train(not freeze)
-        maps_of = _FrozenMaps(backbone, images, config, precision) if freeze else None
+        maps_of = _frozen_maps(backbone, images, config, precision) if freeze else None
         batches = shuffled_batches(len(images), config.batch_size, config.steps, generator)
 
         def forward(index: Tensor, mirror: bool) -> Tensor:
@@ -194,51 +148,49 @@ def train_segmenter(
     return Segmenter(backbone, head).eval()
 
 
-class _FrozenMaps:
-    """The frozen backbone's maps of the labelled images, computed once where they fit.
+def _frozen_maps(
+    student: Student, images: Tensor, config: SegmentConfig, precision: Precision
+) -> Callable[[Tensor, bool], list[Tensor]]:
+    """(indices, mirrored) -> the frozen backbone's maps of these images, computed once where they fit."""
+    device = device_of(student)
 
-    Called with (indices, mirrored) it returns the maps of those images, fine to coarse.
-    """
-
-    def __init__(self, student: Student, images: Tensor, config: SegmentConfig, precision: Precision) -> None:
-        self.student, self.images, self.precision = student, images, precision
-        self.device = device_of(student)
-        height, width = images.shape[-2:]
-        per_image = sum(s.channels * (height // s.stride) * (width // s.stride) for s in student.specs)
-        sides = (False, True) if config.flip else (False,)
-        self.kept: dict[bool, list[Tensor]] = {}
-        if 4 * per_image * len(images) * len(sides) <= _MAPS_BYTES:
-            everything = torch.arange(len(images), device=self.device)
-            self.kept = {side: self._computed(everything, side) for side in sides}
-
-    def __call__(self, index: Tensor, mirror: bool) -> list[Tensor]:
-        if self.kept:
-            return [m[index] for m in self.kept[mirror]]
-        return self._computed(index, mirror)
-
-    def _computed(self, index: Tensor, mirror: bool) -> list[Tensor]:
+    def computed(index: Tensor, mirror: bool) -> list[Tensor]:
         parts = []
-        with frozen(self.student), autocast(self.device, self.precision):
+        with frozen(student), autocast(device, precision):
             for part in index.split(64):
-                batch = to_input(self.images[part], self.device)
-                parts.append(self.student(batch.flip(3) if mirror else batch))
+                batch = to_input(images[part], device)
+                parts.append(student(batch.flip(3) if mirror else batch))
         return [torch.cat(level) for level in zip(*parts, strict=True)]
+
+    height, width = images.shape[-2:]
+    per_image = sum(s.channels * (height // s.stride) * (width // s.stride) for s in student.specs)
+    sides = (False, True) if config.flip else (False,)
+    if 4 * per_image * len(images) * len(sides) > _MAPS_BYTES:
+        return computed
+    kept = {side: computed(torch.arange(len(images), device=device), side) for side in sides}
+    return lambda index, mirror: [m[index] for m in kept[mirror]]
 
 
 def score(
-    predictions: Iterator[tuple[Tensor, Tensor]], names: Sequence[str], ignore_index: int
+    predictions: Iterable[tuple[Tensor, Tensor]],
+    names: Sequence[str],
+    ignore_index: int,
+    *,
+    pixels: bool = False,
 ) -> Iterator[Metric]:
-    """mIoU and the IoU of each class that occurs, from one confusion matrix over all batches.
+    """mIoU and the IoU of each class that occurs, over batches of (class ids, target ids).
 
-    Args:
-        predictions: batches of (class ids, target ids), both N x H x W.
-        names: class names in id order.
-        ignore_index: target id that is left out.
+    `pixels`: also the accuracy of pixels, and its mean over the classes. The target `ignore_index` is left
+    out.
     """
     matrix = torch.zeros(len(names), len(names), dtype=torch.int64)
     for pred, target in predictions:
         matrix += confusion(pred.cpu(), target.cpu(), len(names), ignore_index)
     yield "miou", mean_iou(matrix)
+    if pixels:
+        hits, members = matrix.diagonal().double(), matrix.sum(1).double()
+        yield "accuracy", float(hits.sum() / members.sum())
+        yield "mean_accuracy", float((hits / members).nanmean())
     for name, iou in zip(names, iou_per_class(matrix).tolist(), strict=True):
         if iou == iou:
             yield f"iou/{name}", iou
@@ -261,3 +213,88 @@ def score_segmenter(
                 yield model(to_input(test.images[index], device)).argmax(1), test.targets[index]
 
     yield from score(predictions(), test.classes, ignore_index)
+
+
+def segment_linear(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
+    """mIoU and per-class IoU of a linear classifier of each pixel's frozen features.
+
+    Every level is resized to the finest one and concatenated; the classifier is fitted there and its logits
+    are resized to the image. Its L2 strength is chosen by cross-validation over whole labelled images.
+    """
+    assert masks is not None
+    student, precision, ignore_index = bench.student, bench.config.precision, bench.config.ignore_index
+    pool, test = bench.data.pool, bench.data.test
+    drawn = draw_images(len(pool.images), masks, seed)
+    columns = _columns(student, pool.images[drawn], precision)
+    finest = (columns.shape[-2], columns.shape[-1])
+    coarse = F.interpolate(pool.targets[drawn].float()[:, None], size=finest, mode="nearest-exact")[:, 0]
+    y = coarse.long().flatten().to(columns.device)
+    x = columns.movedim(1, 3).flatten(0, 2)
+    image = torch.arange(len(drawn), device=x.device).repeat_interleave(finest[0] * finest[1])
+    keep = (y != ignore_index).nonzero().flatten()
+    if len(keep) > _LINEAR_PIXELS:
+        order = torch.randperm(len(keep), generator=step_generator(seed, 0, "pixels"))
+        keep = keep[order[:_LINEAR_PIXELS].to(keep.device)]
+    x, y, image = x[keep], y[keep], image[keep]
+    mean, deviation = standardisation(x)
+    x = (x.double() - mean) / deviation
+    l2 = choose_l2(x, y, image % min(3, masks), classes=len(pool.classes), grid=_L2_GRID)
+    weight, bias = fit_logistic(x, y, classes=len(pool.classes), l2=l2, tolerance=1e-4)
+    scaled = (weight / deviation).float()
+    shift = (bias - (weight / deviation) @ mean).float()
+
+    def predictions() -> Iterator[tuple[Tensor, Tensor]]:
+        for index in torch.arange(len(test.images)).split(bench.config.batch_size):
+            maps = _columns(student, test.images[index], precision)
+            logits = torch.einsum("nchw,kc->nkhw", maps, scaled) + shift[:, None, None]
+            target = test.targets[index]
+            yield resize(logits, (target.shape[-2], target.shape[-1])).argmax(1), target
+
+    yield from score(predictions(), pool.classes, ignore_index)
+
+
+def _columns(student: Student, images: Tensor, precision: Precision, batch_size: int = 64) -> Tensor:
+    """All levels of each position of the finest one: N x (sum of channels) x H/4 x W/4, float32."""
+    device = device_of(student)
+    parts = []
+    for batch in images.split(batch_size):
+        with frozen(student), autocast(device, precision):
+            maps = [m.float() for m in student(to_input(batch, device))]
+        finest = (maps[0].shape[-2], maps[0].shape[-1])
+        parts.append(torch.cat([resize(m, finest) for m in maps], dim=1))
+    return torch.cat(parts)
+
+
+def _run(bench: Bench, masks: int | None, seed: int, *, freeze: bool) -> Iterator[Metric]:
+    """mIoU and per-class IoU on the test set after training with images drawn from the pool."""
+    assert masks is not None
+    config, pool = bench.config, bench.data.pool
+    drawn = draw_images(len(pool.images), masks, seed)
+    model = train_segmenter(
+        bench.student, pool.images[drawn], pool.targets[drawn], config.segment, classes=len(pool.classes),
+        freeze=freeze, seed=seed, ignore_index=config.ignore_index, precision=config.precision,
+        neck=neck_weights(bench.run_folder()) if config.neck else None,
+    )  # fmt: skip
+    return score_segmenter(model, bench.data.test, config.ignore_index, **bench.passes())
+
+
+FINETUNE = Task(
+    name="segment-finetune", what="segmentation, fine-tuned", group=IN_MEMORY, unit="masks",
+    settings=("segment",),
+    budgets=lambda config: config.mask_counts,
+    default=always,
+    files=lambda config: (Path(config.init).expanduser() / REGRESSOR,) if config.neck else (),
+    run=functools.partial(_run, freeze=False),
+)  # fmt: skip
+
+FROZEN = dataclasses.replace(
+    FINETUNE, name="segment-frozen", what="segmentation, frozen backbone",
+    run=functools.partial(_run, freeze=True),
+)  # fmt: skip
+
+LINEAR = Task(
+    name="segment-linear", what="segmentation, linear per pixel", group=IN_MEMORY, unit="masks",
+    budgets=lambda config: config.mask_counts,
+    default=always,
+    run=segment_linear,
+)  # fmt: skip

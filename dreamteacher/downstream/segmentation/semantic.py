@@ -1,4 +1,4 @@
-"""Semantic segmentation at full size (ADE20K, Cityscapes, BDD100K): UPerNet, crops streamed from the disk.
+"""Semantic segmentation at full size (ADE20K, Cityscapes, BDD100K), and the read-out: crops from the disk.
 
 Source: section 8 and appendix of arXiv 2307.07487; what it leaves open follows MMSegmentation's UPerNet settings
 (auxiliary head, crops of which no class fills more than three quarters, sliding windows).
@@ -6,27 +6,29 @@ Source: section 8 and appendix of arXiv 2307.07487; what it leaves open follows 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.segmentation.fcn import FCNHead
 
 from dreamteacher.data.masks.reader import MaskedImages
-from dreamteacher.data.split import Split
 from dreamteacher.downstream.classification.finetune import train
 from dreamteacher.downstream.features import device_of, frozen, to_input
 from dreamteacher.downstream.loop import UNKEPT, LongRun
-from dreamteacher.downstream.segmentation.config import SemanticConfig
+from dreamteacher.downstream.segmentation.config import ReadoutConfig, SemanticConfig
 from dreamteacher.downstream.segmentation.crops import FILL, crops, drawn_files, whole_images
 from dreamteacher.downstream.segmentation.data import STREAMED
-from dreamteacher.downstream.segmentation.few_masks import SegmentationHead, pixel_loss
+from dreamteacher.downstream.segmentation.few_masks import SegmentationHead, Segmenter, pixel_loss, score
 from dreamteacher.downstream.task import Bench, Task
 from dreamteacher.downstream.tasks import Metric
-from dreamteacher.metrics import confusion, iou_per_class, mean_iou
-from dreamteacher.models.regressor import conv_bn_relu, resize
+from dreamteacher.models.regressor import resize
 from dreamteacher.models.student import Student
 from dreamteacher.runtime.distributed.device import autocast, seeded
+from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.settings import Precision
 from dreamteacher.spec import FeatureSpec
 
@@ -34,52 +36,19 @@ from dreamteacher.spec import FeatureSpec
 _CLASSES_AT_ONCE = 16
 
 
-# --- heads ----------------------------------------------------------------------------------------------------
-
-
-class FCNHead(nn.Module):
-    """3x3 convolution to a quarter of the channels, dropout, per-pixel classifier, on one map.
-
-    Args:
-        specs: the backbone's levels, fine to coarse.
-        classes: number of classes.
-        level: which of them is read.
-        dropout: probability of dropping a pixel's channel before the last layer.
-
-    Source: the head of torchvision's FCN (arXiv 1411.4038), equal in `tests/downstream/segmentation/test_semantic.py`.
-    """
+class ReadoutHead(nn.Module):
+    """torchvision's FCN head (arXiv 1411.4038) on the map of one `level` of `specs`."""
 
     def __init__(
         self, specs: Sequence[FeatureSpec], classes: int, level: int = -1, dropout: float = 0.1
     ) -> None:
         super().__init__()
-        self.level = level
-        width = max(1, specs[level].channels // 4)
-        self.fuse = conv_bn_relu(specs[level].channels, width, 3)
-        self.dropout = nn.Dropout(dropout)
-        self.classify = nn.Conv2d(width, classes, 1)
+        self.level, self.head = level, FCNHead(specs[level].channels, classes)
+        self.head[3].p = dropout
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """One map per level -> float32 logits N x classes x H x W of `size` = (H, W)."""
-        return resize(self.classify(self.dropout(self.fuse(maps[self.level]))).float(), size)
-
-
-class DenseModel(nn.Module):
-    """A backbone and its head: images in [0, 1], N x 3 x H x W -> logits N x classes x H x W.
-
-    Args:
-        student: taken in, not copied.
-        head: (maps, size) -> logits.
-        auxiliary: a second head, for training alone.
-    """
-
-    def __init__(self, student: Student, head: nn.Module, auxiliary: nn.Module | None = None) -> None:
-        super().__init__()
-        self.student, self.head, self.auxiliary = student, head, auxiliary
-
-    def forward(self, images: Tensor) -> Tensor:
-        """See the class."""
-        return self.head(self.student(images), (images.shape[-2], images.shape[-1]))
+        return resize(self.head(maps[self.level]).float(), size)
 
 
 def train_dense(
@@ -90,16 +59,10 @@ def train_dense(
     *,
     freeze: bool,
     run: LongRun = UNKEPT,
-) -> DenseModel:
-    """A head trained on crops with a copy of the backbone, frozen or fine-tuned; in evaluation mode.
+) -> Segmenter:
+    """A head, made within the seed's random numbers, and a copy of the backbone, trained on crops.
 
-    Args:
-        student: left as it is.
-        files: to train on.
-        config: see `SemanticConfig`.
-        make_head: makes the head, within the seed's random numbers.
-        freeze: train the head alone: the backbone stays in evaluation mode.
-        run: see `LongRun`.
+    `freeze` trains the head alone: the backbone stays in evaluation mode.
     """
     device = device_of(student)
     ignored = files.ignore_index
@@ -107,30 +70,22 @@ def train_dense(
         head = make_head()
         second = None
         if config.auxiliary and not freeze:
-            second = FCNHead(student.specs, len(files.classes), -min(2, len(student.specs)), config.dropout)
-        model = DenseModel(copy.deepcopy(student), head, second).to(device)
+            second = ReadoutHead(
+                student.specs, len(files.classes), -min(2, len(student.specs)), config.dropout
+            )
+        model = Segmenter(copy.deepcopy(student), head, second).to(device)
         model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         batches = crops(
-            files,
-            config.crops,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            seed=run.seed,
-            workers=run.workers,
-            first=run.saved.step if run.saved else 0,
-        )
-
-        def maps_of(images: Tensor) -> list[Tensor]:
-            if not freeze:
-                return model.student(images)
-            with frozen(model.student):
-                return model.student(images)
+            files, config.crops, steps=config.steps, batch_size=config.batch_size, seed=run.seed,
+            workers=run.workers, first=run.first,
+        )  # fmt: skip
 
         def loss_at(step: int) -> Tensor:
             images, masks = next(batches)
             target = masks.to(device)
             with autocast(device, run.precision):
-                maps = maps_of(to_input(images, device))
+                with frozen(model.student) if freeze else contextlib.nullcontext():
+                    maps = model.student(to_input(images, device))
                 logits = head(maps, config.crops.size)
                 extra = None if second is None else second(maps, config.crops.size)
             loss = pixel_loss(logits, target, ignored)
@@ -139,22 +94,11 @@ def train_dense(
         trained: list[tuple[nn.Module, float]] = [(part, 1.0) for part in (head, second) if part is not None]
         trained += [] if freeze else [(model.student, config.backbone_lr_factor)]
         train(
-            trained,
-            loss_at,
-            steps=config.steps,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            warmup=config.warmup,
-            optimizer=config.optimizer,
-            power=config.power,
-            saved=run.saved,
+            trained, loss_at, steps=config.steps, lr=config.lr, weight_decay=config.weight_decay,
+            warmup=config.warmup, optimizer=config.optimizer, power=config.power, saved=run.saved,
             title="training",
-        )
-        next(batches, None)  # lets it say what was damaged
+        )  # fmt: skip
     return model.eval()
-
-
-# --- test -----------------------------------------------------------------------------------------------------
 
 
 def window_starts(length: int, window: int, overlap: float) -> list[int]:
@@ -163,8 +107,6 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
     Example:
         >>> window_starts(1000, 512, 1 / 3)
         [0, 341, 488]
-        >>> window_starts(300, 512, 1 / 3)
-        [0]
     """
     step = max(1, int(window * (1 - overlap)))
     count = max(0, -(-(length - window) // step)) + 1
@@ -172,12 +114,10 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
 
 
 def predict_logits(model: nn.Module, image: Tensor, config: SemanticConfig) -> Tensor:
-    """Logits 1 x classes x H x W of one image in evaluation mode, whole or averaged over windows.
+    """Logits 1 x classes x H x W of one image, whole or averaged over windows of the crops' size.
 
-    Args:
-        model: images in [0, 1] -> logits.
-        image: uint8 3 x H x W, scaled as it is to be seen; filled up to multiples of 32 (or to one window).
-        config: its `test`, `overlap` and the size of its `crops`.
+    The image, uint8 3 x H x W and scaled as it is to be seen, is filled up to multiples of 32 (or to one
+    window).
     """
     device = device_of(model)
     height, width = image.shape[1:]
@@ -225,67 +165,65 @@ def score_files(
 ) -> Iterator[Metric]:
     """mIoU, accuracy of pixels, their mean accuracy over classes, IoU per class, at the masks' own resolution.
 
-    Raises:
-        UserError: an image or mask cannot be read any more.
+    A UserError where an image or mask cannot be read any more.
     """
     device = device_of(model)
-    classes = len(files.classes)
-    matrix = torch.zeros(classes, classes, dtype=torch.int64)
-    for image, mask in whole_images(files, config.crops.short_side, workers=workers):
-        with frozen(model), autocast(device, precision):
-            logits = predict_logits(model, image, config)
-        pred = classes_at(logits.float(), (mask.shape[0], mask.shape[1]))[0].cpu()
-        matrix += confusion(pred, mask, classes, files.ignore_index)
-    hits, members = matrix.diagonal().double(), matrix.sum(1).double()
-    yield "miou", mean_iou(matrix)
-    yield "accuracy", float(hits.sum() / members.sum())
-    yield "mean_accuracy", float((hits / members).nanmean())
-    for name, iou in zip(files.classes, iou_per_class(matrix).tolist(), strict=True):
-        if iou == iou:
-            yield f"iou/{name}", iou
+
+    def predictions() -> Iterator[tuple[Tensor, Tensor]]:
+        for image, mask in whole_images(files, config.crops.short_side, workers=workers):
+            with frozen(model), autocast(device, precision):
+                logits = predict_logits(model, image, config)
+            yield classes_at(logits.float(), (mask.shape[0], mask.shape[1]))[0], mask
+
+    return score(predictions(), files.classes, files.ignore_index, pixels=True)
 
 
-def semantic(
-    student: Student,
-    data: Split[MaskedImages],
-    config: SemanticConfig,
-    *,
-    masks: int | None = None,
-    run: LongRun = UNKEPT,
-) -> Iterator[Metric]:
-    """Metrics of `score_files` after fine-tuning a UPerNet on streamed crops.
-
-    Args:
-        student: left as it is.
-        data: images with masks that stay on the disk; those to train on are drawn from its pool.
-        config: see `SemanticConfig`.
-        masks: labelled images to train on, drawn by the run's seed; None: all.
-        run: see `LongRun`.
-    """
-    files = drawn_files(data.pool, masks, run.seed)
-    norm, width, dropout = config.norm, config.width, config.dropout
-    model = train_dense(
-        student,
-        files,
-        config,
-        lambda: SegmentationHead(student.specs, len(files.classes), width, dropout, norm=norm),
-        freeze=False,
-        run=run,
+def semantic(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
+    """Metrics of `score_files` after fine-tuning a UPerNet on streamed crops."""
+    student, config, run = bench.student, bench.settings, bench.long_run(seed)
+    files = drawn_files(bench.data.pool, masks, seed)
+    head = functools.partial(
+        SegmentationHead, student.specs, len(files.classes), config.width, config.dropout, norm=config.norm
     )
-    yield from score_files(model, data.test, config, precision=run.precision, workers=run.workers)
+    model = train_dense(student, files, config, head, freeze=False, run=run)
+    return score_files(model, bench.data.test, config, precision=run.precision, workers=run.workers)
 
 
-def _run(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
-    return semantic(bench.student, bench.data, bench.settings, masks=masks, run=bench.long_run(seed))
+def level_of(student: Student, config: ReadoutConfig) -> int:
+    """The number of the map that is read; a UserError where the backbone has none of that stride."""
+    strides = [spec.stride for spec in student.specs]
+    if config.stride not in strides:
+        raise UserError(
+            f"'{student.name}' has no map of stride {config.stride}.",
+            f"Set --readout.stride to one of {', '.join(map(str, strides))}.",
+        )
+    return strides.index(config.stride)
+
+
+def readout(bench: Bench, masks: int | None, seed: int) -> Iterator[Metric]:
+    """Metrics of `score_files` of a head on the frozen backbone's map of one stride.
+
+    Source: section 8 of arXiv 2307.07487: frozen backbone, FCN, SGD 0.01, poly 0.9, 20k iterations. Neither the
+    head's layers nor the map are stated: torchvision's FCN head on the coarsest map, not dilated.
+    """
+    student, config, run = bench.student, bench.settings, bench.long_run(seed)
+    files, training, level = bench.data.pool, config.training(), level_of(student, config)
+    head = functools.partial(ReadoutHead, student.specs, len(files.classes), level, config.dropout)
+    model = train_dense(student, drawn_files(files, masks, seed), training, head, freeze=True, run=run)
+    return score_files(model, bench.data.test, training, precision=run.precision, workers=run.workers)
 
 
 TASK = Task(
-    name="semantic",
-    what="segmentation, full size",
-    group=STREAMED,
-    unit="masks",
-    config=SemanticConfig,
+    name="semantic", what="segmentation, full size", group=STREAMED, unit="masks", config=SemanticConfig,
     budgets=lambda config: config.semantic.mask_counts,
     long=True,
-    run=_run,
-)
+    run=semantic,
+)  # fmt: skip
+
+READOUT = Task(
+    name="readout", what="read-out, frozen backbone", group=STREAMED, unit="masks", config=ReadoutConfig,
+    budgets=lambda config: config.readout.mask_counts,
+    long=True,
+    fits=lambda student, config: level_of(student, config.readout),
+    run=readout,
+)  # fmt: skip

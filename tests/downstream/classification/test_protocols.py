@@ -22,11 +22,11 @@ from dreamteacher import metrics
 from dreamteacher.cli import main as cli
 from dreamteacher.data.image_set import load_images
 from dreamteacher.downstream import evaluate, features
-from dreamteacher.downstream.classification import augment, finetune_full, linear_sgd
+from dreamteacher.downstream.classification import augment, finetune_full, probes
 from dreamteacher.downstream.classification.augment import Augmentation
 from dreamteacher.downstream.classification.config import FinetuneFullConfig, LinearSgdConfig
 from dreamteacher.downstream.classification.finetune_full import TimmClassifier, recipe_of
-from dreamteacher.downstream.classification.linear import fit_logistic
+from dreamteacher.downstream.classification.probes import fit_logistic
 from dreamteacher.downstream.config import EvaluateConfig
 from dreamteacher.downstream.features import ClassificationData
 from dreamteacher.downstream.loop import LongRun
@@ -34,6 +34,7 @@ from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.distributed.device import seeded
 from dreamteacher.testing import check_task
 from tests.builders.pictures import refused
+from tests.builders.students import noted_losses
 
 NAME = "test_resnet"
 SIDE = 32
@@ -41,7 +42,7 @@ RESIZE_ONLY = Augmentation(size=(SIDE, SIDE), scale=(1.0, 1.0), flip=0.0)
 # What a few dozen steps on 40 images can learn with.
 QUICK = FinetuneFullConfig(
     optimizer="adamw", epochs=10, batch_size=8, lr=2e-3, warmup_epochs=1, drop_path=0.05, repeats=1,
-    rand_augment="off", mixup=0.1, cutmix=0.1, crop_from="decoded",
+    rand_augment="off", mixup=0.1, cutmix=0.1,
 )  # fmt: skip
 
 
@@ -112,14 +113,12 @@ def overlapping(count: int = 120, channels: int = 4) -> tuple[Tensor, Tensor]:
     return x + 0.8 * F.one_hot(y, channels).float(), y
 
 
-@pytest.mark.parametrize(
-    ("l2", "lr", "trust"), [(0.0, 1.0, 0.001), (0.05, 0.03, 1.0)], ids=["plain", "with trust ratios"]
-)
-def test_lars_ends_where_lbfgs_does(l2: float, lr: float, trust: float) -> None:
+@pytest.mark.parametrize(("l2", "lr"), [(0.0, 1.0), (0.05, 30.0)], ids=["plain", "with trust ratios"])
+def test_lars_ends_where_lbfgs_does(l2: float, lr: float) -> None:
     x, y = overlapping()
     weight, bias = fit_logistic(x, y, classes=3, l2=l2)
-    config = LinearSgdConfig(epochs=1500, batch_size=1000, lr=lr, weight_decay=l2, trust=trust)
-    w, b = linear_sgd.fit_lars(lambda _: x, y, config, classes=3, seed=0)
+    config = LinearSgdConfig(epochs=1500, batch_size=1000, lr=lr, weight_decay=l2)
+    w, b = probes.fit_lars(x, y, config, classes=3)
     # Without a penalty a constant may be added to every class: compare what is seen of it.
     ours, theirs = x @ w.T + b, x.double() @ weight.T + bias
     assert torch.allclose(
@@ -131,8 +130,8 @@ def test_lars_ends_where_lbfgs_does(l2: float, lr: float, trust: float) -> None:
 
 def test_lars_steps_against_a_loop() -> None:
     x, y = overlapping(30)
-    config = LinearSgdConfig(epochs=4, batch_size=30, lr=0.5, weight_decay=0.1, momentum=0.9, trust=0.02)
-    w, b = linear_sgd.fit_lars(lambda _: x, y, config, classes=3, seed=0)
+    config = LinearSgdConfig(epochs=4, batch_size=30, lr=10.0, weight_decay=0.1, momentum=0.9)
+    w, b = probes.fit_lars(x, y, config, classes=3)
     weight, bias = torch.zeros(3, 4).double(), torch.zeros(3).double()
     moving = [torch.zeros_like(weight), torch.zeros_like(bias)]
     for step in range(4):
@@ -141,10 +140,10 @@ def test_lars_steps_against_a_loop() -> None:
         slope, drift = error.T @ x.double(), error.sum(0)
         ratio = 1.0
         if weight.norm() > 0:
-            ratio = float(0.02 * weight.norm() / (slope.norm() + 0.1 * weight.norm() + 1e-8))
+            ratio = float(0.001 * weight.norm() / (slope.norm() + 0.1 * weight.norm() + 1e-8))
         moving[0] = 0.9 * moving[0] + ratio * (slope + 0.1 * weight)
         moving[1] = 0.9 * moving[1] + drift
-        lr = 0.5 * 0.5 * (1 + math.cos(math.pi * step / 4))
+        lr = 10.0 * 0.5 * (1 + math.cos(math.pi * step / 4))
         weight, bias = weight - lr * moving[0], bias - lr * moving[1]
     assert torch.allclose(w.double(), weight, atol=1e-6)
     assert torch.allclose(b.double(), bias, atol=1e-6)
@@ -154,29 +153,17 @@ def probe(
     student: Student, data: ClassificationData, config: LinearSgdConfig, seed: int = 0
 ) -> dict[str, float]:
     x, z = (features.extract_features(student, part) for part in (data.train, data.test))
-    return dict(
-        linear_sgd.linear_sgd(
-            student, data, config, train_x=x, test_x=z, size=(SIDE, SIDE), run=LongRun(seed=seed)
-        )
-    )
+    parts = x, data.train_labels, z, data.test_labels
+    return dict(probes.linear_sgd(*parts, config, classes=2, run=LongRun(seed=seed)))
 
 
-@pytest.mark.parametrize("views", [0, 2])
-def test_the_probe_solves_the_toy(
-    student: Student, data: ClassificationData, views: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[int] = []
-    real = linear_sgd.augmented_features
-    monkeypatch.setattr(
-        linear_sgd, "augmented_features", lambda *a, view, **k: made.append(view) or real(*a, view=view, **k)
-    )
-    config = LinearSgdConfig(epochs=60, batch_size=16, lr=0.3, standardise=True, views=views)
+def test_the_probe_solves_the_toy(student: Student, data: ClassificationData) -> None:
+    config = LinearSgdConfig(epochs=60, batch_size=16, lr=0.3, standardise=True)
     assert probe(student, data, config)["accuracy"] > 0.9
-    assert made == list(range(views))  # once each, whatever the number of epochs
 
 
 def test_the_probe_leaves_the_backbone_alone(student: Student, data: ClassificationData) -> None:
-    config = LinearSgdConfig(epochs=2, views=1)
+    config = LinearSgdConfig(epochs=2)
     check_task(lambda backbone: list(probe(backbone, data, config).items()), student)
     assert probe(student, data, config) == probe(student, data, config)
 
@@ -222,20 +209,6 @@ def test_without_any_draw_the_image_itself_is_shown() -> None:
     assert torch.allclose(shown, (images[index] / 255 - mean) / std, atol=1e-5)
 
 
-def test_a_pass_shows_every_image_in_order() -> None:
-    images, _ = coloured(10, 0)
-    found = list(augment.augmented_pass(images, RESIZE_ONLY, batch_size=4, seed=0, view=0))
-    assert [len(index) for _, index in found] == [4, 4, 2]
-    assert torch.equal(torch.cat([index for _, index in found]), torch.arange(10))
-    draws = Augmentation(size=(SIDE, SIDE))
-    first, again, second = (
-        torch.cat([x for x, _ in augment.augmented_pass(images, draws, batch_size=size, seed=0, view=view)])
-        for view, size in ((0, 4), (0, 7), (1, 4))
-    )
-    assert torch.equal(first, again)  # the batches are a matter of speed
-    assert not torch.equal(first, second)
-
-
 @pytest.mark.parametrize("count", [10, 256, 700])
 def test_repeated_augmentation_against_timm(count: int) -> None:
     sampler = RepeatAugSampler(range(count), num_replicas=1, rank=0, num_repeats=3, selected_round=0)
@@ -253,19 +226,22 @@ def test_repeats_are_other_augmentations_of_one_image() -> None:
     assert not torch.equal(shown[0], shown[1])
 
 
-def test_crops_come_from_the_file_or_from_the_set(tmp_path: Path) -> None:
+def test_crops_come_from_the_file(tmp_path: Path) -> None:
     pixels = torch.arange(48 * 64, dtype=torch.float32).view(48, 64).mul(255 / 3071).to(torch.uint8)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         Image.fromarray(pixels.numpy()).save(tmp_path / name / "0.png")
         Image.fromarray(pixels.numpy()).save(tmp_path / name / "1.png")
     images = load_images(tmp_path, (16, 16), cache_gb=0)
-    assert torch.equal(augment.whole_image(images, 0, "file"), pixels.expand(3, -1, -1))
-    assert torch.equal(augment.whole_image(images, 0, "decoded"), images.get(torch.tensor([0]))[0])
+
+    def shown(i: int) -> Tensor:
+        return features.take(augment.whole_images(images), torch.tensor([i]))[0]
+
+    assert torch.equal(shown(0), pixels.expand(3, -1, -1))
     (tmp_path / "b" / "0.png").write_bytes(b"no picture")
-    assert torch.equal(augment.whole_image(images, 2, "file"), pixels.expand(3, -1, -1))
+    assert torch.equal(shown(2), pixels.expand(3, -1, -1))
     (tmp_path / "b" / "1.png").write_bytes(b"no picture")
-    refused(lambda: augment.whole_image(images, 2, "file"), "b/0.png' and 1 images after it")
+    refused(lambda: shown(2), "b/1.png", "nor any image that could take its place")
 
 
 # ---- fine-tuning: its parts
@@ -371,16 +347,17 @@ def train(
     student: Student, data: ClassificationData, config: FinetuneFullConfig, **settings: object
 ) -> nn.Module:
     return finetune_full.train_full(
-        student, data.train, data.train_labels, recipe_of(config), classes=2, size=(SIDE, SIDE), seed=0,
-        source=config.crop_from, accumulate=config.accumulate, **settings,
-    )  # fmt: skip
+        student, data.train, data.train_labels, config, classes=2, size=(SIDE, SIDE), run=LongRun(**settings)
+    )
 
 
 @pytest.mark.parametrize("preset", ["a2", "convnext"])
-def test_full_finetuning_solves_the_toy(student: Student, data: ClassificationData, preset: str) -> None:
+def test_full_finetuning_solves_the_toy(
+    student: Student, data: ClassificationData, preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = dataclasses.replace(QUICK, preset=preset, ema=0.9)
-    losses: list[float] = []
-    model = train(student, data, config, seen=lambda _, loss: losses.append(loss))
+    losses = noted_losses(monkeypatch, finetune_full)
+    model = train(student, data, config)
     assert len(losses) == 50
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     scores = evaluate_scores(model, data.test)
@@ -481,7 +458,7 @@ def test_evaluate_refuses_a_wrong_recipe_before_it_reads_anything(folders: Path)
     refused(lambda: evaluate.check_config(config), "finetune-full: lr is -1.0")
     refused(lambda: LinearSgdConfig(momentum=1.0), "momentum is 1.0")
     refused(lambda: LinearSgdConfig(epochs=0), "epochs is 0")
-    refused(lambda: LinearSgdConfig(views=-1), "views is -1")
+    refused(lambda: LinearSgdConfig(warmup_epochs=-1), "warmup_epochs is -1")
 
 
 def test_the_command_line_knows_their_settings() -> None:
@@ -490,10 +467,10 @@ def test_the_command_line_knows_their_settings() -> None:
         "convnext",
         "--finetune-full.layer-decay",
         "0.9",
-        "--linear-sgd.views",
+        "--linear-sgd.epochs",
         "3",
     ]
     config = cli.parse(EvaluateConfig, "evaluate", [*flags, "--tasks", "linear-sgd", "finetune-full"])
     assert config.finetune_full == FinetuneFullConfig(preset="convnext", layer_decay=0.9)
-    assert config.linear_sgd.views == 3
+    assert config.linear_sgd.epochs == 3
     assert json.loads(json.dumps(config.tasks)) == ["linear-sgd", "finetune-full"]

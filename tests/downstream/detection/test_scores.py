@@ -16,9 +16,9 @@ from dreamteacher.downstream.detection.data import (
     cut_mask,
 )
 from dreamteacher.downstream.detection.scores import average_precision
-from dreamteacher.downstream.detection.train import detect
 from tests.builders.pictures import refused
 from tests.builders.squares import TINY, scenes
+from tests.builders.students import run_task
 
 # pycocotools 2.0.11 decodes into an array that numpy 2 finds old-fashioned.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -141,6 +141,4 @@ def test_average_precision_against_pycocotools(kind):
 def test_missing_library_is_named(monkeypatch, student):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     data = Split(pool=scenes(0, 1), test=scenes(2))
-    refused(
-        lambda: list(detect(student, data, TINY, images=None, cascade=False, seed=0)), "dreamteacher[coco]"
-    )
+    refused(lambda: run_task("detect", student, data, detect=TINY), "dreamteacher[coco]")

@@ -20,6 +20,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from dreamteacher.data.split import Split, halved
 from dreamteacher.downstream.config import EvaluateConfig
+from dreamteacher.downstream.detection import train
 from dreamteacher.downstream.detection.cascade import CascadeHeads, box_losses
 from dreamteacher.downstream.detection.config import PRESETS, check_detect
 from dreamteacher.downstream.detection.data import (
@@ -29,21 +30,22 @@ from dreamteacher.downstream.detection.data import (
     cut_mask,
     example,
     instances_of_ids,
-    load_detection,
     load_instances,
     scaled_masks,
     scaled_size,
 )
 from dreamteacher.downstream.detection.model import Batcher, build_detector, roi_pool
 from dreamteacher.downstream.detection.scores import average_precision
-from dreamteacher.downstream.detection.train import build_groups, detect, predict, rate_at, train_detector
+from dreamteacher.downstream.detection.train import build_groups, predict, rate_at, train_detector
 from dreamteacher.downstream.evaluate import evaluate
+from dreamteacher.downstream.loop import LongRun
 from dreamteacher.downstream.tables import summary_table
 from dreamteacher.models.student import Student, create_student
 from dreamteacher.runtime.optim import layer_decay_groups, layer_depths
 from dreamteacher.testing import check_task
 from tests.builders.pictures import cut, noise, refused
 from tests.builders.squares import TINY, draw_scene, save_coco, save_folder, scenes
+from tests.builders.students import noted_losses, run_task
 from tests.downstream.detection.test_scores import random_instances
 
 # pycocotools 2.0.11 decodes into an array that numpy 2 finds old-fashioned.
@@ -191,7 +193,8 @@ def test_bad_instances_are_found_before_training(tmp_path):
     refused(lambda: checked(halved(empty())), "None of the 1 training images shows an object")
     images, path = save_coco(tmp_path / "coco", 1, 2)
     others, other = save_coco(tmp_path / "other", 1, 2, names=("square", "circle"))
-    refused(lambda: load_detection(images, path, others, other), "differ: circle")
+    config = EvaluateConfig(images=images, instances=path, test_images=others, test_instances=other)
+    refused(lambda: train.INSTANCES.load(config, ()), "differ: circle")
     cut(path, 0.5)
     refused(lambda: load_instances(images, path), "is not JSON")
 
@@ -236,21 +239,21 @@ def test_strides_are_stated_and_not_guessed(student):
 
 def test_box_losses_against_torchvision_and_a_loop():
     generator = torch.Generator().manual_seed(0)
-    logits, deltas = torch.randn(12, 4, generator=generator), torch.randn(12, 16, generator=generator)
+    logits, deltas = torch.randn(12, 4, generator=generator), torch.randn(12, 4, generator=generator)
     labels = torch.randint(0, 4, (12,), generator=generator)
     targets = torch.randn(12, 4, generator=generator)
     for ours, theirs in zip(
         box_losses(logits, deltas, labels, targets),
-        fastrcnn_loss(logits, deltas, [labels], [targets]),
+        fastrcnn_loss(logits, deltas.repeat(1, 4), [labels], [targets]),
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
-    agnostic, beta, total = deltas[:, :4], 1 / 9, 0.0
+    beta, total = 1 / 9, 0.0
     for n in range(12):
         for c in range(4) if labels[n] else ():
-            error = abs(float(agnostic[n, c].double() - targets[n, c].double()))
+            error = abs(float(deltas[n, c].double() - targets[n, c].double()))
             total += error**2 / (2 * beta) if error < beta else error - beta / 2
-    assert float(box_losses(logits, agnostic, labels, targets)[1]) == pytest.approx(total / 12, rel=1e-5)
+    assert float(box_losses(logits, deltas, labels, targets)[1]) == pytest.approx(total / 12, rel=1e-5)
 
 
 class Fixed(nn.Module):
@@ -272,13 +275,12 @@ def cascade_of(student: Student, **settings: object) -> CascadeHeads:
     return heads
 
 
-@pytest.mark.parametrize("agnostic", [True, False])
-def test_a_cascade_moves_boxes_and_averages_scores(student, agnostic):
+def test_a_cascade_moves_boxes_and_averages_scores(student):
     """Against plain float64 loops: two proposals, two classes, the true deltas of each stage known."""
-    heads = cascade_of(student, agnostic=agnostic).eval()
+    heads = cascade_of(student).eval()
     generator = torch.Generator().manual_seed(1)
     logits = [torch.randn(2, 3, generator=generator) for _ in range(3)]
-    deltas = [torch.randn(2, 4 if agnostic else 12, generator=generator) for _ in range(3)]
+    deltas = [torch.randn(2, 4, generator=generator) for _ in range(3)]
     for stage in range(3):
         heads.predictors[stage] = Fixed(logits[stage], deltas[stage])
     boxes = torch.tensor([[10.0, 10, 30, 40], [30, 5, 60, 50]])
@@ -289,10 +291,8 @@ def test_a_cascade_moves_boxes_and_averages_scores(student, agnostic):
     for n in range(2):
         box = boxes[n].double().tolist()
         for stage, (wx, wh) in enumerate(((10, 5), (20, 10), (30, 15))):
-            row = deltas[stage][n].double().reshape(-1, 4)
-            likeliest = int(logits[stage][n, 1:].argmax()) + 1
-            for label in (1, 2) if stage == 2 else (likeliest,):
-                dx, dy, dw, dh = row[0 if agnostic else label].tolist()
+            for label in (1, 2) if stage == 2 else (1,):
+                dx, dy, dw, dh = deltas[stage][n].double().tolist()
                 w, h = box[2] - box[0], box[3] - box[1]
                 x, y = box[0] + w / 2 + dx / wx * w, box[1] + h / 2 + dy / wx * h
                 w, h = (
@@ -330,26 +330,22 @@ def test_a_later_stage_is_stricter(student):
 # --- training -----------------------------------------------------------------------------------------------
 
 LEARN = dataclasses.replace(TINY, steps=60)
+FLOAT32 = LongRun(precision="float32")
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["mask", "cascade"])
 def learnt(request, student):
     """A detector trained on two scenes, the losses on the way, and what it then finds there."""
-    losses: list[dict[str, float]] = []
     data = scenes(0, 1)
-    model = train_detector(
-        student, data, LEARN, cascade=request.param, seed=0, precision="float32",
-        log=lambda _, found: losses.append(found),
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        losses = noted_losses(patch, train)
+        model = train_detector(student, data, LEARN, cascade=request.param, run=FLOAT32)
     return model, losses, data, list(predict(model, data, LEARN))
 
 
 def test_the_loss_falls(learnt):
     _, losses, _, _ = learnt
-    total = [sum(each.values()) for each in losses]
-    assert sum(total[-5:]) < 0.6 * sum(total[:5])
-    for part in ("loss_mask", "loss_objectness"):
-        assert sum(each[part] for each in losses[-5:]) < 0.7 * sum(each[part] for each in losses[:5])
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
 def test_an_overfitted_scene_is_found(learnt):
@@ -376,15 +372,8 @@ def test_the_seed_decides_everything_and_nothing_else_is_touched(student, cascad
     config = dataclasses.replace(TINY, short_side=(64, 96))
 
     def weights(seed: int, workers: int) -> dict[str, Tensor]:
-        made = train_detector(
-            student,
-            data,
-            dataclasses.replace(config, workers=workers),
-            cascade=cascade,
-            seed=seed,
-            precision="float32",
-        )
-        return made.state_dict()
+        run, settings = dataclasses.replace(FLOAT32, seed=seed), dataclasses.replace(config, workers=workers)
+        return train_detector(student, data, settings, cascade=cascade, run=run).state_dict()
 
     state = torch.get_rng_state()
     first = weights(0, 1)
@@ -397,13 +386,9 @@ def test_the_seed_decides_everything_and_nothing_else_is_touched(student, cascad
 
 def test_detection_keeps_the_contract_of_tasks(student):
     data = Split(pool=scenes(0, 1, 2, 3), test=scenes(4, 5))
-    for cascade in (False, True):
-        check_task(lambda s, c=cascade: detect(s, data, TINY, images=2, cascade=c, seed=0), student)
-    refused(
-        lambda: list(detect(student, data, TINY, images=5, cascade=False, seed=0)),
-        "5 labelled images",
-        "2 to 4",
-    )
+    for name in ("detect", "detect-cascade"):
+        check_task(lambda s, n=name: run_task(n, s, data, 2, detect=TINY).items(), student)
+    refused(lambda: run_task("detect", student, data, 5, detect=TINY), "5 labelled images", "2 to 4")
 
 
 def test_images_without_objects_are_left_out_of_the_training(student):
@@ -415,7 +400,7 @@ def test_images_without_objects_are_left_out_of_the_training(student):
         len(truths[0].masks),
         len(truths[2].masks),
     ]
-    model = train_detector(student, data, TINY, cascade=True, seed=0)
+    model = train_detector(student, data, TINY, cascade=True)
     assert all(bool(torch.isfinite(v).all()) for v in model.state_dict().values())
 
 
@@ -427,7 +412,7 @@ def test_norms(student):
 
     def made(**settings: object):
         config = dataclasses.replace(TINY, steps=1, optimizer="sgd", **settings)  # type: ignore[arg-type]
-        return train_detector(student, data, config, cascade=False, seed=0)
+        return train_detector(student, data, config, cascade=False)
 
     frozen = made(backbone_norm="frozen", head_norm="none").backbone
     before = student.state_dict()
