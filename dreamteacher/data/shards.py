@@ -11,7 +11,6 @@ from typing import IO, Any
 
 from dreamteacher.data.images import IMAGE_SUFFIXES, ImageFile, Packed
 from dreamteacher.data.sources import ImageFiles
-from dreamteacher.runtime.download.archive import Tar
 from dreamteacher.runtime.download.objects import address_of, bring_shards, expand
 from dreamteacher.runtime.errors import UserError, shorten
 
@@ -154,17 +153,20 @@ def _members(shard: Path) -> tuple[dict[str, TarImage], dict[str, str]]:
     """Images and class numbers by sample."""
     images: dict[str, TarImage] = {}
     classes: dict[str, str] = {}
-    with Tar.open(shard, "r:") as tar:
+    with tarfile.open(shard, "r:") as tar:
         for info in tar:
+            tar.members = []  # type: ignore[attr-defined]  # none is needed again
+            if info.size < 0:  # it would lead back for ever
+                raise tarfile.ReadError(f"a member declares {info.size} bytes")
             name = PurePosixPath(info.name)
             if name.is_absolute() or ".." in name.parts:
                 raise UserError(f"'{shard}' holds '{info.name}', which leads out of it.", "Do not use it.")
             if info.isdir():
                 continue
-            if not info.isreg():
+            if not info.isreg() or info.issparse():
+                kind = "packed with --sparse" if info.issparse() else "a link or a device"
                 raise UserError(
-                    f"'{shard}' holds '{info.name}', which is a link or a device.",
-                    "Pack the files themselves.",
+                    f"'{shard}' holds '{info.name}', which is {kind}.", "Pack the files themselves."
                 )
             stem, _, part = name.name.partition(".")
             key = f"{name.parent}/{stem}"

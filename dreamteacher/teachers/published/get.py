@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from dreamteacher.data.image_set import ImageSet
     from dreamteacher.teachers.family import Cost, Family
 
-MOST_UNPACKED = 20  # times its own size: weights hardly shrink when they are packed
-
 
 class _Bank(NamedTuple):
     """What an instance-conditional GAN is told of, opened before anything is downloaded."""
@@ -153,8 +151,7 @@ def _unpacked(source: Path, known: Known, name: str) -> Iterator[Path]:
         )
     folder = download_place(name) / f"unpacked-{os.getpid()}"
     try:
-        most = MOST_UNPACKED * source.stat().st_size + 1_000_000
-        found = extract(source, folder, [known.inside], most=most)
+        found = extract(source, folder, [known.inside])
         if len(found) > 1:
             raise UserError(
                 f"'{source}' holds {len(found)} files {known.inside}: {shorten(p.name for p in found)}.",

@@ -24,11 +24,13 @@ from dreamteacher.runtime.config import from_json
 from dreamteacher.runtime.errors import UserError, shorten
 from dreamteacher.teachers.stylegan2.inert_pickle import (
     DISTRUST,
-    Build,
-    Tensors,
-    numpy_dtype,
+    Inert,
+    NumpyDType,
+    flat_storage,
     numpy_scalar,
+    parameter,
     read_inert,
+    tensor,
 )
 from dreamteacher.teachers.stylegan2.teacher import StyleGan2Spec, spec_of
 
@@ -97,7 +99,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True, eq=False)
-class _Module:
+class _Module(Inert):
     """A network or a part of one as the pickle describes it: a class by name, and attributes."""
 
     class_name: str
@@ -173,7 +175,7 @@ def _content(path: Path, sha256: str | None) -> bytes:
 
 
 def _snapshot(content: bytes, path: Path) -> Snapshot:
-    found = read_inert(content, _allowed(len(content)), path)
+    found = read_inert(content, _ALLOWED, path)
     try:
         if type(found) is not dict or not any(isinstance(found.get(name), _Module) for name in NETWORKS):
             raise ValueError("it holds none of the networks " + ", ".join(NETWORKS))
@@ -195,47 +197,29 @@ def _snapshot(content: bytes, path: Path) -> Snapshot:
         raise UserError(f"'{path}' is no official StyleGAN2 pickle: {error}.", DISTRUST) from None
 
 
-def _allowed(limit: int) -> dict[str, Build]:
-    """Every name that an official pickle may ask for, and what we build in its place."""
-    tensors = Tensors(limit)
-    return {
-        "torch_utils.persistence _reconstruct_persistent_obj": _persistent,
-        "dnnlib.util EasyDict": _empty_table,
-        "collections OrderedDict": _empty_table,
-        "builtins set": _text_set,
-        "torch.storage _load_from_bytes": tensors.storage,
-        "torch._utils _rebuild_tensor_v2": tensors.tensor,
-        "torch._utils _rebuild_parameter": tensors.parameter,
-        "numpy dtype": numpy_dtype,
-        "numpy.core.multiarray scalar": numpy_scalar,  # numpy 1
-        "numpy._core.multiarray scalar": numpy_scalar,  # numpy 2
-    }
-
-
-def _empty_table(args: tuple[Any, ...]) -> dict[str, Any]:
-    """An OrderedDict or EasyDict is a plain dict; the pickle fills it afterwards."""
-    if args:
-        raise ValueError("a table with arguments")
-    return {}
-
-
-def _text_set(args: tuple[Any, ...]) -> set[str]:
-    """set(list of names), which protocol 3 has no operation for."""
-    names = args[0] if len(args) == 1 else None
-    if type(names) is not list or len(names) > 64 or any(type(name) is not str for name in names):
-        raise ValueError("a set of something else than a few names")
-    return set(names)
-
-
-def _persistent(args: tuple[Any, ...]) -> _Module:
+def _persistent(facts: Any) -> _Module:
     """An object by the text of its module, its class and its attributes. The text is dropped here."""
     kinds = {"type": str, "version": int, "module_src": str, "class_name": str, "state": dict}
-    if len(args) != 1 or type(args[0]) is not dict or args[0].keys() != kinds.keys():
+    if type(facts) is not dict or {key: type(value) for key, value in facts.items()} != kinds:
         raise ValueError("an object that is not described by type, version, module_src, class_name and state")
-    facts = args[0]
-    if facts["type"] != "class" or any(type(facts[key]) is not kind for key, kind in kinds.items()):
+    if facts["type"] != "class":
         raise ValueError("an object that is not described as the official files do")
     return _Module(facts["class_name"], facts["state"])
+
+
+# Every name that an official pickle may ask for, and what stands in its place.
+_ALLOWED: dict[str, Callable[..., Any]] = {
+    "torch_utils.persistence _reconstruct_persistent_obj": _persistent,
+    "dnnlib.util EasyDict": dict,
+    "collections OrderedDict": dict,
+    "builtins set": set,
+    "torch.storage _load_from_bytes": flat_storage,
+    "torch._utils _rebuild_tensor_v2": tensor,
+    "torch._utils _rebuild_parameter": parameter,
+    "numpy dtype": NumpyDType,
+    "numpy.core.multiarray scalar": numpy_scalar,  # numpy 1
+    "numpy._core.multiarray scalar": numpy_scalar,  # numpy 2
+}
 
 
 def _network(root: _Module) -> Network:
@@ -294,11 +278,8 @@ def _named(module: _Module, table: str, fits: Callable[[Any], bool]) -> list[tup
     if type(members) is not dict:
         raise ValueError(f"a {ascii(module.class_name)[:60]} without {table}")
     for key, value in members.items():
-        if (
-            len(key) > LONGEST
-            or not re.fullmatch(r"\w+", key, re.ASCII)
-            or not (value is None or fits(value))
-        ):
+        named = type(key) is str and re.fullmatch(r"\w{1,200}", key, re.ASCII)
+        if not named or not (value is None or fits(value)):
             raise ValueError(f"{ascii(key)[:60]} in {table} is none of them")
     return [(key, value) for key, value in members.items() if value is not None]
 
@@ -315,7 +296,7 @@ def _plain(value: Any) -> Any:
         if type(value) in (list, tuple):
             return type(value)(copy(item, depth + 1) for item in value)
         if type(value) is dict:
-            return {key: copy(item, depth + 1) for key, item in value.items()}
+            return {str(key): copy(item, depth + 1) for key, item in value.items()}
         raise ValueError(f"a {type(value).__name__} among the settings")
 
     return copy(value, 0)
