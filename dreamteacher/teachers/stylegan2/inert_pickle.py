@@ -19,6 +19,13 @@ from dreamteacher.runtime.errors import UserError, first_line
 DISTRUST = "Do not trust this file. Get the original again and compare its sha256, or give its weights as .safetensors."
 
 
+_WHY = {
+    EOFError: "it ends too early",
+    KeyError: "it uses an operation, or recalls a value, that no network needs",
+    IndexError: "an operation lacks its values",
+}
+
+
 class Inert:
     """What a pickle may get hold of, and not change: the operation BUILD would set its attributes."""
 
@@ -36,7 +43,10 @@ class _Call(Inert):
         return self.build(*args)
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]  # in Python: its memory cells are a dict
+    # Without persistent ids, extensions, and the texts of protocol 0, for which Python would import a codec.
+    dispatch = {c: f for c, f in pickle._Unpickler.dispatch.items() if c not in b"PQVSTU\x82\x83\x84"}  # type: ignore[attr-defined]
+
     def __init__(self, data: bytes, allowed: Mapping[str, Callable[..., Any]], where: Path) -> None:
         super().__init__(io.BytesIO(data))
         self.allowed, self.where = allowed, where
@@ -72,7 +82,8 @@ def read_inert(data: bytes, allowed: Mapping[str, Callable[..., Any]], where: Pa
     except UserError:
         raise
     except Exception as error:  # the unpickler has no one error for damaged bytes
-        raise UserError(f"'{where}' is refused: {first_line(error, 120)}.", DISTRUST) from None
+        why = _WHY.get(type(error)) or first_line(error, 120)
+        raise UserError(f"'{where}' is refused: {why}.", DISTRUST) from None
 
 
 _FORMATS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b"}
