@@ -267,19 +267,12 @@ def convert_diffusers(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str
             "Latent networks are read with the family stable-diffusion.",
         )
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        DiffusionTeacher(build_unet(spec), spec, name=path.name, licence="-")  # raises for what we cannot run
+        unet = build_unet(spec)
+        DiffusionTeacher(unet, spec, name=path.name, licence="-")  # raises for what we cannot run
     names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
     file = next((folder / n for n in names if (folder / n).is_file()), folder / names[0])
     weights = modern_attention(checkpoint.read_state_dict(file))
-    shapes = _shapes(spec)
-    for key in [*shapes, *weights]:
-        found = tuple(weights[key].shape) if key in weights else "not there"
-        expected = shapes.get(key, "not there")
-        if found != expected:
-            raise UserError(
-                f"'{file}' does not fit its config.json: '{key}' is {found}, expected {expected}.",
-                "The two are of different networks: download the whole folder again.",
-            )
+    checkpoint.check_fits(unet, weights, file)
     return weights, spec
 
 

@@ -250,12 +250,6 @@ class StableDiffusionTeacher(Teacher):
         return self.encode_latents(self.latents(images), generator=generator)
 
 
-def _fit(network: Network, weights: Mapping[str, Tensor], where: Path) -> None:
-    """Raises UserError listing missing, unexpected and wrongly shaped keys."""
-    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in network.state_dict().items()}:
-        checkpoint.load_exactly(network, weights, where)
-
-
 def load(
     weights: Mapping[str, Tensor],
     spec: StableDiffusionSpec,
@@ -325,5 +319,5 @@ def convert(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor],
     weights = {f"unet.{k}": v for k, v in body.items()} | {f"vae.{k}": v for k, v in encoder.items()}
     weights = {k: v for k, v in weights.items() if not k.startswith(network.dropped())}
     weights |= embed_prompt(path, asked.prompt, xl=network.xl)
-    _fit(network, weights, path)
+    checkpoint.check_fits(network, weights, path)
     return weights, spec

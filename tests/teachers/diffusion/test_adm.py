@@ -28,9 +28,10 @@ from dreamteacher.teachers.diffusion.teacher import (
     noised,
     q_sample,
 )
-from dreamteacher.teachers.diffusion.walk import decoder_maps, decoder_outputs, pixel_features
+from dreamteacher.teachers.diffusion.walk import decoder_maps, decoder_outputs
 from dreamteacher.teachers.registry import load_teacher, save_teacher
 from dreamteacher.testing import check_teacher
+from tests.builders.pixel_features import pixel_features
 from tests.places import GOLDEN
 
 NETWORKS = [
