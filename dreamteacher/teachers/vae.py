@@ -25,8 +25,7 @@ from dreamteacher.runtime import checkpoint, tensor_file
 from dreamteacher.runtime.config import from_json
 from dreamteacher.runtime.distributed.world import randint, randn
 from dreamteacher.runtime.errors import UserError, first_line, shorten
-from dreamteacher.spec import FeatureSpec
-from dreamteacher.teachers.base import STRIDES, Teacher
+from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.cost import channels_by_stride, gmacs
 from dreamteacher.teachers.diffusers_folder import arguments_of, modern_attention, read_config
 from dreamteacher.teachers.family import Cost, Family
@@ -213,15 +212,8 @@ class VaeTeacher(Teacher):
                     "UpDecoderBlock2D and AttnUpDecoderBlock2D can be read.",
                 )
         levels = levels_of(vae)
-        self._taken = [i for i, (stride, _) in enumerate(levels) if stride in STRIDES]
-        if not self._taken:
-            raise UserError(
-                f"'{name}' has no decoder level at stride 4 to 32: {', '.join(str(s) for s, _ in levels)}.",
-                "Use an autoencoder that reduces by 4 or more.",
-            )
-        self.multiple, self._count = levels[0][0], self._taken[-1] + 1
-        taken = [levels[i] for i in reversed(self._taken)]
-        self.specs = tuple(FeatureSpec(f"s{stride}", channels, stride) for stride, channels in taken)
+        self._taken = self.take_levels(levels)
+        self.multiple, self._count = levels[0][0], self._taken[0] + 1
         self.check_size(*self.size)
         self.freeze()
 
@@ -241,7 +233,7 @@ class VaeTeacher(Teacher):
         self.check_size(*images.shape[-2:])
         z = latents(self.vae, self.to_network(images))
         maps, _ = decode(self.vae, z, self._count, whole=False)
-        return [maps[i] for i in reversed(self._taken)]
+        return [maps[i] for i in self._taken]
 
     def draw(self, n: int, *, generator: torch.Generator) -> Tensor:
         """n latents of the prior at the teacher's own size, as the decoder takes them."""
@@ -265,7 +257,7 @@ class VaeTeacher(Teacher):
             raise self._cannot("sample")
         z = self.draw(n, generator=generator).contiguous(memory_format=torch.channels_last)
         maps, out = decode(self.vae, z, self._count, whole=True)
-        return self.to_images(out), [maps[i] for i in reversed(self._taken)]
+        return self.to_images(out), [maps[i] for i in self._taken]
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -314,17 +306,13 @@ def build_vae(weights: Mapping[str, Tensor], spec: VaeSpec, where: Path) -> Vae:
             f"The autoencoder of '{where}' cannot be built: {type(error).__name__} {first_line(error)}",
             "Mend its kind or config, or convert the published files again.",
         ) from None
-    vae.to_empty(device="cpu")
-    checkpoint.load_exactly(vae, weights, where)  # every parameter and buffer, or an error
+    checkpoint.adopt_exactly(vae, weights, where)
     return vae
 
 
 def load(weights: Mapping[str, Tensor], spec: VaeSpec, where: Path, *, name: str, licence: str) -> VaeTeacher:
     """The teacher of a state dict; `where` is named when the weights do not fit the spec."""
     return VaeTeacher(build_vae(weights, spec, where), spec, name=name, licence=licence)
-
-
-# --- published files -------------------------------------------------------------------------------------
 
 
 def convert(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor], VaeSpec]:
@@ -428,9 +416,6 @@ def _tiny_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "encoder_block_out_channels": width,
         "decoder_block_out_channels": width,
     }
-
-
-# --- the family ------------------------------------------------------------------------------------------
 
 
 def cost(spec: VaeSpec) -> Cost:

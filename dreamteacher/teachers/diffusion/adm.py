@@ -5,7 +5,7 @@ and folders of diffusers' `UNet2DModel` (google/ddpm-*-256 and others).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.config import from_json, parse_json
+from dreamteacher.runtime.config import from_json
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.teachers.diffusers_folder import modern_attention, read_config
+from dreamteacher.teachers.diffusers_folder import modern_attention, read_config, read_table
 from dreamteacher.teachers.diffusion.adm_keys import AdmNetwork, foreign, network_of, renamed
 from dreamteacher.teachers.diffusion.teacher import DiffusionSpec, DiffusionTeacher, Schedule, build_unet
 
@@ -287,28 +287,40 @@ def _schedule(path: Path, flags: DiffusersFlags) -> tuple[Schedule, int]:
                 "Give noise_schedule: linear (DDPM), cosine or scaled_linear.",
             )
         return cast(Schedule, flags.noise_schedule), 1000
-    try:
-        found = parse_json(file.read_text("utf-8"))
-        steps = found.get("num_train_timesteps", 1000)
-        kind, predicts = found.get("beta_schedule", "linear"), found.get("prediction_type", "epsilon")
-        given = float(found.get("beta_start", 1e-4)), float(found.get("beta_end", 0.02))
-        known = {
-            "linear": ("linear", (0.1 / steps, 20 / steps)),
-            "scaled_linear": ("scaled_linear", (0.00085, 0.012)),
-            "squaredcos_cap_v2": ("cosine", given),
-        }
-    except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"'{file}' cannot be read: {error}.", "Download the whole folder again.") from None
-    name, expected = known.get(kind, ("", ()))
-    if not name or found.get("trained_betas") or not all(map(math.isclose, given, expected)):
-        raise UserError(
-            f"'{file}' has the schedule {kind} from {given[0]} to {given[1]}, which we do not have.",
-            "linear 0.0001 to 0.02 (1000 steps), scaled_linear 0.00085 to 0.012 and squaredcos_cap_v2 can be used.",
-        )
+    name, steps, predicts = read_schedule(file, get_args(Schedule))
     if predicts != "epsilon" or (flags.noise_schedule or name) != name:
         raise UserError(
             f"'{file}' says that the network predicts {predicts} on the schedule {name}; "
             f"expected epsilon on {flags.noise_schedule or name}.",
             "Networks that predict epsilon can be used; leave noise_schedule out where the folder tells it.",
         )
-    return cast(Schedule, name), steps
+    return name, steps
+
+
+def read_schedule(file: Path, usable: Collection[Schedule]) -> tuple[Schedule, int, str]:
+    """The schedule, its number of steps and what is predicted, from diffusers' scheduler_config.json.
+
+    Raises:
+        UserError: for a file that cannot be read, or a schedule that is none of `usable`.
+    """
+    found = read_table(file, repair="Download the whole folder again.")
+    steps, kind = found.get("num_train_timesteps", 1000), found.get("beta_schedule", "linear")
+    given = found.get("beta_start", 1e-4), found.get("beta_end", 0.02)
+    changed = [k for k in ("trained_betas", "rescale_betas_zero_snr") if found.get(k)]
+    try:
+        known: dict[str, tuple[Schedule, tuple[float, float]]] = {
+            "linear": ("linear", (0.1 / steps, 20 / steps)),
+            "scaled_linear": ("scaled_linear", (0.00085, 0.012)),
+            "squaredcos_cap_v2": ("cosine", given),
+        }
+        name, expected = known[kind]
+        if name in usable and not changed and steps > 0 and all(map(math.isclose, given, expected)):
+            return name, steps, found.get("prediction_type", "epsilon")
+    except (TypeError, ValueError, KeyError, ZeroDivisionError):
+        pass  # a number or name that makes no schedule
+    more = f", with {' and '.join(changed)}" if changed else ""
+    raise UserError(
+        f"'{file}' has the schedule {kind} from {given[0]} to {given[1]} in {steps} steps{more}.",
+        f"Of {', '.join(usable)} the published ones can be used: linear 0.0001 to 0.02 (1000 steps), "
+        "scaled_linear 0.00085 to 0.012, cosine (squaredcos_cap_v2).",
+    )

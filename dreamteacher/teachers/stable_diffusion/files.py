@@ -5,7 +5,6 @@ Weights are read from safetensors alone. The text encoders run once, here, and a
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +53,6 @@ def check_pipeline(path: Path, parts: tuple[str, ...]) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """`diffusers_folder.read_table` of a pipeline's file."""
-    return read_table(path, repair=REPAIR)
-
-
 def read_config(folder: Path, classes: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
     """Class and arguments from diffusers' config.json; entries that the class does not take are left out.
 
@@ -81,10 +75,10 @@ def safetensors_of(folder: Path, stem: str) -> list[Path]:
             return [folder / f"{stem}{variant}.safetensors"]
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        names = read_json(index).get("weight_map")
+        names = read_table(index, repair=REPAIR).get("weight_map")
         if isinstance(names, dict) and names:
             return [folder / Path(str(name)).name for name in sorted(set(names.values()))]
-        raise UserError(f"'{index}' names no files of weights.", "Download the whole folder again.")
+        raise UserError(f"'{index}' names no files of weights.", REPAIR)
     others = [p.name for p in sorted(folder.glob("*")) if p.suffix in (".bin", ".ckpt", ".pt", ".pth")]
     why = f"; {shorten(others)} may run code when it is read, so it is not" if others else ""
     raise UserError(
@@ -100,32 +94,6 @@ def part_weights(folder: Path) -> dict[str, Tensor]:
         UserError: for missing or damaged files.
     """
     return {k: v for file in safetensors_of(folder, STEM) for k, v in read_state_dict(file).items()}
-
-
-def schedule_steps(file: Path) -> int:
-    """The number of steps of a pipeline's schedule, which must be Stable Diffusion's own.
-
-    What the network predicts (epsilon, or v as Stable Diffusion 2.1 at 768 px) is of no consequence: features
-    are taken before its last layer, from an input that is noised alike.
-
-    Raises:
-        UserError: for any schedule but scaled_linear from 0.00085 to 0.012.
-    """
-    found = read_json(file)
-    kind, first, last = (found.get(k, "?") for k in ("beta_schedule", "beta_start", "beta_end"))
-    steps = found.get("num_train_timesteps", 1000)
-    changed = [k for k in ("trained_betas", "rescale_betas_zero_snr") if found.get(k)]
-    try:
-        right = math.isclose(first, 0.00085) and math.isclose(last, 0.012) and steps > 0
-    except TypeError:
-        right = False
-    if kind != "scaled_linear" or not right or changed:
-        more = f", with {' and '.join(changed)}" if changed else ""
-        raise UserError(
-            f"'{file}' has the schedule {kind} from {first} to {last} in {steps} steps{more}.",
-            "Networks trained on Stable Diffusion's own (scaled_linear, 0.00085 to 0.012) can be used.",
-        )
-    return steps
 
 
 def embed_prompt(path: Path, prompt: str, *, xl: bool) -> dict[str, Tensor]:

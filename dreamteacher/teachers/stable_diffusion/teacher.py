@@ -20,6 +20,7 @@ from dreamteacher.runtime.config import from_json
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.spec import FeatureSpec, Noise
 from dreamteacher.teachers.base import STRIDES, Teacher
+from dreamteacher.teachers.diffusion.adm import read_schedule
 from dreamteacher.teachers.diffusion.teacher import Schedule, alphas_cumprod, draw_noise, noised
 from dreamteacher.teachers.stable_diffusion.files import (
     check_pipeline,
@@ -28,7 +29,6 @@ from dreamteacher.teachers.stable_diffusion.files import (
     read_config,
     read_file,
     read_vae,
-    schedule_steps,
 )
 from dreamteacher.teachers.stable_diffusion.network import Kind, Network, decoder_maps, time_ids
 from dreamteacher.teachers.vae import latents as vae_latents
@@ -295,13 +295,15 @@ def convert(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor],
     check_pipeline(path, ("unet", "text_encoder") if asked.vae else ("unet", "text_encoder", "vae"))
     _, unet = read_config(path / "unet", ("UNet2DConditionModel",))
     kind, vae, encoder = read_vae(Path(asked.vae) if asked.vae else path / "vae")
+    # What is predicted is of no consequence: features are taken before the last layer.
+    _, steps, _ = read_schedule(path / "scheduler" / "scheduler_config.json", ["scaled_linear"])
     usual = CLEAN_TIMESTEP if asked.clean else TIMESTEP
     spec = StableDiffusionSpec(
         unet=unet,
         vae=vae,
         vae_kind=kind,
         enlarge=asked.enlarge,
-        steps=schedule_steps(path / "scheduler" / "scheduler_config.json"),
+        steps=steps,
         timestep=usual if asked.timestep is None else asked.timestep,
         clean=asked.clean,
         prompt=asked.prompt,
