@@ -173,7 +173,7 @@ def read_spec(folder: Path, card: Mapping[str, Any]) -> Any:
 
 
 def _weights(folder: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    from dreamteacher.runtime import tensor_file
+    from dreamteacher.runtime.checkpoint import read_state_dict
 
     path = folder / WEIGHTS
     if card.get("sha256") and sha256(path) != card["sha256"]:
@@ -181,10 +181,7 @@ def _weights(folder: Path, card: Mapping[str, Any]) -> dict[str, torch.Tensor]:
             f"'{path}' is not the file that its {SPEC} describes (sha256 differs).",
             "It is damaged or was replaced: copy the whole folder again.",
         )
-    try:
-        return {k: v.float() if v.is_floating_point() else v for k, v in tensor_file.read(path).items()}
-    except tensor_file.UNREADABLE as error:
-        raise UserError(f"'{path}' cannot be read: {error}.", "Copy the whole folder again.") from None
+    return {k: v.float() if v.is_floating_point() else v for k, v in read_state_dict(path).items()}
 
 
 def sha256(path: Path) -> str:

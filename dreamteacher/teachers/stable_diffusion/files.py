@@ -6,31 +6,19 @@ Weights are read from safetensors alone. The text encoders run once, here, and a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor
 
 from dreamteacher.runtime.checkpoint import read_state_dict
 from dreamteacher.runtime.errors import UserError, first_line, shorten
-from dreamteacher.teachers.diffusers_folder import arguments_of, modern_attention, read_table
-from dreamteacher.teachers.diffusers_folder import read_config as read_class
 from dreamteacher.teachers.stable_diffusion.network import Kind
-from dreamteacher.teachers.vae import ORIGINAL, tiny_from_original
+from dreamteacher.teachers.vae import ORIGINAL, read_folder, safetensors_of, tiny_from_original
 
-REPAIR = "Download the whole folder again."
-STEM = "diffusion_pytorch_model"
 TEXT_STEM = "model"
 LAYOUT = ("unet/", "vae/", "text_encoder/", "tokenizer/", "scheduler/")
-CLASSES: dict[str, type[UNet2DConditionModel | AutoencoderKL | AutoencoderTiny]] = {
-    "UNet2DConditionModel": UNet2DConditionModel,
-    "AutoencoderKL": AutoencoderKL,
-    "AutoencoderTiny": AutoencoderTiny,
-}
 
 
 def check_pipeline(path: Path, parts: tuple[str, ...]) -> None:
@@ -51,49 +39,6 @@ def check_pipeline(path: Path, parts: tuple[str, ...]) -> None:
             f"'{path}' is not a whole Stable Diffusion pipeline: it lacks {shorten(lacking)}.",
             f"Give the model's folder in diffusers' layout: {', '.join(LAYOUT)}.",
         )
-
-
-def read_config(folder: Path, classes: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
-    """Class and arguments from diffusers' config.json; entries that the class does not take are left out.
-
-    Raises:
-        UserError: for a network of none of `classes`.
-    """
-    way_out = "Stable Diffusion 1.x, 2.x and SDXL can be read, in diffusers' layout."
-    name, values = read_class(folder, classes, repair=REPAIR, others=way_out)
-    return name, arguments_of(CLASSES[name], values)
-
-
-def safetensors_of(folder: Path, stem: str) -> list[Path]:
-    """The files that hold a part's weights: one, its half-precision variant, or several with an index.
-
-    Raises:
-        UserError: where there are none, saying why others are not read.
-    """
-    for variant in ("", ".fp16"):
-        if (folder / f"{stem}{variant}.safetensors").is_file():
-            return [folder / f"{stem}{variant}.safetensors"]
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        names = read_table(index, repair=REPAIR).get("weight_map")
-        if isinstance(names, dict) and names:
-            return [folder / Path(str(name)).name for name in sorted(set(names.values()))]
-        raise UserError(f"'{index}' names no files of weights.", REPAIR)
-    others = [p.name for p in sorted(folder.glob("*")) if p.suffix in (".bin", ".ckpt", ".pt", ".pth")]
-    why = f"; {shorten(others)} may run code when it is read, so it is not" if others else ""
-    raise UserError(
-        f"'{folder}' has no {stem}.safetensors (nor {stem}.fp16.safetensors){why}.",
-        "Download the safetensors files of the model.",
-    )
-
-
-def part_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a network's folder, in the precision of its files.
-
-    Raises:
-        UserError: for missing or damaged files.
-    """
-    return {k: v for file in safetensors_of(folder, STEM) for k, v in read_state_dict(file).items()}
 
 
 def embed_prompt(path: Path, prompt: str, *, xl: bool) -> dict[str, Tensor]:
@@ -201,6 +146,5 @@ def read_vae(place: Path) -> tuple[Kind, dict[str, Any], dict[str, Tensor]]:
         last = max((k for k in weights), key=lambda k: int(k.split(".")[2]))
         latent = weights[last].shape[0]
         return "tiny", {"latent_channels": latent, "encoder_block_out_channels": width}, weights
-    folder = place / "vae" if (place / "vae" / "config.json").is_file() else place
-    name, config = read_config(folder, ("AutoencoderKL", "AutoencoderTiny"))
-    return "tiny" if name == "AutoencoderTiny" else "kl", config, modern_attention(part_weights(folder))
+    kind, config, weights = read_folder(place, ("kl", "tiny"))
+    return cast(Kind, kind), config, weights

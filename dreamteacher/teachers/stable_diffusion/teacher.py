@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
 from dreamteacher.runtime import checkpoint
@@ -20,18 +21,18 @@ from dreamteacher.runtime.config import from_json
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.spec import FeatureSpec, Noise
 from dreamteacher.teachers.base import STRIDES, Teacher
+from dreamteacher.teachers.diffusers_folder import arguments_of, read_config
 from dreamteacher.teachers.diffusion.adm import read_schedule
 from dreamteacher.teachers.diffusion.teacher import Schedule, alphas_cumprod, draw_noise, noised
 from dreamteacher.teachers.stable_diffusion.files import (
     check_pipeline,
     embed_prompt,
-    part_weights,
-    read_config,
     read_file,
     read_vae,
 )
 from dreamteacher.teachers.stable_diffusion.network import Kind, Network, decoder_maps, time_ids
 from dreamteacher.teachers.vae import latents as vae_latents
+from dreamteacher.teachers.vae import part_weights
 
 TIMESTEP = 150  # ours: the paper does not state it for Stable Diffusion; its t for ImageNet
 CLEAN_TIMESTEP = 261  # at which CleanDIFT's networks take images without noise
@@ -231,7 +232,7 @@ class StableDiffusionTeacher(Teacher):
         added = None
         if self.network.xl:
             height, width = (side * self.network.latent_stride for side in x0.shape[-2:])
-            sizes = time_ids(height, width, x0)
+            sizes = time_ids(height, width, x0.device, x0.dtype)
             added = self.network.pooled.expand(len(x), -1), sizes.expand(len(x), -1)
         context = self.network.prompt.expand(len(x), -1, -1)
         maps = self.walk(x, self.t.repeat_interleave(len(x0)), context, added)
@@ -293,7 +294,13 @@ def convert(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor],
     """
     asked = from_json(StableDiffusionSettings, dict(settings))
     check_pipeline(path, ("unet", "text_encoder") if asked.vae else ("unet", "text_encoder", "vae"))
-    _, unet = read_config(path / "unet", ("UNet2DConditionModel",))
+    _, config = read_config(
+        path / "unet",
+        ["UNet2DConditionModel"],
+        repair="Download the whole folder again.",
+        others="Stable Diffusion 1.x, 2.x and SDXL can be read, in diffusers' layout.",
+    )
+    unet = arguments_of(UNet2DConditionModel, config)
     kind, vae, encoder = read_vae(Path(asked.vae) if asked.vae else path / "vae")
     # What is predicted is of no consequence: features are taken before the last layer.
     _, steps, _ = read_schedule(path / "scheduler" / "scheduler_config.json", ["scaled_linear"])
