@@ -46,11 +46,7 @@ EMBEDDED = {p.name: p for p in sorted((Path(__file__).parent.parent / "weights")
 
 
 def family_of(name: str) -> Family:
-    """The family of this name; its module is imported.
-
-    Raises:
-        KeyError: for a family that this version does not know.
-    """
+    """The family of this name (KeyError: there is none); its module is imported."""
     family: Family = importlib.import_module(FAMILIES[name].module).FAMILY
     return family
 
@@ -150,11 +146,6 @@ def load_teacher(
 
 
 def _family(folder: Path, card: Mapping[str, Any]) -> Family:
-    """The family of a card.
-
-    Raises:
-        UserError: for one that this version does not know.
-    """
     if card["family"] not in FAMILIES:
         raise UserError(
             f"'{folder}' holds a teacher of the family '{card['family']}', which this version does not know.",
@@ -164,11 +155,7 @@ def _family(folder: Path, card: Mapping[str, Any]) -> Family:
 
 
 def read_spec(folder: Path, card: Mapping[str, Any]) -> Any:
-    """The network's spec from a card.
-
-    Raises:
-        UserError: for a family that this version does not know, or settings that do not fit it.
-    """
+    """The network's spec from a card; UserError for an unknown family, or settings that do not fit it."""
     return from_json(_family(folder, card).spec, card["network"])
 
 

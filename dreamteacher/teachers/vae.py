@@ -258,19 +258,6 @@ class VaeTeacher(Teacher):
         maps, out = decode(self.vae, z, self._count, whole=True)
         return self.to_images(out), [maps[i] for i in self._taken]
 
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Images (float RGB in [0, 1], N x 3 x H x W) encoded and decoded again.
-
-        Raises:
-            UserError: after `keep_only`, which drops a half that this needs.
-        """
-        if len(self.modes) < 2:
-            raise self._cannot("reconstruct")
-        self.check_size(*images.shape[-2:])
-        z = latents(self.vae, self.to_network(images))
-        return self.to_images(decode(self.vae, z, self._count, whole=True)[1])
-
     def keep_only(self, mode: str) -> None:
         super().keep_only(mode)
         vae, decoder = self.vae, self.vae.decoder
@@ -292,11 +279,7 @@ class VaeTeacher(Teacher):
 
 
 def build_vae(weights: Mapping[str, Tensor], spec: VaeSpec, where: Path) -> Vae:
-    """The network of a spec with these weights; no weights are drawn only to be replaced.
-
-    Raises:
-        UserError: when diffusers refuses the settings, or the weights do not fit them.
-    """
+    """The network of a spec with these weights; no weights are drawn only to be replaced."""
     try:
         with torch.device("meta"):
             vae = CLASSES[spec.kind](**spec.config)
@@ -310,7 +293,7 @@ def build_vae(weights: Mapping[str, Tensor], spec: VaeSpec, where: Path) -> Vae:
 
 
 def load(weights: Mapping[str, Tensor], spec: VaeSpec, where: Path, *, name: str, licence: str) -> VaeTeacher:
-    """The teacher of a state dict; `where` is named when the weights do not fit the spec."""
+    """See `Family`."""
     return VaeTeacher(build_vae(weights, spec, where), spec, name=name, licence=licence)
 
 
@@ -321,9 +304,6 @@ def convert(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor],
         path: a folder with config.json and safetensors as diffusers writes it (or with such a folder `vae` in
             it), or one with TAESD's original pair taesd_encoder.safetensors and taesd_decoder.safetensors.
         settings: see `VaeSettings`.
-
-    Raises:
-        UserError: for unknown settings, missing, damaged or foreign files, or weights that fit no network.
     """
     asked = from_json(VaeSettings, dict(settings))
     if all((path / name).is_file() for name in ORIGINAL):

@@ -343,11 +343,7 @@ def load(
     licence: str,
     psi: float = 1.0,
 ) -> BigGanTeacher:
-    """The teacher of a state dict, which holds "bank" (and "bank_labels") where the network needs instances.
-
-    Raises:
-        UserError: weights that do not fit the spec (`where` is named), and what BigGanTeacher refuses.
-    """
+    """See `Family`; weights hold "bank" (and "bank_labels") where the network needs instances."""
     network = build_network(spec)
     own = {k: v for k, v in weights.items() if k not in (BANK, BANK_LABELS)}
     checkpoint.adopt_exactly(network, own, where)
@@ -362,11 +358,7 @@ def convert(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor],
         path: a state dict (.pth, .pt or .safetensors), or a folder that holds one file of G_ema weights.
         settings: the fields of BigGanSettings; "layout" at least.
 
-    Returns:
-        Weights for `load` (an instance-conditional network needs a bank added) and the network's spec.
-
-    Raises:
-        UserError: missing, damaged, foreign or unsupported weights; settings that disagree or do not suffice.
+    Returns: weights for `load` (an instance-conditional network needs a bank added) and the network's spec.
     """
     parsed = from_json(BigGanSettings, dict(settings))
     path = find_generator(path)

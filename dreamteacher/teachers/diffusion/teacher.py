@@ -403,15 +403,7 @@ def load(
     noise: Noise = "stochastic",
     blocks: tuple[int, ...] = (),
 ) -> DiffusionTeacher:
-    """The teacher of a state dict, which becomes the network's own parameters without a copy.
-
-    Args:
-        weights: floating-point tensors of any precision; the network is float32.
-        where: the file that is named when the weights do not fit the spec.
-
-    Raises:
-        UserError: listing missing, unexpected and wrongly shaped keys.
-    """
+    """See `Family`."""
     # On the meta device no memory is taken and no random weight is drawn: ADM-256 has 552 M of them.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         unet = build_unet(spec)

@@ -109,12 +109,9 @@ def decoder_outputs(
     """Whole outputs of decoder blocks, AFTER the upsampler that ends a level; early exit as `decoder_maps`.
 
     Args:
-        x: network input, N x C x H x W; t: timesteps (N,).
-        blocks: ascending, counted from 0 at the coarsest: guided-diffusion's `output_blocks`.
-        labels, null_class: see `time_embedding`.
-
-    Raises:
-        UserError: for a block that the network does not have, or that `keep_only` freed.
+        x, t, labels, null_class: see `decoder_maps`.
+        blocks: ascending, counted from 0 at the coarsest: guided-diffusion's `output_blocks`. UserError for one that
+            the network does not have, or that `keep_only` freed.
 
     Source: Baranchuk et al. 2022 (DDPM-seg). Golden: adm_* `out.decK.post_up`, ddpm_seg_features.
     """

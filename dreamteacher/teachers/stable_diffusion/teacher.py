@@ -117,11 +117,7 @@ def levels_of(network: Network, enlarge: int) -> tuple[list[tuple[int, FeatureSp
 
 
 def build_network(spec: StableDiffusionSpec) -> Network:
-    """The networks of a spec with fresh weights, cut after the last level that is taken.
-
-    Raises:
-        UserError: when diffusers refuses the settings, or the networks cannot be read.
-    """
+    """The networks of a spec with fresh weights, cut after the last level that is taken."""
     if spec.enlarge < 1:
         raise UserError(f"Images cannot be enlarged by {spec.enlarge}.", "Use a whole number from 1.")
     network = Network(spec.unet, spec.vae, spec.vae_kind)
@@ -261,16 +257,7 @@ def load(
     timesteps: tuple[int, ...] = (),
     noise: Noise = "stochastic",
 ) -> StableDiffusionTeacher:
-    """The teacher of a state dict, which becomes the networks' own parameters without a copy.
-
-    Args:
-        weights: "unet." and "vae." of the parts that run, "prompt" and for SDXL "pooled"; any precision, the
-            networks are float32.
-        where: the file that is named when the weights do not fit the spec.
-
-    Raises:
-        UserError: listing missing, unexpected and wrongly shaped keys.
-    """
+    """See `Family`; weights: "unet." and "vae." of the parts that run, "prompt" and for SDXL "pooled"."""
     # On the meta device no memory is taken and no random weight is drawn: SDXL has 2.6 G of them.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         network = build_network(spec)
@@ -287,10 +274,6 @@ def convert(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor],
         path: a folder in diffusers' layout: unet/, vae/, text_encoder/, tokenizer/, scheduler/, for SDXL also
             text_encoder_2/ and tokenizer_2/; safetensors, full or half (fp16) precision.
         settings: see StableDiffusionSettings.
-
-    Raises:
-        UserError: for unknown settings, missing, damaged or foreign parts, parts that do not fit each other, or
-            when transformers is not installed.
     """
     asked = from_json(StableDiffusionSettings, dict(settings))
     check_pipeline(path, ("unet", "text_encoder") if asked.vae else ("unet", "text_encoder", "vae"))

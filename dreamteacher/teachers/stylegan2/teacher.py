@@ -425,14 +425,7 @@ def load(
     licence: str,
     psi: float = 1.0,
 ) -> StyleGan2Teacher:
-    """The teacher of a state dict; `where` is named when the weights do not fit the spec.
-
-    Args:
-        weights: the generator's, and for an IC-GAN "bank", instance features (K, h_dim).
-
-    Raises:
-        UserError: for weights that do not fit, or an IC-GAN without a bank.
-    """
+    """See `Family`; weights: the generator's, and for an IC-GAN "bank", instance features (K, h_dim)."""
     with torch.device("meta"):  # no random start: every parameter and buffer is in the weights
         network = Generator(spec)
     checkpoint.adopt_exactly(network, {k: v for k, v in weights.items() if k != "bank"}, where)

@@ -492,7 +492,7 @@ def test_a_level_as_wide_as_a_head_has_one():
     ("act", "words"),
     [
         (lambda: make(timesteps=(1000,)), "out of range"),
-        (lambda: make(levels=2), "no decoder level"),
+        (lambda: make(levels=2), "no level at stride"),
         (lambda: make().encode(torch.rand(1, 3, 48, 64), generator=torch.Generator()), "--size 64 64"),
         (lambda: narrow((32, 32, 32, 16), ()), "level 3 .* no head: 16 channels, heads of 32"),
         (lambda: narrow((32, 16, 32, 32), (1,)), "level 1 .* no head"),
