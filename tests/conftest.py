@@ -97,6 +97,14 @@ CLASSES = ("bright", "dark")
 PER_CLASS = 8
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """torch.compile takes machine code from its cache that another ATEN_CPU_CAPABILITY has made, and is then wrong."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 4 MB of its own, which really gets full: needs the right to mount one."""

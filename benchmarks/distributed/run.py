@@ -121,7 +121,7 @@ def stepper(
     who = world if kind in ("together", "local") else ALONE
     config = PretrainConfig(
         images=Path("-"), out=Path("-"), teacher=args.teacher, student=args.student, width=args.width,
-        batch_size=args.batch_size * who.ranks, batch_norm="local" if kind == "local" else "global",
+        batch_size=args.batch_size * who.ranks, batch_norm="local" if kind == "local" or args.device == "cpu" else "global",
     )  # fmt: skip
     device = next(teacher.parameters()).device
     student = create_student(args.student).to(device)

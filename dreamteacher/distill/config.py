@@ -14,7 +14,6 @@ from dreamteacher.runtime.settings import (
     Precision,
     ReadsImages,
     Resumable,
-    Sharding,
 )
 from dreamteacher.spec import AtReduction, Noise, WhitenAxes
 
@@ -144,13 +143,11 @@ class PretrainConfig(Taught, Decayed, Resumable, ReadsImages):
     batch_size: int = 256
     """Images per optimizer step."""
     accumulate: int = 1
-    """Parts that a batch is split into to save memory; BatchNorm sees one part at a time. Doubled when memory runs out."""
+    """Parts that a batch is split into to save memory; BatchNorm sees one part at a time."""
     teacher_batch: int = 0
     """Images that the teacher sees at once; 0: a whole part, on a GPU at most 32. Halved when memory runs out."""
     batch_norm: BatchNorm = "global"
-    """Of several processes (torchrun): global: over the images of all, as in one process; local: each over its own."""
-    sharding: Sharding = "none"
-    """Of several processes: whose weights each keeps a part of (FSDP), where they do not fit on one device."""
+    """Of several processes (torchrun): global: over the images of all, as in one process (GPUs); local: each over its own."""
     epochs: float = 100.0
     """Passes over the images (synthesized: over as many samples)."""
     warmup_epochs: float = 20.0

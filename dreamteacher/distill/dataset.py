@@ -16,7 +16,6 @@ from dreamteacher.data.seeds import device_generator
 from dreamteacher.distill.store.items import Kept, unpack
 from dreamteacher.distill.store.reader import FeatureStore
 from dreamteacher.losses import FeatureLoss, feature_loss, projected_loss, whiten
-from dreamteacher.runtime import memory
 from dreamteacher.runtime.distributed.device import autocast
 from dreamteacher.runtime.distributed.world import ALONE, World
 from dreamteacher.runtime.errors import UserError
@@ -45,21 +44,6 @@ class FeatureBatch(NamedTuple):
         """What the student's map of a level is compared with in eq. 1."""
         return whiten(self.maps[level], axes) if self.kept is None else self.maps[level]
 
-    def split(self, count: int) -> list[FeatureBatch]:
-        """`count` parts, images `i`, `i + count`, `i + 2 count` ...: so that each has some of both kinds."""
-        if count == 1:
-            return [self]
-        return [self._rows(slice(i, None, count)) for i in range(count)]
-
-    def _rows(self, at: slice) -> FeatureBatch:
-        kept = self.kept
-        if kept is not None:
-            residuals = None if kept.residuals is None else kept.residuals[at]
-            kept = kept._replace(
-                maps=[m[at] for m in kept.maps], energies=[e[at] for e in kept.energies], residuals=residuals
-            )
-        return self._replace(images=self.images[at], maps=[m[at] for m in self.maps], kept=kept)
-
 
 # Each forgets a batch before it makes the next: else the maps of two would be in memory at once.
 Stream = Generator[FeatureBatch, None, None]
@@ -67,17 +51,15 @@ Stream = Generator[FeatureBatch, None, None]
 
 @dataclass
 class Part:
-    """What a step works on at once: a batch, or a part of one where memory or --accumulate asks for it.
+    """What a step works on at once: one of the `accumulate` parts of its batch.
 
     Args:
         batch: images and the teacher's maps.
-        divisor: what the mean over this part is divided by, so that the parts add up to the mean over the batch.
         last: whether no further part of the step follows.
         maps: the student's, once they are made.
     """
 
     batch: FeatureBatch | None
-    divisor: float
     last: bool
     maps: Sequence[Tensor] = ()
 
@@ -90,9 +72,8 @@ class PartStream:
     """The batches of a run, step after step, in parts. A part is emptied before the teacher makes the next.
 
     Args:
-        begin: number of a batch -> the stream of batches from there.
-        accumulate: batches of a step.
-        parts: into how many parts each of them is split.
+        begin: number of a part -> the stream of parts from there.
+        accumulate: parts of a step.
         waited: is told the seconds of waiting for data.
     """
 
@@ -100,10 +81,9 @@ class PartStream:
         self,
         begin: Callable[[int], Stream],
         accumulate: int,
-        parts: memory.Parts,
         waited: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        self.begin, self.accumulate, self.parts, self.waited = begin, accumulate, parts, waited
+        self.begin, self.accumulate, self.waited = begin, accumulate, waited
         self._stream: Stream | None = None
         self._part: Part | None = None
 
@@ -114,38 +94,16 @@ class PartStream:
             self._stream = self.begin(step * self.accumulate)
         for k in range(self.accumulate):
             self.forget()
-            whole = next(self._stream)
-            self.waited(whole.waited)
-            count = len(whole.images)
-            parts = whole.split(self.parts.count)
-            del whole
-            while parts:
-                self.forget()
-                batch = parts.pop(0)
-                divisor = self.accumulate * count / len(batch.images)
-                self._part = Part(batch, divisor, last=not parts and k + 1 == self.accumulate)
-                del batch
-                yield self._part
+            batch = next(self._stream)
+            self.waited(batch.waited)
+            self._part = Part(batch, last=k + 1 == self.accumulate)
+            del batch
+            yield self._part
 
     def forget(self) -> None:
         """Empties the present part."""
         if self._part is not None:
             self._part.forget()
-
-    def shrink(self, step: int, error: RuntimeError) -> None:
-        """Makes parts smaller after memory ran out at step `step`, which is then to be repeated.
-
-        Raises:
-            RuntimeError: the error, where it is another.
-            UserError: when parts cannot be smaller, or there are several processes, which begin again together.
-        """
-        if not memory.ran_out(error):
-            raise error
-        self.forget()
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-        self.parts.add(step + 1, memory.reason(error))
 
 
 def batch_loss(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from dreamteacher.data.seeds import step_generator
@@ -16,8 +17,7 @@ from dreamteacher.models.interpreter import Interpreter
 from dreamteacher.models.regressor import FeatureRegressor, LabelHead
 from dreamteacher.models.student import Student
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.distributed.batch_norm import make_global
-from dreamteacher.runtime.distributed.sharding import replicate, shard, whole_on_first
+from dreamteacher.runtime.distributed.ddp import replicate
 from dreamteacher.runtime.distributed.world import World
 from dreamteacher.runtime.optim import Ema
 
@@ -60,9 +60,9 @@ def look(network: nn.Module) -> Tensor:
 
 def build_network(
     config: PretrainConfig, student: Student, regressor: FeatureRegressor, interpreter: Interpreter | None,
-    device: torch.device, world: World,
+    world: World,
 ) -> DistillationNetwork:  # fmt: skip
-    """The network, ready for its optimizer: in its memory layout, and cut over processes where that is asked for."""
+    """The network, ready for its optimizer: in its memory layout, its BatchNorm over all processes where that is asked for."""
     head = None
     if interpreter is not None:
         head = label_head(config.seed, config.width, regressor, interpreter)
@@ -71,24 +71,14 @@ def build_network(
         regressor.projections.requires_grad_(False)  # nothing is asked of them
     network = DistillationNetwork(student, regressor, head, project=config.distill != "label")
     if world.ranks > 1 and config.batch_norm == "global":
-        make_global(network, device)
+        convert_sync_batchnorm(network)  # in place, as the network itself is no norm
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if _cut(config, world):
-        shard(network, device, lambda: look(network), whole=True, also=("pooled",))
     return network
 
 
-def spread(
-    network: DistillationNetwork, config: PretrainConfig, device: torch.device, world: World
-) -> nn.Module:
+def spread(network: DistillationNetwork, device: torch.device, world: World) -> nn.Module:
     """The network as it is called: replicated over the processes, or itself. After its optimizer is made."""
-    if world.ranks == 1 or _cut(config, world):
-        return network
-    return replicate(network, device, look)
-
-
-def _cut(config: PretrainConfig, world: World) -> bool:
-    return world.ranks > 1 and config.sharding in ("student", "both")
+    return network if world.ranks == 1 else replicate(network, device, look)
 
 
 def write_weights(
@@ -100,9 +90,9 @@ def write_weights(
         average: of the network, whose weights are then written.
         teacher, classes: for the files' metadata: its name, and what the head tells apart.
     """
-    state = whole_on_first(average.tensors if average else network.state_dict())
     if not world.first:
         return
+    state = average.tensors if average else network.state_dict()
     about = {"format": "dreamteacher-backbone", "student": network.student.name, "teacher": teacher}
     files = {"backbone": "student.model.", "regressor": "regressor."}
     if network.head is not None:

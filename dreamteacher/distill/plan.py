@@ -30,7 +30,6 @@ from dreamteacher.models.student import Student, check_student, create_student
 from dreamteacher.runtime.config import describe, to_json
 from dreamteacher.runtime.distributed.device import pick_device, resolve_precision
 from dreamteacher.runtime.distributed.group import agree, broadcast, join
-from dreamteacher.runtime.distributed.sharding import shard
 from dreamteacher.runtime.distributed.world import World, check_batch
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.runtime.loggers import check_loggers
@@ -47,7 +46,7 @@ class PretrainPlan:
     """A pretraining, checked and loaded.
 
     Args:
-        teacher, student, regressor: on the device, but for a student that is still to be cut over processes.
+        teacher, student, regressor: on the device.
         images: None where the teacher makes them all; store: of features on disk; kept: the levels of stored maps.
         read: what the interpreter that is named reads; job: the training of one that comes first.
         steps: optimizer steps in all; disk: bytes that the run writes; notes: lines to print with the plan.
@@ -86,6 +85,19 @@ class PretrainPlan:
     def part_rows(self) -> int:
         """Images of this process in each of the `accumulate` parts of a batch."""
         return self.world.of(self.config.batch_size // self.config.accumulate)
+
+    def smaller(self) -> str:
+        """What to do when a step runs out of memory: the next --accumulate whose parts are smaller."""
+        c, least = self.config, 1 if self.world.ranks > 1 and self.config.batch_norm == "global" else 2
+        larger = range(c.accumulate + 1, c.batch_size // (least * self.world.ranks) + 1)
+        parts = (a for a in larger if c.batch_size % a == 0 and c.batch_size // a % self.world.ranks == 0)
+        accumulate = next(parts, None)
+        parts = (
+            f"--accumulate {accumulate} (BatchNorm sees smaller parts; the run goes on), "
+            if accumulate
+            else ""
+        )
+        return f"Use {parts}--precision bfloat16, or a smaller --size, --student or --width."
 
     def text(self) -> str:
         """For the screen."""
@@ -128,18 +140,8 @@ class PretrainPlan:
         return load_interpreter(folder / "interpreter")[0].to(self.device)
 
     def batches(self) -> Callable[[int], dataset.Stream]:
-        """Number of a batch -> the stream of batches, with the teacher's maps, from there.
-
-        Where the teacher's weights are to be cut over processes, this cuts them.
-        """
-        c = self.config
-        cut = self.world.ranks > 1 and c.sharding in ("teacher", "both") and not self.kept
-        begin = functools.partial(self._stream, InParts(self.teacher, c.teacher_batch, sharded=cut))
-        if cut:
-            look = begin(0)
-            shard(self.teacher, self.device, lambda: next(look), whole=False)
-            look.close()
-        return begin
+        """Number of a part -> the stream of parts, with the teacher's maps, from there."""
+        return functools.partial(self._stream, InParts(self.teacher, self.config.teacher_batch))
 
     def _stream(self, teacher: InParts, first: int) -> dataset.Stream:
         c, part, last = (
@@ -187,6 +189,7 @@ def make_plan(config: PretrainConfig) -> PretrainPlan:
     world = join(config.device)
     device = pick_device(config.device)
     _check_numbers(config, world)
+    _check_batch_norm(config, world, device)
     _check_flags(config)
     check_loggers(config.log_to)
     if config.images is not None and not config.images.is_dir():
@@ -232,8 +235,7 @@ def make_plan(config: PretrainConfig) -> PretrainPlan:
     # --- on the device -----------------------------------------------------------------------------------
     if config.dataset == "encoded" or (config.dataset == "synthesized" and job is None):
         teacher.keep_only("encode" if config.dataset == "encoded" else "sample")
-    cut = world.ranks > 1 and config.sharding in ("student", "both") and not config.dry_run
-    for module in (teacher,) if cut else (teacher, student, regressor):  # `shard` moves what it cuts
+    for module in (teacher, student, regressor):
         module.to(device)
     notes = [f"  skipped {path}: {reason}" for path, reason in (images.bad if images else ())[:3]]
     if store and images:
@@ -293,15 +295,6 @@ def _check_numbers(config: PretrainConfig, world: World) -> None:
             made,
             world,
         )
-    if config.optimizer == "lamb" and config.sharding in ("student", "both"):
-        raise UserError(
-            f"--optimizer lamb needs whole weights, and --sharding {config.sharding} cuts them.",
-            "Use --optimizer adamw, or --sharding teacher or none.",
-        )
-    if config.compile == "on" and config.sharding != "none":
-        raise UserError(
-            f"--compile on and --sharding {config.sharding} do not work together.", "Leave out one of them."
-        )
     if config.teacher_batch < 0:
         raise UserError("--teacher-batch is below 0.", "Give a number of images, or leave it out.")
     check_saving(config.save_every, config.save_minutes)
@@ -311,6 +304,14 @@ def _check_numbers(config: PretrainConfig, world: World) -> None:
                 f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}.",
                 "Give a larger one.",
             )
+
+
+def _check_batch_norm(config: PretrainConfig, world: World, device: torch.device) -> None:
+    if world.ranks > 1 and config.batch_norm == "global" and device.type != "cuda":
+        raise UserError(
+            f"Several processes share the statistics of BatchNorm on GPUs only, and this is '{device}'.",
+            "Use one process, or --batch-norm local: each then normalises over its own images.",
+        )
 
 
 def _asked(

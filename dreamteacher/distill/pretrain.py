@@ -19,9 +19,9 @@ from dreamteacher.distill.step import Distillation, loss_weights, probe
 from dreamteacher.losses import total_loss
 from dreamteacher.runtime import checkpoint, memory, optim
 from dreamteacher.runtime.compile import compiled, wants_compile
+from dreamteacher.runtime.distributed.ddp import gradients_stay
 from dreamteacher.runtime.distributed.device import resolve_precision
-from dreamteacher.runtime.distributed.group import all_gather_text, broadcast, together
-from dreamteacher.runtime.distributed.sharding import gradients_stay, whole
+from dreamteacher.runtime.distributed.group import all_gather_text, together
 from dreamteacher.runtime.loop import Loop
 from dreamteacher.runtime.meter import Means
 from dreamteacher.runtime.run_folder import RunDir
@@ -50,29 +50,24 @@ def pretrain(config: PretrainConfig) -> Path | None:
         _list_skipped(run.path, plan)
         interpreter = plan.interpreter(run.path)  # the one named, or one that is trained now
         device, world = plan.device, plan.world
-        network = build_network(config, plan.student, plan.regressor, interpreter, device, world)
+        network = build_network(config, plan.student, plan.regressor, interpreter, world)
         groups = optim.parameter_groups([network], config.weight_decay)
         optimizer = optim.build_optimizer(config.optimizer, groups, config.lr, config.betas)
         average = optim.Ema(network, config.ema) if config.ema else None
-        called = spread(network, config, device, world)  # over the processes, where there are several
+        called = spread(network, device, world)  # over the processes, where there are several
         distillation = Distillation(config, network, plan.levels, spread=called, interpreter=interpreter)
         _make_fast(plan, distillation)
         weights = loss_weights(config)  # of each term: eq. 3, 5 and 6
         warmup = round(plan.steps * config.warmup_epochs / config.epochs)
-        parts = memory.Parts(plan.part_rows, config.accumulate, world, config.batch_norm, config.out)
-        parts.follow(int(broadcast(lambda: str(memory.told_parts(run.path)))))
 
         def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            tensors, meta = checkpoint.pack({"network": network}, optimizer, average)
-            return tensors, meta | {"split": parts.count}
+            return checkpoint.pack({"network": network}, optimizer, average)
 
         def restore(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], path: Path) -> None:
             checkpoint.unpack({"network": network}, optimizer, average, tensors, meta, path)
-            parts.at_least(meta["split"])
 
         def line(part: Part, lr: float, means: Means) -> dict[str, float]:
-            split = {"accumulate": config.accumulate * parts.count} if parts.count > 1 else {}
-            found = distillation.row(part, means, lr=lr, **split)
+            found = distillation.row(part, means, lr=lr)
             return found | (probe(network, plan.images, config) if loop.due(config.probe_every) else {})
 
         loop = Loop(
@@ -84,25 +79,20 @@ def pretrain(config: PretrainConfig) -> Path | None:
 
         # --- the loop ------------------------------------------------------------------------------------
         with loop:
-            batches = PartStream(plan.batches(), config.accumulate, parts, loop.progress.wait)
+            batches = PartStream(plan.batches(), config.accumulate, loop.progress.wait)
             for step in loop:
                 network.train()
                 optimizer.zero_grad(set_to_none=True)
-                try:
+                lr = optim.lr_at(step, total=plan.steps, warmup=warmup, peak=config.lr)
+                with memory.needed(f"Step {step + 1} runs out of memory", plan.smaller()):
                     for part in batches.of(step):  # the batch, or one part of it after the other
                         with gradients_stay(distillation.spread, not part.last):
                             losses = distillation.losses(part)
                             total = total_loss(losses, weights)
-                            (total / part.divisor).backward()
+                            (total / config.accumulate).backward()
                         loop.meter.watch(step, distillation.watched(part) | {"loss": total})
-                        loop.meter.add(step, losses | {"loss": total}, part.divisor)
-                except RuntimeError as error:  # where memory ran out: the step once more, in smaller parts
-                    batches.shrink(step, error)
-                    loop.again()
-                    continue
-                lr = optim.lr_at(step, total=plan.steps, warmup=warmup, peak=config.lr)
-                with memory.needed(f"Step {step + 1} has no memory for the optimizer", _LARGE):
-                    norm = whole(nn.utils.clip_grad_norm_(network.parameters(), config.clip or float("inf")))
+                        loop.meter.add(step, losses | {"loss": total}, config.accumulate)
+                    norm = nn.utils.clip_grad_norm_(network.parameters(), config.clip or float("inf"))
                     loop.meter.watch(step, {"gradient": norm})
                     loop.meter.add(step, {"grad_norm": norm})
                     with loop.update():
@@ -119,16 +109,13 @@ def pretrain(config: PretrainConfig) -> Path | None:
     return config.out
 
 
-_LARGE = "Use a smaller --student or --width, or several GPUs with --sharding student."
-
-
 def _make_fast(plan: PretrainPlan, distillation: Distillation) -> None:
     """Lower precision of the teacher and torch.compile, where they are asked for."""
     c, device, world = plan.config, plan.device, plan.world
     if (dtype := resolve_precision(device, c.precision)) != torch.float32:
         plan.teacher.cast_weights(dtype)
     one_graph = world.ranks == 1 or c.batch_norm == "local"  # a global one breaks the graph
-    if c.sharding == "none" and wants_compile(c.compile, device, plan.steps, whole=one_graph):
+    if wants_compile(c.compile, device, plan.steps, whole=one_graph):
         plan.teacher.wrap_compile_targets(functools.partial(compiled, strict=c.compile == "on"))
         distillation.compile()
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 FORMATS: dict[str, str] = {
     "timm": "dreamteacher.exports.timm:FORMAT",
     "torchvision": "dreamteacher.exports.torchvision:FORMAT",
-    "detectron2": "dreamteacher.exports.detectron2:FORMAT",
-    "mmdetection": "dreamteacher.exports.mmdetection:FORMAT",
     "smp": "dreamteacher.exports.smp:FORMAT",
     "onnx": "dreamteacher.exports.onnx:FORMAT",
     "hub": "dreamteacher.exports.hub:FORMAT",

@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 
 from dreamteacher.runtime import tensor_file
 from dreamteacher.runtime.config import parse_json
-from dreamteacher.runtime.distributed.sharding import part_of, parts_of, whole_on_first
 from dreamteacher.runtime.errors import UserError, first_line, shorten
 from dreamteacher.runtime.optim import Ema
 
@@ -254,7 +253,6 @@ def unpack_optimizer(
             # Moments lie in memory as their parameter does (channels_last): same kernels, same last bits.
             like = parameters[int(place)]
             same = value.shape == like.shape
-            value = part_of(value, like)
             value = torch.empty_like(like, dtype=value.dtype).copy_(value) if same else value.clone()
         state.setdefault(int(place), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -273,16 +271,13 @@ def under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.T
 def pack(
     modules: Mapping[str, torch.nn.Module], optimizer: torch.optim.Optimizer, average: Ema | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """All that a training goes on from: weights as NAME/..., the optimizer, and an average of the weights as ema/...
-
-    With several processes all call it, and the first one gets the tensors.
-    """
+    """All that a training goes on from: weights as NAME/..., the optimizer, and an average of the weights as ema/..."""
     tensors, scalars = pack_optimizer(optimizer)
     for name, module in modules.items():
         tensors |= {f"{name}/{k}": v for k, v in module.state_dict().items()}
     if average is not None:
         tensors |= {f"ema/{k}": v for k, v in average.tensors.items()}
-    return whole_on_first(tensors), {"optimizer": scalars, "ema_updates": average.updates if average else 0}
+    return tensors, {"optimizer": scalars, "ema_updates": average.updates if average else 0}
 
 
 def unpack(
@@ -299,11 +294,10 @@ def unpack(
         UserError: when the weights are of another network; `path` is their file.
     """
     for name, module in modules.items():
-        load_exactly(module, parts_of(under(f"{name}/", tensors), module.state_dict()), path)
+        load_exactly(module, under(f"{name}/", tensors), path)
     if average is not None:
         for key, value in under("ema/", tensors).items():
-            mine = average.tensors[key]
-            mine.copy_(part_of(value, mine))  # in place: the memory layout stays
+            average.tensors[key].copy_(value)  # in place: the memory layout stays
         average.updates = meta["ema_updates"]
     unpack_optimizer(optimizer, tensors, meta["optimizer"])
 

@@ -49,8 +49,8 @@ class Loop:
     """Steps from the last checkpoint to the last one, with all that surrounds them.
 
     A step has two halves: what comes before `update` leaves the weights as they were, and can be undone; `update`
-    changes them. So a KeyboardInterrupt saves the state before or after a step, never one in between; where it
-    comes within an update, the last checkpoint stays what there is.
+    changes them. So a KeyboardInterrupt saves the state before or after a step, never one in between: from the update
+    on it waits for the end of the step.
 
     Args:
         run: open and locked, and whose processes take part; None: nothing is written, and this one is alone.
@@ -105,7 +105,7 @@ class Loop:
         self._whole: int | None = (
             None  # steps whose state is in memory, all of it and no more; None: within a step
         )
-        self._begun = self._again = False
+        self._begun = False
 
     # --- begin and end ---------------------------------------------------------------------------------------
 
@@ -158,12 +158,8 @@ class Loop:
     def __iter__(self) -> Iterator[int]:
         for step in range(self.first, self.steps):
             self._step = step
-            self._again = True
-            while self._again:
-                self._note()
-                yield step
-                if self._again:
-                    self._undo_step()
+            self._note()
+            yield step
             self._finish(step + 1)
 
     def _note(self) -> None:
@@ -171,11 +167,7 @@ class Loop:
         self.meter.note()
         if self._undo is not None:
             self._undo.note()
-        self._begun, self._again = True, False
-
-    def again(self) -> None:
-        """Has the present step repeated, as if it had not begun; only before its update."""
-        self._again = True
+        self._begun = True
 
     def _undo_step(self) -> None:
         self.meter.undo()
@@ -184,7 +176,8 @@ class Loop:
 
     @contextlib.contextmanager
     def update(self) -> Iterator[None]:
-        """Around what changes weights: from here to its end a step cannot be undone."""
+        """Around what changes weights: from here to its end a step cannot be undone, nor interrupted."""
+        self._signals.hold()
         self._whole, self._begun = None, False
         yield
 
@@ -206,6 +199,7 @@ class Loop:
         if save or self._guard_each:
             self._guard()
         self._whole = done
+        self._signals.release()
         if save:
             self._save(done)
         if stop and not last:
@@ -220,25 +214,13 @@ class Loop:
         """Writes one line of metrics.jsonl and timing.jsonl, and begins the sums anew.
 
         Args:
-            row: makes it, given the meter's means since the last line. It is asked again after an interruption.
+            row: makes it, given the meter's means since the last line.
             shown: names that the progress shows, too.
 
         Raises:
             UserError: when a watched scalar was not finite: which, and at which step.
         """
         self._guard()
-        try:
-            self._write(row, shown)
-        except KeyboardInterrupt:
-            if self._signals.installed or self.run is None:
-                raise
-            for name in ("metrics.jsonl", "timing.jsonl"):  # the step is to end as if nothing had happened
-                self.run.rewind(name, self._step)
-            self._write(row, shown)
-            self._whole = self._step + 1
-            raise
-
-    def _write(self, row: Callable[[Means], Mapping[str, Any]], shown: Sequence[str]) -> None:
         done = self._step + 1
         self.progress.advance(done)
         line = self._line(row(self.meter.means()))
@@ -289,7 +271,7 @@ class Loop:
         """Saves before a KeyboardInterrupt goes on, where the state is that of a whole number of steps."""
         if self.run is None or self._signals.installed or self.world.ranks > 1:
             return  # a second signal acts at once
-        if self._whole is None:
+        if self._whole is None:  # by somebody's own handler of signals
             print(f"Interrupted within an update. {checkpoint.before(self.run.path)}", flush=True)
             return
         if self._begun:

@@ -21,7 +21,7 @@ def data_uri(image: Tensor, longest: int | None = None) -> str:
         size = [max(1, round(height * ratio)), max(1, round(width * ratio))]
         image = resize(image, size, antialias=True)
     file = io.BytesIO()
-    to_pil_image(image).save(file, format="PNG", optimize=True)
+    to_pil_image(image).save(file, format="PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 

@@ -12,16 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dreamteacher.runtime import checkpoint, memory
+from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import changed_keys, parse_json
 from dreamteacher.runtime.distributed.group import broadcast
 from dreamteacher.runtime.distributed.world import ALONE, World
 from dreamteacher.runtime.errors import UserError, shorten
 
-# Settings that may differ between a run and its resumption: they do not change any number.
+# Settings that may differ between a run and its resumption: they change no number, but for `accumulate` (BatchNorm
+# sees its parts alone), without which a run that has run out of memory could not go on.
 FREE_TO_CHANGE = (
-    "out", "workers", "dry_run", "strict", "device", "save_every", "save_minutes", "keep_checkpoints", "log_to", "cache_gb", "sharding",
-    "teacher_batch",
+    "out", "workers", "dry_run", "strict", "device", "save_every", "save_minutes", "keep_checkpoints", "log_to", "cache_gb",
+    "teacher_batch", "accumulate",
 )  # fmt: skip
 # What a process that was killed leaves behind, workers that decode images, ends by itself within 5 s.
 PATIENCE_S = 10.0
@@ -138,8 +139,6 @@ class RunDir:
         checkpoint.sweep(self.path)
         resume = checkpoint.latest(self.path, whole=True)
         if resume is None:  # a run that goes on keeps the config that it was started with
-            if self.config() != json.loads(json.dumps(resolved)):
-                (self.path / memory.PARTS).unlink(missing_ok=True)
             checkpoint.write_text(self.path / "config.json", json.dumps(resolved, indent=2) + "\n")
             for name in ("metrics.jsonl", "timing.jsonl", "loggers.json"):
                 (self.path / name).unlink(missing_ok=True)

@@ -8,9 +8,6 @@ from typing import Literal
 OptimizerName = Literal["adamw", "lamb"]
 
 
-Sharding = Literal["none", "student", "teacher", "both"]
-
-
 BatchNorm = Literal["global", "local"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,6 +33,7 @@ class Signals:
     def __init__(self) -> None:
         self.number = 0
         self._old: dict[int, Any] = {}
+        self._held: list[int] | None = None  # interrupts that came while they were held back
 
     @property
     def installed(self) -> bool:
@@ -48,6 +50,27 @@ class Signals:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # torchrun passes on what the process got as well
             signal.signal(number, self._old[number])  # a second one acts at once
 
+    def hold(self) -> None:
+        """From here to `release` Ctrl-C waits, where it would raise KeyboardInterrupt."""
+        plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if plain and threading.current_thread() is threading.main_thread():
+            held: list[int] = []
+            self._held = held
+            signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+
+    def release(self, raises: bool = True) -> None:
+        """Ctrl-C acts at once again.
+
+        Raises:
+            KeyboardInterrupt: when it came meanwhile.
+        """
+        held, self._held = self._held, None
+        if held is not None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if held and raises:
+            raise KeyboardInterrupt
+
     def __exit__(self, *_: object) -> None:
+        self.release(raises=False)
         for number, handler in self._old.items():
             signal.signal(number, handler)

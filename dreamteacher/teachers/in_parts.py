@@ -78,16 +78,15 @@ class InParts:
 
     Args:
         most: images; 0: a whole batch, on a GPU MOST_ON_GPU.
-        sharded: its weights are spread over processes, which have to call it equally often: nothing is begun again.
 
     Raises:
-        UserError: when one image does not fit; with `sharded` when a part does not.
+        UserError: when one image does not fit.
 
     Test: rows and maps equal the whole batch's, for every family.
     """
 
-    def __init__(self, teacher: Teacher, most: int = 0, *, sharded: bool = False) -> None:
-        self.teacher, self.most, self.sharded = teacher, most, sharded
+    def __init__(self, teacher: Teacher, most: int = 0) -> None:
+        self.teacher, self.most = teacher, most
 
     def encode(self, images: Tensor, *, generator: torch.Generator) -> list[Tensor]:
         return self._run(
@@ -119,13 +118,10 @@ class InParts:
             except RuntimeError as error:
                 if not ran_out(error):
                     raise
-                if size == 1 or self.sharded:
+                if size == 1:
                     raise UserError(
-                        f"The teacher '{self.teacher.name}' runs out of memory on "
-                        f"{'one image' if size == 1 else f'{size} images'}: {reason(error)}.",
-                        "Use a smaller --size, --precision bfloat16, or a smaller teacher."
-                        if size == 1
-                        else f"Use --teacher-batch {(size + 1) // 2}: processes that share its weights cannot try by themselves.",
+                        f"The teacher '{self.teacher.name}' runs out of memory on one image: {reason(error)}.",
+                        "Use a smaller --size, --precision bfloat16, or a smaller teacher.",
                     ) from None
             # Only here, where the exception no longer holds the memory of what failed.
             self.most = (size + 1) // 2

@@ -26,9 +26,7 @@ from dreamteacher.distill.pretrain import pretrain
 from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
 from dreamteacher.runtime import checkpoint, memory, prefetch
-from dreamteacher.runtime.distributed.world import World
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.runtime.loop import Loop
 from dreamteacher.runtime.run_folder import read_rows
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.base import Teacher
@@ -36,10 +34,8 @@ from dreamteacher.teachers.diffusion import teacher as diffusion
 from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher, build_unet
 from dreamteacher.teachers.in_parts import InParts, RowsOfDraws
 from dreamteacher.teachers.registry import load_teacher
-from tests.builders.runs import assert_equal
 from tests.builders.steps import Stepper
 from tests.builders.teachers import TINY, build
-from tests.distill.test_pretrain import everything
 from tests.runtime.distributed.worker import in_float64
 
 CPU = torch.device("cpu")
@@ -188,11 +184,8 @@ def test_libraries_that_run_out_of_memory_in_their_own_words(message, monkeypatc
         return forward(images, sizes)
 
     trained.distillation.forward = forward_fails
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(UserError, match=r"Step 1: .*\nUse less"), memory.needed("Step 1", "Use less."):
         trained.step(0, stream)
-    dataset.PartStream(small_stream, 1, trained.parts).shrink(0, caught.value)
-    assert trained.parts.count == 2
-    trained.step(0, stream)
 
 
 def test_other_errors_of_torch_are_no_lack_of_memory(monkeypatch):
@@ -205,18 +198,6 @@ def test_other_errors_of_torch_are_no_lack_of_memory(monkeypatch):
     trained, _ = small_training(Hungry(1))
     with pytest.raises(RuntimeError, match="must match"):
         trained.step(0, iter(fail, None))
-
-
-def test_a_teacher_cut_over_processes_does_not_try_by_itself():
-    """Its passes are exchanges: a process that made more of them would wait for the others for ever."""
-    teacher = Hungry(3)
-    parts = InParts(teacher, 4, sharded=True)
-    with pytest.raises(UserError, match=r"on 4 images.*\n.*--teacher-batch 2"):
-        parts.encode(torch.rand(8, 3, 64, 64), generator=generator())
-    assert teacher.seen == [4]
-    assert parts.most == 4
-    with pytest.raises(UserError, match="one image"):
-        InParts(Hungry(0), 1, sharded=True).encode(torch.rand(8, 3, 64, 64), generator=generator())
 
 
 # --- a step that runs out of memory ---------------------------------------------------------------------------
@@ -247,124 +228,27 @@ def hungry_student(monkeypatch: pytest.MonkeyPatch, most: int, passes: int = 0) 
     return failures
 
 
-def test_a_step_out_of_memory_is_repeated_in_smaller_parts_as_if_it_had_begun_so(config, monkeypatch, capsys):
-    init = memory.Parts.__init__
-
-    def begun_in_parts(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        self.count = 4
-
-    with monkeypatch.context() as patch:
-        patch.setattr(memory.Parts, "__init__", begun_in_parts)
-        expected = everything(pretrain(dataclasses.replace(config, out=config.out.with_name("whole"))))
-    failures = hungry_student(monkeypatch, 2)
-    found = everything(pretrain(config))
-    assert failures == [8, 4]
-    assert_equal(expected, found)
-    said = capsys.readouterr().out
-    assert "Out of memory at step 1: repeated, and from now on, as --accumulate 4. BatchNorm sees" in said
-    assert {row["accumulate"] for row in read_rows(config.out / "metrics.jsonl")} == {4}
-
-
-def test_the_parts_in_use_are_restored_when_a_run_resumes(config, monkeypatch):
-    failures = hungry_student(monkeypatch, 4)
-    config = dataclasses.replace(config, batch_size=16, accumulate=2, epochs=4, ema=0.9)
-    whole = everything(pretrain(dataclasses.replace(config, out=config.out.with_name("whole"))))
+def test_a_step_out_of_memory_says_which_accumulate_fits_and_a_run_resumes_with_it(config, monkeypatch):
+    failures = hungry_student(monkeypatch, 4, passes=2)  # at the third step, behind a checkpoint
+    with pytest.raises(
+        UserError, match=r"Step 3 runs out of memory: CUDA.*\nUse --accumulate 2 \(.*--precision bfloat16"
+    ) as caught:
+        pretrain(config)
+    assert len(str(caught.value).splitlines()) == 2
     assert failures == [8]
-    save, stop = Loop._save, RuntimeError("stop")
-
-    def save_and_stop(self, done):
-        save(self, done)
-        raise stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_save", save_and_stop)
-        with pytest.raises(RuntimeError, match="stop"):
-            pretrain(config)
-    assert failures == [8, 8]
-    resumed = everything(pretrain(config))
-    assert failures == [8, 8], "it tried the large parts again"
-    assert_equal(whole, resumed)
+    before = read_rows(config.out / "metrics.jsonl")
+    assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 2)
+    pretrain(dataclasses.replace(config, accumulate=2, teacher_batch=4))
+    assert failures == [8]
+    rows = read_rows(config.out / "metrics.jsonl")
+    assert rows[: len(before)] == before
+    assert [row["step"] for row in rows] == list(range(1, 7))
 
 
 def test_a_step_that_cannot_be_made_smaller_says_what_to_do(config, monkeypatch):
     hungry_student(monkeypatch, 1)
-    with pytest.raises(UserError, match=r"Step 1 runs out of memory in parts of 2 images"):
-        pretrain(config)
-
-
-def parts_of(images: int, ranks: int, batch_norm: str, folder: Path) -> memory.Parts:
-    return memory.Parts(images, 1, World(0, ranks), batch_norm, folder)
-
-
-@pytest.mark.parametrize(
-    ("images", "ranks", "batch_norm", "counts"),
-    [(8, 1, "global", [2, 4]), (6, 1, "global", [2, 3]), (8, 4, "local", [2, 4]), (3, 4, "global", [2, 3])],
-)
-def test_parts_are_doubled_as_long_as_batch_norm_has_two_images(images, ranks, batch_norm, counts, tmp_path):
-    parts = parts_of(images, ranks, batch_norm, tmp_path)
-    for count in counts:
-        with contextlib.nullcontext() if ranks == 1 else pytest.raises(UserError, match="The same command"):
-            parts.add(7, "CUDA out of memory")
-        assert parts.count == count
-        if ranks > 1:
-            assert memory.told_parts(tmp_path) == images // count
-    with pytest.raises(
-        UserError, match=r"Step 7 runs out of memory in parts of \d images: CUDA.*\n.*--width"
-    ):
-        parts.add(7, "CUDA out of memory")
-
-
-def test_parts_of_other_processes_are_followed_and_never_empty(tmp_path):
-    """A run that one process split in 4 goes on in 8 with one image each; and what one told, all follow."""
-    alone = parts_of(8, 1, "global", tmp_path)
-    alone.at_least(4)
-    assert alone.count == 4
-    eight = parts_of(1, 8, "global", tmp_path)
-    eight.at_least(4)
-    eight.follow(2)
-    assert eight.count == 1
-    two = parts_of(4, 2, "global", tmp_path)
-    two.follow(memory.told_parts(tmp_path))  # nothing was told
-    assert two.count == 1
-    two.follow(3)
-    assert two.count == 2
-    two.at_least(1)
-    assert two.count == 2
-    for damage in ("", "[]", '{"images": "2"}', '{"images": -1}', "{}"):
-        (tmp_path / memory.PARTS).write_text(damage)
-        assert memory.told_parts(tmp_path) == 0
-
-
-def test_what_one_of_several_processes_told_is_followed_by_the_next_start(config, monkeypatch):
-    """Here the one process believes that there is another; out of memory at the third step, behind a checkpoint."""
-    failures = hungry_student(monkeypatch, 4, passes=2)
-    init = memory.Parts.__init__
-
-    def two(self, *args):
-        init(self, *args)
-        self.world = World(0, 2)
-
-    monkeypatch.setattr(memory.Parts, "__init__", two)
-    with pytest.raises(UserError, match=r"Step 3 runs .*\nThe same command goes on from the last checkpoint"):
-        pretrain(config)
-    assert failures == [8]
-    assert checkpoint.latest(config.out) == checkpoint.checkpoint_path(config.out, 2)
-    pretrain(dataclasses.replace(config, teacher_batch=4))  # which errors advise, so that it may change
-    assert failures == [8], "the same command tried the large parts again"
-    assert [row.get("accumulate", 1) for row in read_rows(config.out / "metrics.jsonl")] == [1, 1, 2, 2, 2, 2]
-    assert memory.told_parts(config.out) == 4
-
-
-def test_a_run_that_begins_anew_with_other_settings_forgets_what_fitted(config, monkeypatch):
-    asked = []
-    monkeypatch.setattr(memory.Parts, "follow", lambda self, images: asked.append(images))
-    for width in (8, 8, 16):  # the same once more, then another
-        pretrain(dataclasses.replace(config, width=width, epochs=1))
-        for path in config.out.glob("*.safetensors"):
-            path.unlink()
-        checkpoint.write_text(config.out / memory.PARTS, '{"images": 2}')
-    assert asked == [0, 2, 0]
+    with pytest.raises(UserError, match=r"Step 1 runs out of memory: .*\nUse --precision bfloat16, or"):
+        pretrain(dataclasses.replace(config, accumulate=4))
 
 
 def test_an_optimizer_without_memory_is_an_error_of_three_lines(config, monkeypatch):
@@ -372,9 +256,7 @@ def test_an_optimizer_without_memory_is_an_error_of_three_lines(config, monkeypa
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", fail)
-    with pytest.raises(
-        UserError, match="Step 1 has no memory for the optimizer: CUDA out of memory"
-    ) as caught:
+    with pytest.raises(UserError, match="Step 1 runs out of memory: CUDA out of memory") as caught:
         pretrain(config)
     assert len(str(caught.value).splitlines()) <= 3
 
@@ -417,18 +299,22 @@ def test_the_last_maps_are_gone_when_the_teacher_makes_the_next(kind, accumulate
     assert set(found) == {0}
 
 
-@pytest.mark.parametrize("split", [2, 3])
 @in_float64()
-def test_gradients_of_parts_add_up_to_those_of_the_batch(split, tiny_teacher):
-    """Without BatchNorm, which sees parts: also when the parts differ in size. In float64, as sums cancel."""
+def test_gradients_of_parts_add_up_to_those_of_the_batch(tiny_teacher):
+    """Without BatchNorm, which sees parts. In float64, as sums cancel."""
     found = []
-    for parts in (1, split):
+    for parts in (1, 4):
         trained, stream = small_training(tiny_teacher)
+        whole = next(stream)
+        rows = [slice(i, None, parts) for i in range(parts)]
+        stream = iter(
+            [dataset.FeatureBatch(whole.images[r], [m[r] for m in whole.maps], 0.0, 0) for r in rows]
+        )
         for module in [*trained.network.modules()]:
             for name, child in module.named_children():
                 if isinstance(child, nn.BatchNorm2d):
                     setattr(module, name, nn.Identity())
-        trained.parts.count = parts
+        trained.config = dataclasses.replace(trained.config, accumulate=parts)
         trained.gradients(0, stream)
         sums = torch.stack(list(trained.meter.sums.values()))
         found.append([p.grad for p in trained.network.parameters() if p.grad is not None] + [sums])
@@ -598,12 +484,6 @@ def test_the_watcher_sees_what_waits():
         torch.ones(2).to("cuda", non_blocking=True)
 
 
-def test_a_checkpoint_says_how_it_was_split(config, monkeypatch):
-    hungry_student(monkeypatch, 4)
-    pretrain(config)
-    assert checkpoint.load(checkpoint.latest(config.out))[1]["split"] == 2
-
-
 # --- on a GPU ---------------------------------------------------------------------------------------------------
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -631,7 +511,7 @@ def test_a_run_on_a_gpu_resumes_up_to_rounding(config):
 
 
 @needs_gpu
-def test_a_gpu_that_runs_out_of_memory_goes_on_in_smaller_parts(config, capsys):
+def test_a_gpu_that_runs_out_of_memory_says_what_fits(config):
     """A real lack of it: torch may take seven tenths of what the same run took before."""
     config = dataclasses.replace(
         config, device="cuda", student="resnet18", size=(256, 256), width=32, batch_size=16, epochs=2
@@ -640,13 +520,11 @@ def test_a_gpu_that_runs_out_of_memory_goes_on_in_smaller_parts(config, capsys):
     torch.cuda.reset_peak_memory_stats()
     pretrain(dataclasses.replace(config, out=config.out.with_name("roomy")))
     peak, total = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
-    assert "Out of memory" not in capsys.readouterr().out
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(0.7 * peak / total)
     try:
-        pretrain(config)
+        with pytest.raises(UserError, match=r"Step 1 runs out of memory: .*\nUse --accumulate 2 "):
+            pretrain(config)
+        pretrain(dataclasses.replace(config, accumulate=2))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "Out of memory at step 1" in capsys.readouterr().out
-    assert checkpoint.load(checkpoint.latest(config.out))[1]["split"] > 1
-    assert [row["accumulate"] > 1 for row in read_rows(config.out / "metrics.jsonl")] == [True, True]

@@ -257,7 +257,7 @@ def test_the_loss_of_a_step_is_equation_3_5_or_6(
     training = Stepper(config, student, regressor, 10, interpreter)
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     maps = teacher.encode(images, generator=torch.Generator().manual_seed(1))
-    part = Part(FeatureBatch(images, maps, 0.0, 0), 1.0, last=True)
+    part = Part(FeatureBatch(images, maps, 0.0, 0), last=True)
     losses = training.distillation.losses(part)
     total = total_loss(losses, loss_weights(config))
     fused = regressor.fused(student(images))

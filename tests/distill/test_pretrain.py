@@ -54,7 +54,7 @@ def everything(run: Path) -> dict[str, object]:
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
 def test_kill_and_resume_is_bitwise(config, optimizer):
-    config = dataclasses.replace(config, optimizer=optimizer, ema=0.9, accumulate=2, clip=1.0)
+    config = dataclasses.replace(config, optimizer=optimizer, epochs=8, ema=0.9, accumulate=2, clip=1.0)
     whole = pretrain(dataclasses.replace(config, out=config.out.with_name("whole")))
     process = subprocess.Popen(
         [sys.executable, "-c", RUN, json.dumps(to_json(config))],
@@ -68,7 +68,7 @@ def test_kill_and_resume_is_bitwise(config, optimizer):
     assert not (config.out / "backbone.safetensors").exists()
     killed_at = checkpoint.latest(config.out)
     assert killed_at is not None
-    assert killed_at.name < "checkpoint-00000040"
+    assert killed_at.name < "checkpoint-00000016"
     resumed = pretrain(config)
     assert whole is not None
     assert resumed is not None

@@ -9,8 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import huggingface_hub
 import onnx
@@ -20,7 +18,6 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from dreamteacher.cli import main as cli
 from dreamteacher.exports import onnx as exports_onnx
@@ -36,8 +33,8 @@ from tests.places import ROOT
 ATTO = ((2, 2, 6, 2), (40, 80, 160, 320))
 # A network of each kind, and the formats whose card is run for it (the graph is exported once: it takes a while).
 RUN = {
-    "resnet18": ("torchvision", "smp", "mmdetection", "detectron2", "hub"),
-    "convnext_atto": ("torchvision", "smp", "mmdetection", "detectron2", "onnx"),
+    "resnet18": ("torchvision", "smp", "hub"),
+    "convnext_atto": ("torchvision", "smp", "onnx"),
     "efficientnet_b0": ("smp",),
 }
 
@@ -144,172 +141,35 @@ def snippet(folder: Path) -> str:
 # --- names by rule --------------------------------------------------------------------------------------------
 
 
-def resnet_names(blocks: tuple[int, ...], convs: int) -> Iterator[tuple[str, str, str]]:
-    """(timm, Detectron2, kind) of every layer of a ResNet; the first stage is as wide as the stem if convs is 2."""
-    yield "conv1", "stem.conv1", "conv"
-    yield "bn1", "stem.conv1.norm", "norm"
-    for stage, count in enumerate(blocks):
-        for block in range(count):
-            timm_block, d2_block = f"layer{stage + 1}.{block}", f"res{stage + 2}.{block}"
-            for i in range(1, convs + 1):
-                yield f"{timm_block}.conv{i}", f"{d2_block}.conv{i}", "conv"
-                yield f"{timm_block}.bn{i}", f"{d2_block}.conv{i}.norm", "norm"
-            if block == 0 and (stage > 0 or convs == 3):
-                yield f"{timm_block}.downsample.0", f"{d2_block}.shortcut", "conv"
-                yield f"{timm_block}.downsample.1", f"{d2_block}.shortcut.norm", "norm"
-
-
-ENDS = {"conv": ("weight",), "norm": ("weight", "bias", "running_mean", "running_var")}
-
-
-def test_detectron2_names_of_a_resnet(runs: dict[str, tuple[Student, Path]]) -> None:
-    cases = {"resnet18": ((2, 2, 2, 2), 2), "resnet50": ((3, 4, 6, 3), 3), "resnet101": ((3, 4, 23, 3), 3)}
-    for name, (blocks, convs) in cases.items():
-        student = runs[name][0] if name in runs else meta(name)
-        state = student.model.state_dict()
-        expected = {
-            f"backbone.bottom_up.{d2}.{end}": state[f"{own}.{end}"]
-            for own, d2, kind in resnet_names(blocks, convs)
-            for end in ENDS[kind]
-        }
-        found = exported("detectron2", student).tensors
-        assert sorted(found) == sorted(expected)
-        assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
-        if name == "resnet18":
-            written = load_file(runs[name][1] / "detectron2" / "model.safetensors")
-            assert all(torch.equal(written[k], v) for k, v in expected.items())
-    assert "backbone.bottom_up.res2.0.shortcut.norm.running_var" in expected
-    assert "backbone.bottom_up.stem.conv1.norm.weight" in expected
-
-
-def convnext_names(depths: tuple[int, ...], kind: str) -> Iterator[tuple[str, str]]:
-    """(timm, other library) of every tensor of a ConvNeXt without its last norm."""
-    dw, pw1, pw2 = {
-        "torchvision": ("block.0", "block.3", "block.5"),
-        "detectron2": ("dwconv", "pwconv1", "pwconv2"),
-        "mmdetection": ("depthwise_conv", "pointwise_conv1", "pointwise_conv2"),
-    }[kind]
+def convnext_names(depths: tuple[int, ...]) -> Iterator[tuple[str, str]]:
+    """(timm, torchvision) of every tensor of a ConvNeXt without its last norm."""
+    layers = {"conv_dw": "block.0", "norm": "block.2", "mlp.fc1": "block.3", "mlp.fc2": "block.5"}
     for end in ("weight", "bias"):
         for stage, depth in enumerate(depths):
             for i in (0, 1):
-                first = f"features.{2 * stage}" if kind == "torchvision" else f"downsample_layers.{stage}"
                 own = f"stages.{stage}.downsample.{i}" if stage else f"stem.{i}"
-                yield f"{own}.{end}", f"{first}.{i}.{end}"
+                yield f"{own}.{end}", f"features.{2 * stage}.{i}.{end}"
             for block in range(depth):
-                own = f"stages.{stage}.blocks.{block}"
-                other = f"features.{2 * stage + 1}" if kind == "torchvision" else f"stages.{stage}"
-                norm = "block.2" if kind == "torchvision" else "norm"
-                layers = {"conv_dw": dw, "norm": norm, "mlp.fc1": pw1, "mlp.fc2": pw2}
+                own, other = f"stages.{stage}.blocks.{block}", f"features.{2 * stage + 1}.{block}"
                 for ours, theirs in layers.items():
-                    yield f"{own}.{ours}.{end}", f"{other}.{block}.{theirs}.{end}"
+                    yield f"{own}.{ours}.{end}", f"{other}.{theirs}.{end}"
                 if end == "weight":
-                    scale = "layer_scale" if kind == "torchvision" else "gamma"
-                    yield f"{own}.gamma", f"{other}.{block}.{scale}"
+                    yield f"{own}.gamma", f"{other}.layer_scale"
 
 
-@pytest.mark.parametrize(
-    ("kind", "prefix", "last"),
-    [
-        ("torchvision", "", "classifier.0"),
-        ("detectron2", "backbone.bottom_up.", None),
-        ("mmdetection", "backbone.", "norm3"),
-    ],
-)
-def test_convnext_names(
-    runs: dict[str, tuple[Student, Path]], kind: str, prefix: str, last: str | None
-) -> None:
+def test_convnext_names(runs: dict[str, tuple[Student, Path]]) -> None:
     student, folder = runs["convnext_atto"]
     state = student.model.state_dict()
-    expected = {prefix + other: state[own] for own, other in convnext_names(ATTO[0], kind)}
-    if last:
-        expected |= {f"{prefix}{last}.{end}": state[f"head.norm.{end}"] for end in ("weight", "bias")}
-    found = load_file(folder / kind / "model.safetensors")
+    expected = {other: state[own] for own, other in convnext_names(ATTO[0])}
+    expected |= {f"classifier.0.{end}": state[f"head.norm.{end}"] for end in ("weight", "bias")}
+    found = load_file(folder / "torchvision" / "model.safetensors")
     assert sorted(found) == sorted(expected)
     for key, value in expected.items():
         assert torch.equal(found[key].flatten(), value.flatten()), key
-        # timm's small ConvNeXts have 1x1 convolutions where the others have Linear
-        linear = any(part in key for part in ("pw", "pointwise", "block.3", "block.5"))
+        # timm's small ConvNeXts have 1x1 convolutions where torchvision has Linear
+        linear = any(part in key for part in ("block.3", "block.5"))
         dims = 2 if linear and key.endswith("weight") else 3 if "layer_scale" in key else value.ndim
         assert found[key].ndim == dims, key
-
-
-def test_mmdetection_names_of_a_resnet_and_the_configuration(
-    runs: dict[str, tuple[Student, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, kind in (("resnet18", "ResNet"), ("convnext_atto", "mmpretrain.ConvNeXt")):
-        student, folder = runs[name]
-        monkeypatch.chdir(tmp_path)
-        weights = load_file(folder / "mmdetection" / "model.safetensors")
-        (tmp_path / "model.safetensors").write_bytes(
-            (folder / "mmdetection" / "model.safetensors").read_bytes()
-        )
-        names: dict[str, Any] = {}
-        exec(snippet(folder / "mmdetection"), names)
-        backbone = names["model"]["backbone"]
-        assert backbone["type"] == kind
-        assert names["model"]["neck"]["in_channels"] == [spec.channels for spec in student.specs]
-        assert names["model"]["data_preprocessor"]["mean"] == [123.675, 116.28, 103.53]
-        assert names["model"]["data_preprocessor"]["bgr_to_rgb"] is True
-        # what MMEngine does with such an entry: the names behind the prefix
-        loaded = torch.load(backbone["init_cfg"]["checkpoint"], weights_only=True)["state_dict"]
-        prefix = backbone["init_cfg"]["prefix"]
-        assert all(key.startswith(prefix) for key in loaded)
-        assert loaded.keys() == weights.keys()
-        if name == "resnet18":
-            torchvisions = torchvision.models.resnet18(weights=None).state_dict().keys() - {
-                "fc.weight",
-                "fc.bias",
-            }
-            assert {key.removeprefix(prefix) for key in loaded} == torchvisions
-            assert backbone["depth"] == 18
-        else:
-            assert (backbone["arch"], backbone["_delete_"]) == ("atto", True)
-
-
-def test_a_resnext_is_told_by_its_groups() -> None:
-    made = exported("mmdetection", meta("resnext50_32x4d"))
-    assert 'type="ResNeXt", groups=32, base_width=4, depth=50' in made.snippet
-    made = exported("detectron2", meta("wide_resnet50_2"))
-    assert "NUM_GROUPS = 1\ncfg.MODEL.RESNETS.WIDTH_PER_GROUP = 128\n" in made.snippet
-    assert "RES2_OUT_CHANNELS = 256" in made.snippet
-
-
-class _Config(SimpleNamespace):
-    def __getattr__(self, name: str) -> Any:
-        self.__dict__[name] = _Config()
-        return self.__dict__[name]
-
-
-def test_detectron2_code_sets_what_the_weights_need(
-    runs: dict[str, tuple[Student, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, model = _Config(), nn.Module()
-    given: dict[str, Tensor] = {}
-
-    def load_state_dict(state: dict[str, Tensor], strict: bool) -> tuple[list[str], list[str]]:
-        given.update(state)
-        assert not strict
-        return ["proposal_generator.rpn_head.conv.weight"], []
-
-    monkeypatch.setattr(model, "load_state_dict", load_state_dict)
-    zoo, building = ModuleType("detectron2"), ModuleType("detectron2.modeling")
-    zoo.model_zoo = SimpleNamespace(get_config=lambda name: config)  # type: ignore[attr-defined]
-    building.build_model = lambda cfg: model  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "detectron2", zoo)
-    monkeypatch.setitem(sys.modules, "detectron2.modeling", building)
-    monkeypatch.chdir(runs["resnet18"][1] / "detectron2")
-    exec(snippet(Path()), {})
-    resnet = config.MODEL.RESNETS
-    assert (resnet.DEPTH, resnet.NUM_GROUPS, resnet.WIDTH_PER_GROUP, resnet.RES2_OUT_CHANNELS) == (
-        18,
-        1,
-        64,
-        64,
-    )
-    assert (resnet.STRIDE_IN_1X1, resnet.NORM, config.INPUT.FORMAT) == (False, "FrozenBN", "RGB")
-    assert config.MODEL.PIXEL_MEAN == [123.675, 116.28, 103.53]
-    assert config.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
-    assert len(given) == 100
 
 
 # --- torchvision ----------------------------------------------------------------------------------------------
@@ -423,7 +283,7 @@ def test_what_the_hub_would_refuse_is_refused_here(runs: dict[str, tuple[Student
 
 def test_a_format_without_the_network_names_those_that_have_it(tmp_path: Path) -> None:
     make_run(tmp_path / "run", "mobilenetv3_small_100")
-    for format in ("torchvision", "detectron2", "mmdetection"):
+    for format in ("torchvision",):
         with pytest.raises(UserError) as error:
             export(tmp_path / "run", format=format)
         assert f"The format {format} has no mobilenetv3_small_100" in message(error)
@@ -441,8 +301,8 @@ def test_an_unknown_format(tmp_path: Path) -> None:
         export(tmp_path, format="torchvison")
     assert "Did you mean 'torchvision'?" in message(error)
     with pytest.raises(UserError) as error:
-        cli.run("export", ["--run", str(tmp_path), "--format", "detectron"])
-    assert "Did you mean 'detectron2'?" in message(error)
+        cli.run("export", ["--run", str(tmp_path), "--format", "torchvison"])
+    assert "Did you mean 'torchvision'?" in message(error)
 
 
 def test_one_format_replaces_another_on_request(

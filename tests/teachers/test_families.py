@@ -33,10 +33,10 @@ def test_the_table_and_the_families_agree(name, tmp_path):
     assert read_card(Path(build(name, tmp_path / "teacher")))["family"] == name
     teacher = tiny_teacher(name)
     assert teacher.family == name
-    again, _ = family.tiny()
-    assert again.keys() == family.tiny()[0].keys()
-    assert all(torch.equal(value, family.tiny()[0][key]) for key, value in again.items())
-    cost = measure(name, family.tiny()[1])
+    (first, spec), (again, _) = family.tiny(), family.tiny()
+    assert first.keys() == again.keys()
+    assert all(torch.equal(value, again[key]) for key, value in first.items())
+    cost = measure(name, spec)
     assert cost.levels == {s.stride: s.channels for s in teacher.specs}
     assert set(cost.modes) == teacher.modes
 

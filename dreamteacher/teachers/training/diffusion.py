@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dreamteacher.data import seeds
 from dreamteacher.runtime import checkpoint, optim
+from dreamteacher.runtime.distributed.ddp import replicate
 from dreamteacher.runtime.distributed.device import autocast, seeded
-from dreamteacher.runtime.distributed.sharding import replicate
 from dreamteacher.runtime.distributed.world import Draws, randint, randn
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.teachers.diffusion.teacher import DiffusionSpec, DiffusionTeacher, build_unet, q_sample

@@ -91,12 +91,11 @@ SECTIONS: dict[str, list[Case]] = {
             "A timestep that the teacher does not have", pretrain(t="5000"), "Timestep 5000 is out of range"
         ),
         case("A batch that cannot be split so", pretrain(accumulate="3"), "does not divide"),
-        case("LAMB on parts of weights", pretrain(optimizer="lamb", sharding="both"), "needs whole weights"),
         case("A teacher that sees fewer than no images", pretrain(teacher_batch="-1"), "below 0"),
         case(
-            "A GPU that has no memory for two images at a time",
+            "A GPU that has no memory for the images of a step",
             pretrain(),
-            "Step 1 runs out of memory in parts of 2 images",
+            "Step 1 runs out of memory",
             "--width",
             patch=out_of_memory,
             kept=False,

@@ -1,4 +1,7 @@
-"""BatchNorm over the whole batch when several processes have a part of it each."""
+"""BatchNorm over the images of all processes, on the CPU: the oracle of runs in several processes.
+
+The package has torch's SyncBatchNorm for it, which is for GPUs alone.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from dreamteacher.runtime.distributed.group import timeout
@@ -95,16 +99,8 @@ class _GlobalBatchNormAct2d(GlobalBatchNorm2d):
         return self.act(self.drop(super().forward(input)))
 
 
-def make_global(module: nn.Module, device: torch.device) -> None:
-    """Every BatchNorm below `module` takes its moments over the batch of all processes; names and values stay.
-
-    On a GPU it is torch's SyncBatchNorm, which has no CPU version; on the CPU `GlobalBatchNorm2d`.
-    """
-    from timm.layers import BatchNormAct2d, convert_sync_batchnorm
-
-    if device.type == "cuda":
-        convert_sync_batchnorm(module)  # `module` itself is none, so it is changed in place
-        return
+def make_global(module: nn.Module) -> None:
+    """Every BatchNorm below `module` takes its moments over the batch of all processes; names and values stay."""
     group = dist.new_group(timeout=timeout())  # its own: moments need not wait behind gradients
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
