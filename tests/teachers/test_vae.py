@@ -458,8 +458,14 @@ def edit(folder: Path, **values: object) -> None:
 DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (truncate, "cannot be read as plain weights"),
     (drop_a_tensor, "1 missing (decoder.conv_in.bias)"),
-    (lambda f: (f / "diffusion_pytorch_model.safetensors").write_text("<html>"), "cannot be read as plain weights"),
-    (lambda f: (f / "diffusion_pytorch_model.safetensors").unlink(), "has no diffusion_pytorch_model.safetensors"),
+    (
+        lambda f: (f / "diffusion_pytorch_model.safetensors").write_text("<html>"),
+        "cannot be read as plain weights",
+    ),
+    (
+        lambda f: (f / "diffusion_pytorch_model.safetensors").unlink(),
+        "has no diffusion_pytorch_model.safetensors",
+    ),
     (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
     (lambda f: (f / "config.json").unlink(), "neither config.json"),
     (lambda f: edit(f, _class_name="UNet2DModel"), "a UNet2DModel, which is not"),
