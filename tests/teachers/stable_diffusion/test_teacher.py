@@ -651,7 +651,7 @@ DAMAGE: list[tuple[Callable[[Path], object], tuple[str, ...]]] = [
     (lambda f: edit(f / "unet" / "config.json", cross_attention_dim=10), ("of another shape",)),
     (lambda f: edit(f / "unet" / "config.json", _class_name="UNet2DModel"), ("a UNet2DModel, not",)),
     (lambda f: edit(f / "unet" / "config.json", in_channels=9), ("9 channels on latents of 4",)),
-    (lambda f: edit(f / "vae" / "config.json", _class_name="VQModel"), ("a VQModel, not",)),
+    (lambda f: edit(f / "vae" / "config.json", _class_name="VQModel"), ("a VQModel, which is not",)),
     (lambda f: (f / "unet" / "config.json").write_text("{"), ("config.json", "cannot be read")),
     (lambda f: (f / "unet" / "config.json").write_text("[1]"), ("config.json", "cannot be read")),
     (lambda f: edit(f / "scheduler" / "scheduler_config.json", beta_end=0.02), ("0.00085 to 0.02",)),
