@@ -120,7 +120,7 @@ def gmacs(spec: DiffusionSpec, batch: int) -> tuple[float, float]:
     height, width = (s // spec.patch for s in spec.size)
     x = torch.empty(batch, spec.unet["in_channels"], height, width, device="meta")
     t = torch.zeros(batch, device="meta")
-    count = teacher._levels[-1][0][-1] + 1  # the finest wanted level
+    count = teacher._places[0][0] + 1  # the finest wanted level
     with torch.no_grad():
         with FlopCounterMode(display=False) as full:
             teacher.unet(x, t)
@@ -150,7 +150,7 @@ def hooked(teacher: DiffusionTeacher, images: Tensor, t: Tensor, generator: torc
     """The teacher's levels, fine to coarse, collected by output hooks during the network's own whole forward."""
     caught: dict[int, Tensor] = {}
     hooks = []
-    for (i,), _ in teacher._levels:
+    for (i,) in teacher._places:
         block = teacher.unet.up_blocks[i]
         attentions = getattr(block, "attentions", None)
         last = attentions[-1] if attentions else block.resnets[-1]
@@ -161,7 +161,7 @@ def hooked(teacher: DiffusionTeacher, images: Tensor, t: Tensor, generator: torc
     finally:
         for hook in hooks:
             hook.remove()
-    return [caught[i] for (i,), _ in reversed(teacher._levels)]
+    return [caught[i] for (i,) in teacher._places]
 
 
 def largest_difference(theirs: list[Tensor], ours: list[Tensor]) -> float:

@@ -100,7 +100,7 @@ def block_maps(
         noise_seed: of the one noise image; 0 is the teacher's own "fixed" noise.
 
     Returns: len(timesteps) x len(blocks) maps C x h x w, step by step, block by block within a step. Enlarged
-        (bilinear, align_corners False) and concatenated they are `DiffusionTeacher.pixel_features`.
+        (bilinear, align_corners False) and concatenated they are the features of every pixel.
     """
     teacher.check_size(*image.shape[-2:])
     x0 = teacher.to_network(image[None])

@@ -23,7 +23,6 @@ from dreamteacher.models.regressor import FeatureRegressor
 from dreamteacher.models.student import create_student
 from dreamteacher.spec import FeatureSpec
 from dreamteacher.teachers.cost import measure
-from dreamteacher.teachers.stylegan2.family import macs as stylegan2_macs
 from dreamteacher.teachers.stylegan2.teacher import StyleGan2Spec
 from dreamteacher.teachers.training.diffusion import PRESETS, network_spec
 
@@ -47,7 +46,7 @@ def main() -> None:
     bdd = network_spec(PRESETS["adm-bdd100k"], (128, 256), 3, "linear")
     rows.append(row("ADM, BDD100K", "teacher", bdd.size, measure("diffusion", bdd).needed))
     gan = StyleGan2Spec(size=(512, 1024), channels=(512, 512, 512, 512, 512, 256, 128, 64))
-    rows.append(row("StyleGAN2, BDD100K", "teacher", gan.size, stylegan2_macs(gan) / 1e9))
+    rows.append(row("StyleGAN2, BDD100K", "teacher", gan.size, measure("stylegan2", gan).needed))
     for found in rows:
         print(found)
     if args.out:

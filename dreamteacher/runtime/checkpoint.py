@@ -302,14 +302,18 @@ def adopt_exactly(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], 
     Raises:
         UserError: as `load_exactly`.
     """
-    given = {k: v.float() for k, v in tensors.items()}
-    if {k: v.shape for k, v in given.items()} != {k: v.shape for k, v in module.state_dict().items()}:
-        load_exactly(module, given, path)  # raises, and says what does not fit
-    module.load_state_dict(given, assign=True)
+    check_fits(module, tensors, path)
+    module.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
 
 
 def load_exactly(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path | str) -> None:
-    """`load_state_dict(strict=True)` with a short error that lists what does not fit.
+    """`load_state_dict(strict=True)` after `check_fits`, which raises."""
+    check_fits(module, tensors, path)
+    module.load_state_dict(dict(tensors))
+
+
+def check_fits(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path | str) -> None:
+    """Compares names and shapes alone: the module may be without memory.
 
     Raises:
         UserError: naming missing, unexpected and wrongly shaped keys.
@@ -329,7 +333,6 @@ def load_exactly(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], p
             f"'{path}' does not fit the network ({len(own)} tensors): {'; '.join(parts)}.",
             "It was made for another architecture: name the one that it was made with.",
         )
-    module.load_state_dict(dict(tensors))
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:

@@ -29,20 +29,6 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deep") from None
 
 
-def largest(value: Any) -> float:
-    """The largest number or length in plain values, as a measure of what settings of others ask for.
-
-    Example:
-        >>> largest({"widths": [8, 16], "name": "x"})
-        16
-    """
-    if isinstance(value, dict):
-        return max(len(value), *map(largest, value.values()), 0)
-    if isinstance(value, list | tuple):
-        return max(len(value), *map(largest, value), 0)
-    return abs(value) if isinstance(value, int | float) and value == value else 0
-
-
 def to_json(config: Any) -> dict[str, Any]:
     """A config dataclass as plain JSON values: tuples become lists, paths strings."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=Path.as_posix))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,22 @@ class Teacher(nn.Module, ABC):
 
     def train(self, mode: bool = True) -> Teacher:
         return super().train(False)
+
+    def take_levels(self, levels: Sequence[tuple[int, int]]) -> list[int]:
+        """Sets `specs`; the places of the levels at strides 4 to 32, fine to coarse.
+
+        Args:
+            levels: (stride, channels) of all that the network has.
+        """
+        taken = sorted((i for i, level in enumerate(levels) if level[0] in STRIDES), key=lambda i: levels[i])
+        if not taken:
+            raise UserError(
+                f"'{self.name}' has no level at stride 4, 8, 16 or 32: "
+                f"{', '.join(str(stride) for stride, _ in levels)}.",
+                "Use a deeper network.",
+            )
+        self.specs = tuple(FeatureSpec(f"s{levels[i][0]}", levels[i][1], levels[i][0]) for i in taken)
+        return taken
 
     def encode(self, images: torch.Tensor, *, generator: torch.Generator) -> list[torch.Tensor]:
         """Feature maps of real images.

@@ -41,10 +41,12 @@ class Family:
         spec: the dataclass of all that rebuilds a network and is not in its weights; plain JSON values
             (teacher.json, "network"). Its class attribute `family` is `name`.
         load: (weights, spec, where, *, name, licence, and the `settings`) -> the teacher, strictly: `where` is
-            named when the weights do not fit.
+            named when the weights do not fit. They become the network's own, in float32; where they are that,
+            without a copy. UserError for them, for a spec that makes no network, for settings out of range.
         settings: of those of `registry.load_teacher` (timesteps, noise, blocks, psi), the ones that `load` takes.
         convert: kind of published checkpoint -> its conversion, (file or folder, published flags) -> weights and
-            spec. It runs no code of others. The same kinds stand in the table.
+            spec, in the precision of the file. It runs no code of others. The same kinds stand in the table.
+            UserError for unknown flags, for missing, damaged or foreign files, and for what `load` would refuse.
         tiny: weights and spec of a small network with seeded random values, for tests.
         cost: what a teacher of a spec has and what an image costs; it allocates no weight.
         instances: (width of the instance features, classes told beside them) of a spec, 0 where there are none;

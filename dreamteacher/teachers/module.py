@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -287,9 +286,6 @@ def _copy(x: Any) -> Any:
     return x.clone() if isinstance(x, Tensor) else x
 
 
-# --- from a file ------------------------------------------------------------------------------------------
-
-
 def own_file(name: str) -> Path:
     """The Python file of a teacher's name FILE.py:FUNCTION.
 
@@ -318,26 +314,26 @@ def teacher_from_file(name: str) -> Teacher:
     """
     file, _, function = name.rpartition(":")
     path = own_file(name)
-    with _beside(path.parent), torch.random.fork_rng(devices=[]):
-        try:
+    sys.path.append(str(path.parent))  # after whatever is installed
+    try:
+        with torch.random.fork_rng(devices=[]):
             found = vars(_run_file(path))
-        except UserError:
-            raise
-        except Exception as error:
-            raise _failed(file, path, error) from error
-        if not callable(found.get(function)):
-            own = [k for k, v in found.items() if isinstance(v, FunctionType) and not k.startswith("_")]
-            functions = [k for k in own if found[k].__module__ == found["__name__"]]
-            raise UserError(
-                f"'{file}' has no function '{function}'.{did_you_mean(function, functions)}",
-                f"It has: {shorten(functions, 5)}." if functions else "Define one that returns a Teacher.",
-            )
-        try:
+            if not callable(found.get(function)):
+                own = [k for k, v in found.items() if isinstance(v, FunctionType) and not k.startswith("_")]
+                functions = [k for k in own if found[k].__module__ == found["__name__"]]
+                raise UserError(
+                    f"'{file}' has no function '{function}'.{did_you_mean(function, functions)}",
+                    f"It has: {shorten(functions, 5)}."
+                    if functions
+                    else "Define one that returns a Teacher.",
+                )
             teacher = found[function]()
-        except UserError:
-            raise
-        except Exception as error:
-            raise _failed(file, path, error) from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise _failed(file, path, error) from error
+    finally:
+        sys.path.remove(str(path.parent))
     if not isinstance(teacher, Teacher):
         raise UserError(
             f"'{name}' must return a Teacher, not {type(teacher).__name__}.",
@@ -360,16 +356,6 @@ def _run_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-@contextlib.contextmanager
-def _beside(folder: Path) -> Iterator[None]:
-    """Imports also find the files of this folder, after whatever is installed."""
-    sys.path.append(str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
 
 
 def _failed(file: str, path: Path, error: Exception) -> UserError:

@@ -6,7 +6,7 @@ The network is one of diffusers' `AutoencoderKL`, `AutoencoderTiny` (TAESD), `VQ
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -21,14 +21,13 @@ from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.unets.unet_2d_blocks import AttnUpDecoderBlock2D, UpDecoderBlock2D
 from torch import Tensor, nn
 
-from dreamteacher.runtime import checkpoint, tensor_file
+from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import from_json
 from dreamteacher.runtime.distributed.world import randint, randn
 from dreamteacher.runtime.errors import UserError, first_line, shorten
-from dreamteacher.spec import FeatureSpec
-from dreamteacher.teachers.base import STRIDES, Teacher
+from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.cost import channels_by_stride, gmacs
-from dreamteacher.teachers.diffusers_folder import arguments_of, modern_attention, read_config
+from dreamteacher.teachers.diffusers_folder import arguments_of, modern_attention, read_config, read_table
 from dreamteacher.teachers.family import Cost, Family
 
 Kind = Literal["kl", "tiny", "vq", "dc"]
@@ -40,8 +39,7 @@ CLASSES: dict[Kind, type[Vae]] = {
     "dc": AutoencoderDC,
 }
 ORIGINAL = ("taesd_encoder.safetensors", "taesd_decoder.safetensors")
-# What diffusers calls the weights of a network, full and half precision.
-FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+STEM = "diffusion_pytorch_model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,15 +211,8 @@ class VaeTeacher(Teacher):
                     "UpDecoderBlock2D and AttnUpDecoderBlock2D can be read.",
                 )
         levels = levels_of(vae)
-        self._taken = [i for i, (stride, _) in enumerate(levels) if stride in STRIDES]
-        if not self._taken:
-            raise UserError(
-                f"'{name}' has no decoder level at stride 4 to 32: {', '.join(str(s) for s, _ in levels)}.",
-                "Use an autoencoder that reduces by 4 or more.",
-            )
-        self.multiple, self._count = levels[0][0], self._taken[-1] + 1
-        taken = [levels[i] for i in reversed(self._taken)]
-        self.specs = tuple(FeatureSpec(f"s{stride}", channels, stride) for stride, channels in taken)
+        self._taken = self.take_levels(levels)
+        self.multiple, self._count = levels[0][0], self._taken[0] + 1
         self.check_size(*self.size)
         self.freeze()
 
@@ -241,7 +232,7 @@ class VaeTeacher(Teacher):
         self.check_size(*images.shape[-2:])
         z = latents(self.vae, self.to_network(images))
         maps, _ = decode(self.vae, z, self._count, whole=False)
-        return [maps[i] for i in reversed(self._taken)]
+        return [maps[i] for i in self._taken]
 
     def draw(self, n: int, *, generator: torch.Generator) -> Tensor:
         """n latents of the prior at the teacher's own size, as the decoder takes them."""
@@ -265,20 +256,7 @@ class VaeTeacher(Teacher):
             raise self._cannot("sample")
         z = self.draw(n, generator=generator).contiguous(memory_format=torch.channels_last)
         maps, out = decode(self.vae, z, self._count, whole=True)
-        return self.to_images(out), [maps[i] for i in reversed(self._taken)]
-
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Images (float RGB in [0, 1], N x 3 x H x W) encoded and decoded again.
-
-        Raises:
-            UserError: after `keep_only`, which drops a half that this needs.
-        """
-        if len(self.modes) < 2:
-            raise self._cannot("reconstruct")
-        self.check_size(*images.shape[-2:])
-        z = latents(self.vae, self.to_network(images))
-        return self.to_images(decode(self.vae, z, self._count, whole=True)[1])
+        return self.to_images(out), [maps[i] for i in self._taken]
 
     def keep_only(self, mode: str) -> None:
         super().keep_only(mode)
@@ -301,11 +279,7 @@ class VaeTeacher(Teacher):
 
 
 def build_vae(weights: Mapping[str, Tensor], spec: VaeSpec, where: Path) -> Vae:
-    """The network of a spec with these weights; no weights are drawn only to be replaced.
-
-    Raises:
-        UserError: when diffusers refuses the settings, or the weights do not fit them.
-    """
+    """The network of a spec with these weights; no weights are drawn only to be replaced."""
     try:
         with torch.device("meta"):
             vae = CLASSES[spec.kind](**spec.config)
@@ -314,17 +288,13 @@ def build_vae(weights: Mapping[str, Tensor], spec: VaeSpec, where: Path) -> Vae:
             f"The autoencoder of '{where}' cannot be built: {type(error).__name__} {first_line(error)}",
             "Mend its kind or config, or convert the published files again.",
         ) from None
-    vae.to_empty(device="cpu")
-    checkpoint.load_exactly(vae, weights, where)  # every parameter and buffer, or an error
+    checkpoint.adopt_exactly(vae, weights, where)
     return vae
 
 
 def load(weights: Mapping[str, Tensor], spec: VaeSpec, where: Path, *, name: str, licence: str) -> VaeTeacher:
-    """The teacher of a state dict; `where` is named when the weights do not fit the spec."""
+    """See `Family`."""
     return VaeTeacher(build_vae(weights, spec, where), spec, name=name, licence=licence)
-
-
-# --- published files -------------------------------------------------------------------------------------
 
 
 def convert(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor], VaeSpec]:
@@ -334,57 +304,77 @@ def convert(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor],
         path: a folder with config.json and safetensors as diffusers writes it (or with such a folder `vae` in
             it), or one with TAESD's original pair taesd_encoder.safetensors and taesd_decoder.safetensors.
         settings: see `VaeSettings`.
-
-    Raises:
-        UserError: for unknown settings, missing, damaged or foreign files, or weights that fit no network.
     """
     asked = from_json(VaeSettings, dict(settings))
     if all((path / name).is_file() for name in ORIGINAL):
-        encoder, decoder = (_read(path / name) for name in ORIGINAL)
+        encoder, decoder = (checkpoint.read_state_dict(path / name) for name in ORIGINAL)
         weights = tiny_from_original(encoder, decoder)
         spec = VaeSpec(kind="tiny", config=_tiny_config(weights), size=asked.size or (256, 256))
     else:
-        folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
-        kind, config = _read_config(folder)
-        found = [folder / name for name in FILES if (folder / name).is_file()]
-        if not found:
+        if not any((path / name).is_file() for name in ("config.json", "vae/config.json")):
             raise UserError(
-                f"'{folder}' has a config.json but no weights: expected {FILES[0]}.",
-                "Download it beside config.json; weights in other formats are not read.",
+                f"'{path}' holds no autoencoder: neither config.json nor {' and '.join(ORIGINAL)}.",
+                "Give the folder that diffusers' `save_pretrained` writes, or the one of TAESD's two files.",
             )
-        weights, side = modern_attention(_read(found[0])), config.get("sample_size") or 256
+        kind, config, weights = read_folder(path, tuple(CLASSES))
+        side = config.get("sample_size") or 256
         height, width = asked.size or (side if isinstance(side, list) else (side, side))
         spec = VaeSpec(kind=kind, config=config, size=(height, width))
     VaeTeacher(build_vae(weights, spec, path), spec, name=path.name, licence="")
     return weights, spec
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return tensor_file.read(path)
-    except tensor_file.UNREADABLE as error:
-        raise UserError(
-            f"'{path}' is not a whole safetensors file: {first_line(error)}.",
-            "Download it again; check its size or sha256.",
-        ) from None
+def safetensors_of(folder: Path, stem: str) -> list[Path]:
+    """The files that hold a part's weights: one, its half-precision variant, or several with an index.
+
+    Raises:
+        UserError: where there are none, saying why others are not read.
+    """
+    for variant in ("", ".fp16"):
+        if (folder / f"{stem}{variant}.safetensors").is_file():
+            return [folder / f"{stem}{variant}.safetensors"]
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        names = read_table(index, repair="Download the whole folder again.").get("weight_map")
+        if isinstance(names, dict) and names:
+            return [folder / Path(str(name)).name for name in sorted(set(names.values()))]
+        raise UserError(f"'{index}' names no files of weights.", "Download the whole folder again.")
+    others = [p.name for p in sorted(folder.glob("*")) if p.suffix in (".bin", ".ckpt", ".pt", ".pth")]
+    why = f"; {shorten(others)} may run code when it is read, so it is not" if others else ""
+    raise UserError(
+        f"'{folder}' has no {stem}.safetensors (nor {stem}.fp16.safetensors){why}.",
+        "Download the safetensors files of the model.",
+    )
 
 
-def _read_config(folder: Path) -> tuple[Kind, dict[str, Any]]:
-    """Kind and arguments from diffusers' config.json; entries that the class does not take are left out."""
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"'{folder}' holds no autoencoder: neither config.json nor {' and '.join(ORIGINAL)}.",
-            "Give the folder that diffusers' `save_pretrained` writes, or the one of TAESD's two files.",
-        )
-    kinds: dict[str, Kind] = {cls.__name__: kind for kind, cls in CLASSES.items()}
+def part_weights(folder: Path) -> dict[str, Tensor]:
+    """All weights of a network's folder, in the precision of its files.
+
+    Raises:
+        UserError: for missing or damaged files.
+    """
+    return {
+        k: v for file in safetensors_of(folder, STEM) for k, v in checkpoint.read_state_dict(file).items()
+    }
+
+
+def read_folder(path: Path, kinds: Collection[Kind]) -> tuple[Kind, dict[str, Any], dict[str, Tensor]]:
+    """Kind, arguments and weights of an autoencoder in diffusers' layout: of this folder, or of `vae` in it.
+
+    Raises:
+        UserError: for missing or damaged files, or an autoencoder of none of `kinds`.
+    """
+    folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
+    names = {CLASSES[kind].__name__: kind for kind in kinds}
     name, values = read_config(
         folder,
-        kinds,
+        names,
         repair="Download it again.",
         refusal="which is not an autoencoder that can be read",
-        others=f"Use one of: {', '.join(kinds)}.",
+        others=f"Use one of: {', '.join(names)}.",
     )
-    return kinds[name], arguments_of(CLASSES[kinds[name]], values)
+    kind = names[name]
+    return kind, arguments_of(CLASSES[kind], values), modern_attention(part_weights(folder))
 
 
 def tiny_from_original(
@@ -428,9 +418,6 @@ def _tiny_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "encoder_block_out_channels": width,
         "decoder_block_out_channels": width,
     }
-
-
-# --- the family ------------------------------------------------------------------------------------------
 
 
 def cost(spec: VaeSpec) -> Cost:

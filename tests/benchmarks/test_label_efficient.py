@@ -24,6 +24,7 @@ from dreamteacher.teachers.diffusion.teacher import DiffusionTeacher, alphas_cum
 from dreamteacher.teachers.diffusion.walk import decoder_outputs
 from dreamteacher.teachers.registry import load_teacher
 from tests.builders.pictures import noise, refused
+from tests.builders.pixel_features import features_of
 from tests.places import BENCHMARKS
 
 FOLDER = BENCHMARKS / "label_efficient"
@@ -50,7 +51,7 @@ def test_reading_pixels_is_enlarging_the_maps(tiny_teacher, size):
     teacher = load_teacher(str(tiny_teacher), timesteps=config.timesteps, noise="fixed")
     image = torch.rand(3, *size, generator=generator())
     blocks = ddpm_seg.analogous_blocks(teacher)
-    whole = teacher.pixel_features(image[None], blocks=blocks, generator=generator())[0]
+    whole = features_of(teacher, image[None], blocks=blocks, generator=generator())[0]
     maps = ddpm_seg.block_maps(teacher, image, config)
     assert max(m[0].numel() for m in maps) < size[0] * size[1]
     pixels = torch.arange(size[0] * size[1])

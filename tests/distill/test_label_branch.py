@@ -43,6 +43,7 @@ from dreamteacher.runtime.run_folder import read_rows
 from dreamteacher.runtime.signals import signals_handled
 from dreamteacher.teachers.registry import load_teacher
 from tests.builders.pictures import refused
+from tests.builders.pixel_features import features_of
 from tests.builders.steps import Stepper
 from tests.test_docs import masked
 
@@ -52,6 +53,7 @@ import sys, json
 from dreamteacher.runtime.config import from_json
 from dreamteacher.distill.config import TrainInterpreterConfig
 from dreamteacher.distill.train_interpreter import train_interpreter
+from tests.builders.pixel_features import features_of
 from tests.builders.steps import Stepper
 import torch
 torch.set_num_threads(1)
@@ -222,7 +224,7 @@ def test_maps_of_decoder_blocks_are_ddpm_segs(tiny_teacher: Path) -> None:
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     maps = teacher.encode(images, generator=torch.Generator().manual_seed(1))
     whole = load_teacher(str(tiny_teacher), timesteps=steps)
-    expected = whole.pixel_features(images, blocks=blocks, generator=torch.Generator().manual_seed(1))  # type: ignore[attr-defined]
+    expected = features_of(whole, images, blocks=blocks, generator=torch.Generator().manual_seed(1))
     assert [(s.stride, s.channels) for s in teacher.specs] == [(8, 8 * 3), (16, 2 * 8 * 3)]
     assert sum(s.channels for s in teacher.specs) == expected.shape[1]
     torch.testing.assert_close(by_step_and_block(maps, len(steps)), expected, rtol=1e-4, atol=1e-5)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from dreamteacher.teachers.biggan.teacher import (
-    BigGanNetwork,
     BigGanSpec,
     BigGanTeacher,
     build_network,
@@ -19,8 +18,8 @@ from dreamteacher.teachers.family import Cost, Family
 
 def cost(spec: BigGanSpec) -> Cost:
     """Of one image."""
+    network = build_network(spec)
     with torch.device("meta"):
-        network = BigGanNetwork(spec)
         z = torch.empty(1, spec.dim_z)
         label = torch.zeros(1, dtype=torch.long) if spec.classes else None
         feature = torch.empty(1, spec.features) if spec.features else None

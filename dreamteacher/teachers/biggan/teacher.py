@@ -16,8 +16,7 @@ from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.config import from_json
 from dreamteacher.runtime.distributed.world import rand, randint, randn
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.spec import FeatureSpec
-from dreamteacher.teachers.base import STRIDES, Teacher
+from dreamteacher.teachers.base import Teacher
 from dreamteacher.teachers.biggan.convert import BigGanSettings, find_generator, read_tensors, to_plain
 
 BANK, BANK_LABELS = "bank", "bank_labels"
@@ -272,12 +271,8 @@ class BigGanTeacher(Teacher):
         self.register_buffer(BANK_LABELS, bank_labels if spec.features and spec.classes else None)
         self.size = (spec.size, spec.size)
         # Block i's output is 2^(blocks - 1 - i) times smaller than the image.
-        strides = {i: 2 ** (spec.blocks - 1 - i) for i in range(spec.blocks)}
-        self._wanted = [i for i, s in strides.items() if s in STRIDES]
-        if not self._wanted:
-            raise UserError(f"'{name}' has no block at stride 4, 8, 16 or 32.", "Use a deeper network.")
-        levels = [FeatureSpec(f"s{strides[i]}", spec.channels[i + 1], strides[i]) for i in self._wanted]
-        self.specs = tuple(reversed(levels))
+        levels = [(2 ** (spec.blocks - 1 - i), c) for i, c in enumerate(spec.channels[1:])]
+        self._wanted = self.take_levels(levels)
         self.multiple = self.specs[-1].stride
         self.freeze()
 
@@ -334,13 +329,9 @@ def _check_bank(spec: BigGanSpec, bank: Tensor | None, labels: Tensor | None, na
 
 
 def build_network(spec: BigGanSpec) -> BigGanNetwork:
-    """The generator of a spec with memory for its weights and no values in it: load some.
-
-    Drawing first weights for a network of 100 million would take longer than reading its own.
-    """
+    """The generator of a spec on the meta device: no memory, no random weights, of which it has 100 million."""
     with torch.device("meta"):
-        network = BigGanNetwork(spec)
-    return network.to_empty(device="cpu")
+        return BigGanNetwork(spec)
 
 
 def load(
@@ -352,14 +343,10 @@ def load(
     licence: str,
     psi: float = 1.0,
 ) -> BigGanTeacher:
-    """The teacher of a state dict, which holds "bank" (and "bank_labels") where the network needs instances.
-
-    Raises:
-        UserError: weights that do not fit the spec (`where` is named), and what BigGanTeacher refuses.
-    """
+    """See `Family`; weights hold "bank" (and "bank_labels") where the network needs instances."""
     network = build_network(spec)
     own = {k: v for k, v in weights.items() if k not in (BANK, BANK_LABELS)}
-    checkpoint.load_exactly(network, own, where)
+    checkpoint.adopt_exactly(network, own, where)
     bank, labels = weights.get(BANK), weights.get(BANK_LABELS)
     return BigGanTeacher(network, name=name, licence=licence, bank=bank, bank_labels=labels, psi=psi)
 
@@ -371,15 +358,11 @@ def convert(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor],
         path: a state dict (.pth, .pt or .safetensors), or a folder that holds one file of G_ema weights.
         settings: the fields of BigGanSettings; "layout" at least.
 
-    Returns:
-        Weights for `load` (an instance-conditional network needs a bank added) and the network's spec.
-
-    Raises:
-        UserError: missing, damaged, foreign or unsupported weights; settings that disagree or do not suffice.
+    Returns: weights for `load` (an instance-conditional network needs a bank added) and the network's spec.
     """
     parsed = from_json(BigGanSettings, dict(settings))
     path = find_generator(path)
     weights, fields = to_plain(read_tensors(path), parsed, path)
     spec = from_json(BigGanSpec, fields)
-    checkpoint.load_exactly(build_network(spec), weights, path)  # every shape fits, or it is said here
+    checkpoint.check_fits(build_network(spec), weights, path)
     return weights, spec

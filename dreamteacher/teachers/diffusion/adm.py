@@ -5,18 +5,18 @@ and folders of diffusers' `UNet2DModel` (google/ddpm-*-256 and others).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.config import from_json, parse_json
+from dreamteacher.runtime.config import from_json
 from dreamteacher.runtime.errors import UserError
-from dreamteacher.teachers.diffusers_folder import modern_attention, read_config
+from dreamteacher.teachers.diffusers_folder import modern_attention, read_config, read_table
 from dreamteacher.teachers.diffusion.adm_keys import AdmNetwork, foreign, network_of, renamed
 from dreamteacher.teachers.diffusion.teacher import DiffusionSpec, DiffusionTeacher, Schedule, build_unet
 
@@ -43,7 +43,7 @@ class AdmFlags:
     """
 
     image_size: int | None = None
-    noise_schedule: str | None = None
+    noise_schedule: Literal["linear", "cosine"] | None = None
     use_new_attention_order: bool | None = None
     num_head_channels: int | None = None
     num_heads: int | None = None
@@ -90,12 +90,6 @@ def convert(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor],
         path: a plain state dict, .pt (read with weights_only) or .safetensors.
         settings: see AdmFlags.
 
-    Returns: weights in the precision of the file, and their spec.
-
-    Raises:
-        UserError: for a file that cannot be read, is another network, or contradicts a flag; for flags that
-            are needed and missing.
-
     Source: Dhariwal & Nichol 2021; key map in `adm_keys.pairs`. Golden: adm_*.safetensors.
     """
     flags = from_json(AdmFlags, dict(settings))
@@ -103,11 +97,6 @@ def convert(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor],
         raise UserError(
             f"The weights of a guided-diffusion network do not say: {', '.join(missing)}.",
             "Give these flags as they were in training; wrong ones run, and give wrong features.",
-        )
-    if flags.noise_schedule not in ("linear", "cosine") or not isinstance(flags.image_size, int):
-        raise UserError(
-            f"noise_schedule {flags.noise_schedule!r} with image_size {flags.image_size!r} is no ADM network.",
-            "noise_schedule is linear or cosine; image_size a whole number of pixels.",
         )
     weights = checkpoint.read_state_dict(path)
     network = network_of(weights, path)
@@ -212,7 +201,7 @@ class DiffusersFlags:
     """
 
     timestep: int = 50
-    noise_schedule: str | None = None
+    noise_schedule: Schedule | None = None
     image_size: int | None = None
 
 
@@ -223,19 +212,8 @@ def convert_diffusers(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str
         path: holds config.json and diffusion_pytorch_model.safetensors (or .bin), or a folder `unet` that does;
             with a scheduler_config.json there or in `scheduler`, the noise schedule is read from it.
         settings: see DiffusersFlags.
-
-    Returns: weights in the precision of the file, and their spec.
-
-    Raises:
-        UserError: for a folder that lacks a part, is another model, or has a schedule or block that we cannot
-            run.
     """
     flags = from_json(DiffusersFlags, dict(settings))
-    if flags.noise_schedule not in (None, *get_args(Schedule)):
-        raise UserError(
-            f"There is no noise_schedule {flags.noise_schedule!r}.",
-            f"Use one of: {', '.join(get_args(Schedule))}.",
-        )
     folder = path / "unet" if (path / "unet" / "config.json").is_file() else path
     kind = "UNet2DModel"
     _, config = read_config(
@@ -267,19 +245,12 @@ def convert_diffusers(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str
             "Latent networks are read with the family stable-diffusion.",
         )
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        DiffusionTeacher(build_unet(spec), spec, name=path.name, licence="-")  # raises for what we cannot run
+        unet = build_unet(spec)
+        DiffusionTeacher(unet, spec, name=path.name, licence="-")  # raises for what we cannot run
     names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
     file = next((folder / n for n in names if (folder / n).is_file()), folder / names[0])
     weights = modern_attention(checkpoint.read_state_dict(file))
-    shapes = _shapes(spec)
-    for key in [*shapes, *weights]:
-        found = tuple(weights[key].shape) if key in weights else "not there"
-        expected = shapes.get(key, "not there")
-        if found != expected:
-            raise UserError(
-                f"'{file}' does not fit its config.json: '{key}' is {found}, expected {expected}.",
-                "The two are of different networks: download the whole folder again.",
-            )
+    checkpoint.check_fits(unet, weights, file)
     return weights, spec
 
 
@@ -293,29 +264,41 @@ def _schedule(path: Path, flags: DiffusersFlags) -> tuple[Schedule, int]:
                 f"'{path}' has no scheduler_config.json, so its noise schedule is not known.",
                 "Give noise_schedule: linear (DDPM), cosine or scaled_linear.",
             )
-        return cast(Schedule, flags.noise_schedule), 1000
-    try:
-        found = parse_json(file.read_text("utf-8"))
-        steps = found.get("num_train_timesteps", 1000)
-        kind, predicts = found.get("beta_schedule", "linear"), found.get("prediction_type", "epsilon")
-        given = float(found.get("beta_start", 1e-4)), float(found.get("beta_end", 0.02))
-        known = {
-            "linear": ("linear", (0.1 / steps, 20 / steps)),
-            "scaled_linear": ("scaled_linear", (0.00085, 0.012)),
-            "squaredcos_cap_v2": ("cosine", given),
-        }
-    except (OSError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"'{file}' cannot be read: {error}.", "Download the whole folder again.") from None
-    name, expected = known.get(kind, ("", ()))
-    if not name or found.get("trained_betas") or not all(map(math.isclose, given, expected)):
-        raise UserError(
-            f"'{file}' has the schedule {kind} from {given[0]} to {given[1]}, which we do not have.",
-            "linear 0.0001 to 0.02 (1000 steps), scaled_linear 0.00085 to 0.012 and squaredcos_cap_v2 can be used.",
-        )
+        return flags.noise_schedule, 1000
+    name, steps, predicts = read_schedule(file, get_args(Schedule))
     if predicts != "epsilon" or (flags.noise_schedule or name) != name:
         raise UserError(
             f"'{file}' says that the network predicts {predicts} on the schedule {name}; "
             f"expected epsilon on {flags.noise_schedule or name}.",
             "Networks that predict epsilon can be used; leave noise_schedule out where the folder tells it.",
         )
-    return cast(Schedule, name), steps
+    return name, steps
+
+
+def read_schedule(file: Path, usable: Collection[Schedule]) -> tuple[Schedule, int, str]:
+    """The schedule, its number of steps and what is predicted, from diffusers' scheduler_config.json.
+
+    Raises:
+        UserError: for a file that cannot be read, or a schedule that is none of `usable`.
+    """
+    found = read_table(file, repair="Download the whole folder again.")
+    steps, kind = found.get("num_train_timesteps", 1000), found.get("beta_schedule", "linear")
+    given = found.get("beta_start", 1e-4), found.get("beta_end", 0.02)
+    changed = [k for k in ("trained_betas", "rescale_betas_zero_snr") if found.get(k)]
+    try:
+        known: dict[str, tuple[Schedule, tuple[float, float]]] = {
+            "linear": ("linear", (0.1 / steps, 20 / steps)),
+            "scaled_linear": ("scaled_linear", (0.00085, 0.012)),
+            "squaredcos_cap_v2": ("cosine", given),
+        }
+        name, expected = known[kind]
+        if name in usable and not changed and steps > 0 and all(map(math.isclose, given, expected)):
+            return name, steps, found.get("prediction_type", "epsilon")
+    except (TypeError, ValueError, KeyError, ZeroDivisionError):
+        pass  # a number or name that makes no schedule
+    more = f", with {' and '.join(changed)}" if changed else ""
+    raise UserError(
+        f"'{file}' has the schedule {kind} from {given[0]} to {given[1]} in {steps} steps{more}.",
+        f"Of {', '.join(usable)} the published ones can be used: linear 0.0001 to 0.02 (1000 steps), "
+        "scaled_linear 0.00085 to 0.012, cosine (squaredcos_cap_v2).",
+    )

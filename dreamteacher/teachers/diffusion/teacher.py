@@ -22,12 +22,11 @@ from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, ResnetUpsampleB
 from torch import Tensor, nn
 
 from dreamteacher.runtime import checkpoint
-from dreamteacher.runtime.config import largest
 from dreamteacher.runtime.distributed.world import randint, randn
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.spec import FeatureSpec, Noise
-from dreamteacher.teachers.base import STRIDES, Teacher
-from dreamteacher.teachers.diffusion.walk import UpBlock, decoder_maps, decoder_outputs, pixel_features
+from dreamteacher.teachers.base import Teacher
+from dreamteacher.teachers.diffusion.walk import UpBlock, decoder_maps, decoder_outputs
 
 Schedule = Literal["linear", "cosine", "scaled_linear"]
 
@@ -161,21 +160,14 @@ class DiffusionTeacher(Teacher):
         channels = list(reversed(unet.config["block_out_channels"]))
         self.multiple = spec.patch * 2 ** (len(channels) - 1)
         self.blocks = blocks
-        # Levels, coarse to fine: the places of their maps in what the walk returns, and their specs.
-        self._levels: list[tuple[list[int], FeatureSpec]] = []
+        # Of each level, fine to coarse, the places of its maps in what the walk returns.
+        self._places: list[list[int]] = []
         if blocks:
-            self._levels = block_levels(unet, spec, blocks, len(self.timesteps))
+            self._places, self.specs = block_levels(unet, spec, blocks, len(self.timesteps))
         else:  # up_blocks[i] runs at stride patch * 2^(levels - 1 - i) until its upsampler
-            self._levels = [
-                ([i], FeatureSpec(f"s{s}", c * len(self.timesteps), s))
-                for i, c in enumerate(channels)
-                if (s := spec.patch * 2 ** (len(channels) - 1 - i)) in STRIDES
-            ]
-        if not self._levels:
-            raise UserError(
-                f"'{name}' has no decoder level at stride 4, 8, 16 or 32.", "Use a deeper network."
-            )
-        self.specs = tuple(level for _, level in reversed(self._levels))
+            strides = [spec.patch * 2**i for i in reversed(range(len(channels)))]
+            widths = [c * len(self.timesteps) for c in channels]
+            self._places = [[i] for i in self.take_levels(list(zip(strides, widths, strict=True)))]
         self.freeze()
 
     def to_network(self, images: Tensor) -> Tensor:
@@ -194,7 +186,7 @@ class DiffusionTeacher(Teacher):
         if mode != "encode" or self.noise == "inversion":
             return
         a_level = len(cast(UpBlock, self.unet.up_blocks[0]).resnets)
-        last = self.blocks[-1] // a_level if self.blocks else self._levels[-1][0][-1]
+        last = self.blocks[-1] // a_level if self.blocks else self._places[0][0]
         self.unet.up_blocks = self.unet.up_blocks[: last + 1]
         if not self.blocks or (self.blocks[-1] + 1) % a_level:
             cast(UpBlock, self.unet.up_blocks[last]).upsamplers = None  # type: ignore[assignment]
@@ -224,7 +216,7 @@ class DiffusionTeacher(Teacher):
         x, t = self._noisy(images, generator)
         steps = len(self.timesteps)  # one by one: memory for one step
         found = [self.walk(now, at) for now, at in zip(x.chunk(steps), t.chunk(steps), strict=True)]
-        wanted = [[maps[i] for maps in found for i in places] for places, _ in reversed(self._levels)]
+        wanted = [[maps[i] for maps in found for i in places] for places in self._places]
         return [torch.cat(level, dim=1) if len(level) > 1 else level[0] for level in wanted]
 
     def walk(self, x: Tensor, t: Tensor) -> list[Tensor]:
@@ -232,25 +224,7 @@ class DiffusionTeacher(Teacher):
         null = self.spec.null_class
         if self.blocks:
             return decoder_outputs(self.unet, x, t, self.blocks, null_class=null)
-        return decoder_maps(self.unet, x, t, self._levels[-1][0][-1] + 1, null_class=null)
-
-    @torch.no_grad()
-    def pixel_features(
-        self, images: Tensor, *, blocks: tuple[int, ...], generator: torch.Generator
-    ) -> Tensor:
-        """Features of every pixel at the teacher's timesteps, one noise draw for all (see `unet_walk`).
-
-        Args:
-            images: as `encode` takes them, N x 3 x H x W; blocks: decoder blocks, ascending from 0.
-
-        Returns: N x (timesteps x sum of widths) x H x W.
-        """
-        x, t = self._noisy(images, generator)
-        height, width = images.shape[-2:]
-        return pixel_features(
-            self.unet, x, t, steps=len(self.timesteps), blocks=blocks, size=(height, width),
-            null_class=self.spec.null_class,
-        )  # fmt: skip
+        return decoder_maps(self.unet, x, t, self._places[0][0] + 1, null_class=null)
 
     def _noisy(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The network's input for images at every timestep, (T N) x C x H x W, and its t."""
@@ -330,8 +304,8 @@ class DiffusionTeacher(Teacher):
 
 def block_levels(
     unet: UNet2DModel, spec: DiffusionSpec, blocks: tuple[int, ...], steps: int
-) -> list[tuple[list[int], FeatureSpec]]:
-    """Decoder blocks grouped by the stride of their outputs, coarse to fine: (places in `blocks`, spec).
+) -> tuple[list[list[int]], tuple[FeatureSpec, ...]]:
+    """Decoder blocks grouped by the stride of their outputs, fine to coarse: places in `blocks`, and the levels.
 
     Args:
         blocks: ascending, counted from 0 at the coarsest; steps: timesteps, whose maps lie side by side.
@@ -355,7 +329,8 @@ def block_levels(
         stride = spec.patch * 2 ** (len(channels) - 1 - level - enlarged)
         groups.setdefault(stride, []).append(place)
         widths[stride] = widths.get(stride, 0) + channels[level] * steps
-    return [(places, FeatureSpec(f"s{stride}", widths[stride], stride)) for stride, places in groups.items()]
+    strides = sorted(groups)
+    return [groups[s] for s in strides], tuple(FeatureSpec(f"s{s}", widths[s], s) for s in strides)
 
 
 def _check_walkable(unet: UNet2DModel, spec: DiffusionSpec, name: str) -> None:
@@ -393,10 +368,8 @@ def build_unet(spec: DiffusionSpec) -> UNet2DModel:
         UserError: when diffusers refuses the settings, or the heads do not divide a width.
     """
     settings = {**spec.unet, "num_class_embeds": spec.classes} if spec.classes else spec.unet
-    counts = spec.patch, spec.image_channels, spec.steps, *spec.size
     try:
-        huge = largest(vars(spec)) > 65_536 or largest(settings.get("layers_per_block")) > 64
-        if huge or min(counts) < 1 or spec.heads == 0:  # built for hours, or none
+        if min(spec.patch, spec.image_channels, spec.steps, *spec.size) < 1 or spec.heads == 0:
             raise ValueError("its numbers are those of no network")
         unet = UNet2DModel(**settings)
     except Exception as error:  # diffusers refuses odd settings in many ways
@@ -430,15 +403,7 @@ def load(
     noise: Noise = "stochastic",
     blocks: tuple[int, ...] = (),
 ) -> DiffusionTeacher:
-    """The teacher of a state dict, which becomes the network's own parameters without a copy.
-
-    Args:
-        weights: floating-point tensors of any precision; the network is float32.
-        where: the file that is named when the weights do not fit the spec.
-
-    Raises:
-        UserError: listing missing, unexpected and wrongly shaped keys.
-    """
+    """See `Family`."""
     # On the meta device no memory is taken and no random weight is drawn: ADM-256 has 552 M of them.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         unet = build_unet(spec)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, ResnetUpsampleBlock2D, UpBlock2D
 from torch import Tensor, nn
@@ -110,12 +109,9 @@ def decoder_outputs(
     """Whole outputs of decoder blocks, AFTER the upsampler that ends a level; early exit as `decoder_maps`.
 
     Args:
-        x: network input, N x C x H x W; t: timesteps (N,).
-        blocks: ascending, counted from 0 at the coarsest: guided-diffusion's `output_blocks`.
-        labels, null_class: see `time_embedding`.
-
-    Raises:
-        UserError: for a block that the network does not have, or that `keep_only` freed.
+        x, t, labels, null_class: see `decoder_maps`.
+        blocks: ascending, counted from 0 at the coarsest: guided-diffusion's `output_blocks`. UserError for one that
+            the network does not have, or that `keep_only` freed.
 
     Source: Baranchuk et al. 2022 (DDPM-seg). Golden: adm_* `out.decK.post_up`, ddpm_seg_features.
     """
@@ -131,31 +127,3 @@ def decoder_outputs(
         )
     emb = time_embedding(unet, t, labels=labels, null_class=null_class)
     return _walk(unet, x, emb, blocks, before=False)
-
-
-def pixel_features(
-    unet: UNet2DModel,
-    x: Tensor,
-    t: Tensor,
-    *,
-    steps: int,
-    blocks: tuple[int, ...],
-    size: tuple[int, int],
-    null_class: int | None = None,
-) -> Tensor:
-    """DDPM-seg's features of every pixel: block outputs at several noise levels, made as large as the image.
-
-    Args:
-        x: the same N images at `steps` noise levels, level by level: (steps N) x C x H x W; t: (steps N,).
-        blocks: see `decoder_outputs`. Published for ADM-256: 5, 6, 7, 8, 12 at t = 50, 150, 250.
-        size: height and width of the features in pixels.
-        null_class: see `time_embedding`.
-
-    Returns: N x (steps x sum of widths) x height x width: step by step, block by block within a step.
-
-    Source: Baranchuk et al. 2022; bilinear, align_corners False. Golden: ddpm_seg_features.
-    """
-    maps = decoder_outputs(unet, x, t, blocks, null_class=null_class)
-    large = [F.interpolate(m, size, mode="bilinear", align_corners=False) for m in maps]
-    by_step = zip(*(m.chunk(steps) for m in large), strict=True)
-    return torch.cat([m for step in by_step for m in step], dim=1)

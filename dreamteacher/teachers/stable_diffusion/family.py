@@ -27,7 +27,7 @@ def cost(spec: StableDiffusionSpec) -> Cost:
         whole = UNet2DConditionModel(**spec.unet)
         image = torch.empty(1, 3, height, width)
         t = torch.zeros(1, dtype=torch.long)
-        ids = time_ids(height, width, torch.empty(1))
+        ids = time_ids(height, width, torch.device("meta"), torch.float32)
     teacher = StableDiffusionTeacher(network, spec, name="", licence="")
     z = latents(network.vae, image)
     prompt, count = network.prompt.to("meta"), len(network.unet.up_blocks)

@@ -5,33 +5,20 @@ Weights are read from safetensors alone. The text encoders run once, here, and a
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor
 
 from dreamteacher.runtime.checkpoint import read_state_dict
 from dreamteacher.runtime.errors import UserError, first_line, shorten
-from dreamteacher.teachers.diffusers_folder import arguments_of, modern_attention, read_table
-from dreamteacher.teachers.diffusers_folder import read_config as read_class
 from dreamteacher.teachers.stable_diffusion.network import Kind
-from dreamteacher.teachers.vae import ORIGINAL, tiny_from_original
+from dreamteacher.teachers.vae import ORIGINAL, read_folder, safetensors_of, tiny_from_original
 
-REPAIR = "Download the whole folder again."
-STEM = "diffusion_pytorch_model"
 TEXT_STEM = "model"
 LAYOUT = ("unet/", "vae/", "text_encoder/", "tokenizer/", "scheduler/")
-CLASSES: dict[str, type[UNet2DConditionModel | AutoencoderKL | AutoencoderTiny]] = {
-    "UNet2DConditionModel": UNet2DConditionModel,
-    "AutoencoderKL": AutoencoderKL,
-    "AutoencoderTiny": AutoencoderTiny,
-}
 
 
 def check_pipeline(path: Path, parts: tuple[str, ...]) -> None:
@@ -52,80 +39,6 @@ def check_pipeline(path: Path, parts: tuple[str, ...]) -> None:
             f"'{path}' is not a whole Stable Diffusion pipeline: it lacks {shorten(lacking)}.",
             f"Give the model's folder in diffusers' layout: {', '.join(LAYOUT)}.",
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """`diffusers_folder.read_table` of a pipeline's file."""
-    return read_table(path, repair=REPAIR)
-
-
-def read_config(folder: Path, classes: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
-    """Class and arguments from diffusers' config.json; entries that the class does not take are left out.
-
-    Raises:
-        UserError: for a network of none of `classes`.
-    """
-    way_out = "Stable Diffusion 1.x, 2.x and SDXL can be read, in diffusers' layout."
-    name, values = read_class(folder, classes, repair=REPAIR, others=way_out)
-    return name, arguments_of(CLASSES[name], values)
-
-
-def safetensors_of(folder: Path, stem: str) -> list[Path]:
-    """The files that hold a part's weights: one, its half-precision variant, or several with an index.
-
-    Raises:
-        UserError: where there are none, saying why others are not read.
-    """
-    for variant in ("", ".fp16"):
-        if (folder / f"{stem}{variant}.safetensors").is_file():
-            return [folder / f"{stem}{variant}.safetensors"]
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        if isinstance(names, dict) and names:
-            return [folder / Path(str(name)).name for name in sorted(set(names.values()))]
-        raise UserError(f"'{index}' names no files of weights.", "Download the whole folder again.")
-    others = [p.name for p in sorted(folder.glob("*")) if p.suffix in (".bin", ".ckpt", ".pt", ".pth")]
-    why = f"; {shorten(others)} may run code when it is read, so it is not" if others else ""
-    raise UserError(
-        f"'{folder}' has no {stem}.safetensors (nor {stem}.fp16.safetensors){why}.",
-        "Download the safetensors files of the model.",
-    )
-
-
-def part_weights(folder: Path) -> dict[str, Tensor]:
-    """All weights of a network's folder, in the precision of its files.
-
-    Raises:
-        UserError: for missing or damaged files.
-    """
-    return {k: v for file in safetensors_of(folder, STEM) for k, v in read_state_dict(file).items()}
-
-
-def schedule_steps(file: Path) -> int:
-    """The number of steps of a pipeline's schedule, which must be Stable Diffusion's own.
-
-    What the network predicts (epsilon, or v as Stable Diffusion 2.1 at 768 px) is of no consequence: features
-    are taken before its last layer, from an input that is noised alike.
-
-    Raises:
-        UserError: for any schedule but scaled_linear from 0.00085 to 0.012.
-    """
-    found = read_json(file)
-    kind, first, last = (found.get(k, "?") for k in ("beta_schedule", "beta_start", "beta_end"))
-    steps = found.get("num_train_timesteps", 1000)
-    changed = [k for k in ("trained_betas", "rescale_betas_zero_snr") if found.get(k)]
-    try:
-        right = math.isclose(first, 0.00085) and math.isclose(last, 0.012) and steps > 0
-    except TypeError:
-        right = False
-    if kind != "scaled_linear" or not right or changed:
-        more = f", with {' and '.join(changed)}" if changed else ""
-        raise UserError(
-            f"'{file}' has the schedule {kind} from {first} to {last} in {steps} steps{more}.",
-            "Networks trained on Stable Diffusion's own (scaled_linear, 0.00085 to 0.012) can be used.",
-        )
-    return steps
 
 
 def embed_prompt(path: Path, prompt: str, *, xl: bool) -> dict[str, Tensor]:
@@ -233,6 +146,5 @@ def read_vae(place: Path) -> tuple[Kind, dict[str, Any], dict[str, Tensor]]:
         last = max((k for k in weights), key=lambda k: int(k.split(".")[2]))
         latent = weights[last].shape[0]
         return "tiny", {"latent_channels": latent, "encoder_block_out_channels": width}, weights
-    folder = place / "vae" if (place / "vae" / "config.json").is_file() else place
-    name, config = read_config(folder, ("AutoencoderKL", "AutoencoderTiny"))
-    return "tiny" if name == "AutoencoderTiny" else "kl", config, modern_attention(part_weights(folder))
+    kind, config, weights = read_folder(place, ("kl", "tiny"))
+    return cast(Kind, kind), config, weights

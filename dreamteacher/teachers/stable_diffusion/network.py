@@ -91,13 +91,9 @@ def decoder_maps(
     return maps
 
 
-def time_ids(height: int, width: int, like: Tensor) -> Tensor:
-    """What SDXL is told of an image that is neither resized nor cropped: (1, 6), sizes in pixels."""
-    return _time_ids(height, width, like.device, like.dtype)
-
-
 @functools.lru_cache(maxsize=4)  # made once: a copy to a GPU in every pass would wait for it
-def _time_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def time_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What SDXL is told of an image that is neither resized nor cropped: (1, 6), sizes in pixels."""
     return torch.tensor([[height, width, 0, 0, height, width]], dtype=dtype, device=device)
 
 
@@ -122,7 +118,10 @@ class Network(nn.Module):
             width = width if isinstance(width, int) else width[0]
             self.register_buffer("prompt", torch.zeros(1, TOKENS, width))
             if self.xl:
-                self.register_buffer("pooled", torch.zeros(1, _pooled_width(self.unet)))
+                config = self.unet.config  # the embedding takes the pooled prompt and the sizes
+                sizes = TIME_IDS * config["addition_time_embed_dim"]
+                pooled = config["projection_class_embeddings_input_dim"] - sizes
+                self.register_buffer("pooled", torch.zeros(1, pooled))
         except (ValueError, TypeError, RuntimeError, LookupError, ZeroDivisionError) as error:
             raise UserError(
                 f"The networks cannot be built: {type(error).__name__} {first_line(error)}",
@@ -156,12 +155,6 @@ class Network(nn.Module):
         beyond = [f"unet.up_blocks.{i}." for i in range(count, whole)]
         ends = ("unet.conv_norm_out.", "unet.conv_out.", "vae.decoder.", "vae.post_quant_conv.")
         return (*ends, *beyond, f"unet.up_blocks.{count - 1}.upsamplers.")
-
-
-def _pooled_width(unet: UNet2DConditionModel) -> int:
-    """Channels of SDXL's pooled prompt: what its embedding takes besides the sizes."""
-    sizes = TIME_IDS * unet.config["addition_time_embed_dim"]
-    return unet.config["projection_class_embeddings_input_dim"] - sizes
 
 
 def _check_walkable(unet: UNet2DConditionModel, vae: AutoencoderKL | AutoencoderTiny) -> None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
 from dreamteacher.runtime import checkpoint
@@ -20,18 +21,18 @@ from dreamteacher.runtime.config import from_json
 from dreamteacher.runtime.errors import UserError
 from dreamteacher.spec import FeatureSpec, Noise
 from dreamteacher.teachers.base import STRIDES, Teacher
+from dreamteacher.teachers.diffusers_folder import arguments_of, read_config
+from dreamteacher.teachers.diffusion.adm import read_schedule
 from dreamteacher.teachers.diffusion.teacher import Schedule, alphas_cumprod, draw_noise, noised
 from dreamteacher.teachers.stable_diffusion.files import (
     check_pipeline,
     embed_prompt,
-    part_weights,
-    read_config,
     read_file,
     read_vae,
-    schedule_steps,
 )
 from dreamteacher.teachers.stable_diffusion.network import Kind, Network, decoder_maps, time_ids
 from dreamteacher.teachers.vae import latents as vae_latents
+from dreamteacher.teachers.vae import part_weights
 
 TIMESTEP = 150  # ours: the paper does not state it for Stable Diffusion; its t for ImageNet
 CLEAN_TIMESTEP = 261  # at which CleanDIFT's networks take images without noise
@@ -116,11 +117,7 @@ def levels_of(network: Network, enlarge: int) -> tuple[list[tuple[int, FeatureSp
 
 
 def build_network(spec: StableDiffusionSpec) -> Network:
-    """The networks of a spec with fresh weights, cut after the last level that is taken.
-
-    Raises:
-        UserError: when diffusers refuses the settings, or the networks cannot be read.
-    """
+    """The networks of a spec with fresh weights, cut after the last level that is taken."""
     if spec.enlarge < 1:
         raise UserError(f"Images cannot be enlarged by {spec.enlarge}.", "Use a whole number from 1.")
     network = Network(spec.unet, spec.vae, spec.vae_kind)
@@ -231,7 +228,7 @@ class StableDiffusionTeacher(Teacher):
         added = None
         if self.network.xl:
             height, width = (side * self.network.latent_stride for side in x0.shape[-2:])
-            sizes = time_ids(height, width, x0)
+            sizes = time_ids(height, width, x0.device, x0.dtype)
             added = self.network.pooled.expand(len(x), -1), sizes.expand(len(x), -1)
         context = self.network.prompt.expand(len(x), -1, -1)
         maps = self.walk(x, self.t.repeat_interleave(len(x0)), context, added)
@@ -250,12 +247,6 @@ class StableDiffusionTeacher(Teacher):
         return self.encode_latents(self.latents(images), generator=generator)
 
 
-def _fit(network: Network, weights: Mapping[str, Tensor], where: Path) -> None:
-    """Raises UserError listing missing, unexpected and wrongly shaped keys."""
-    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in network.state_dict().items()}:
-        checkpoint.load_exactly(network, weights, where)
-
-
 def load(
     weights: Mapping[str, Tensor],
     spec: StableDiffusionSpec,
@@ -266,16 +257,7 @@ def load(
     timesteps: tuple[int, ...] = (),
     noise: Noise = "stochastic",
 ) -> StableDiffusionTeacher:
-    """The teacher of a state dict, which becomes the networks' own parameters without a copy.
-
-    Args:
-        weights: "unet." and "vae." of the parts that run, "prompt" and for SDXL "pooled"; any precision, the
-            networks are float32.
-        where: the file that is named when the weights do not fit the spec.
-
-    Raises:
-        UserError: listing missing, unexpected and wrongly shaped keys.
-    """
+    """See `Family`; weights: "unet." and "vae." of the parts that run, "prompt" and for SDXL "pooled"."""
     # On the meta device no memory is taken and no random weight is drawn: SDXL has 2.6 G of them.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         network = build_network(spec)
@@ -292,22 +274,26 @@ def convert(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor],
         path: a folder in diffusers' layout: unet/, vae/, text_encoder/, tokenizer/, scheduler/, for SDXL also
             text_encoder_2/ and tokenizer_2/; safetensors, full or half (fp16) precision.
         settings: see StableDiffusionSettings.
-
-    Raises:
-        UserError: for unknown settings, missing, damaged or foreign parts, parts that do not fit each other, or
-            when transformers is not installed.
     """
     asked = from_json(StableDiffusionSettings, dict(settings))
     check_pipeline(path, ("unet", "text_encoder") if asked.vae else ("unet", "text_encoder", "vae"))
-    _, unet = read_config(path / "unet", ("UNet2DConditionModel",))
+    _, config = read_config(
+        path / "unet",
+        ["UNet2DConditionModel"],
+        repair="Download the whole folder again.",
+        others="Stable Diffusion 1.x, 2.x and SDXL can be read, in diffusers' layout.",
+    )
+    unet = arguments_of(UNet2DConditionModel, config)
     kind, vae, encoder = read_vae(Path(asked.vae) if asked.vae else path / "vae")
+    # What is predicted is of no consequence: features are taken before the last layer.
+    _, steps, _ = read_schedule(path / "scheduler" / "scheduler_config.json", ["scaled_linear"])
     usual = CLEAN_TIMESTEP if asked.clean else TIMESTEP
     spec = StableDiffusionSpec(
         unet=unet,
         vae=vae,
         vae_kind=kind,
         enlarge=asked.enlarge,
-        steps=schedule_steps(path / "scheduler" / "scheduler_config.json"),
+        steps=steps,
         timestep=usual if asked.timestep is None else asked.timestep,
         clean=asked.clean,
         prompt=asked.prompt,
@@ -325,5 +311,5 @@ def convert(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor],
     weights = {f"unet.{k}": v for k, v in body.items()} | {f"vae.{k}": v for k, v in encoder.items()}
     weights = {k: v for k, v in weights.items() if not k.startswith(network.dropped())}
     weights |= embed_prompt(path, asked.prompt, xl=network.xl)
-    _fit(network, weights, path)
+    checkpoint.check_fits(network, weights, path)
     return weights, spec

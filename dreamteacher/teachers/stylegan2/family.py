@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dreamteacher.teachers.cost import channels_by_stride
+from dreamteacher.teachers.cost import channels_by_stride, gmacs
 from dreamteacher.teachers.family import Cost, Family
 from dreamteacher.teachers.stylegan2.convert import convert
 from dreamteacher.teachers.stylegan2.teacher import Generator, StyleGan2Spec, StyleGan2Teacher, load
@@ -14,35 +15,13 @@ from dreamteacher.teachers.stylegan2.teacher import Generator, StyleGan2Spec, St
 def cost(spec: StyleGan2Spec) -> Cost:
     """Of one image."""
     with torch.device("meta"):
-        network = Generator(spec)
-    bank = torch.zeros(1, spec.h_dim) if spec.h_dim else None
-    teacher = StyleGan2Teacher(network, name="", licence="", bank=bank)
-    gmacs = macs(spec) / 1e9
-    return Cost(channels_by_stride(teacher.specs), ("sample",), gmacs, gmacs)
-
-
-def macs(spec: StyleGan2Spec) -> int:
-    """Multiply-accumulates of one image of a StyleGAN2, added up layer by layer.
-
-    Its layers cannot run without values (they leave mixed precision, which the meta device does not have).
-    Test: equal to the operations counted while a small one runs.
-    """
-    w = spec.w_dim
-    embeds = [n for n in (spec.c_dim, spec.h_dim) if n]
-    total = w * sum(embeds)
-    total += (
-        (spec.z_dim + w * len(embeds)) * w + (spec.mapping_layers - 1) * w * w if spec.mapping_layers else 0
-    )
-    for i, channels in enumerate(spec.channels):
-        height, width = spec.block_size(i)
-        pixels = height * width
-        if i:  # doubles: a transposed convolution of the smaller map, then the filter on every channel
-            before = spec.channels[i - 1]
-            total += before * (w + channels) + pixels // 4 * 9 * before * channels + pixels * 16 * channels
-        total += channels * (w + channels) + pixels * 9 * channels * channels
-        if spec.architecture == "skip" or i == len(spec.channels) - 1:
-            total += channels * (w + pixels * spec.image_channels)
-    return total
+        bank = torch.empty(1, spec.h_dim) if spec.h_dim else None
+        teacher = StyleGan2Teacher(Generator(spec), name="", licence="", bank=bank)
+    with FakeTensorMode():  # layers leave mixed precision, which the meta device does not have
+        network = Generator(spec).requires_grad_(False)
+        z, c, h = (torch.zeros(1, n) if n else None for n in (spec.z_dim, spec.c_dim, spec.h_dim))
+        image = gmacs(lambda: network.synthesis(network.mapping(z, c, h), noise="const"))
+    return Cost(channels_by_stride(teacher.specs), ("sample",), image, image)
 
 
 def tiny() -> tuple[dict[str, Tensor], StyleGan2Spec]:

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from dreamteacher.runtime import checkpoint
 from dreamteacher.runtime.distributed.world import randint, randn
 from dreamteacher.runtime.errors import UserError, shorten
-from dreamteacher.spec import FeatureSpec
-from dreamteacher.teachers.base import STRIDES, Teacher
+from dreamteacher.teachers.base import Teacher
 
 NoiseMode = Literal["const", "none", "random"]
 MAPPING_LR = 0.01
@@ -394,12 +393,7 @@ class StyleGan2Teacher(Teacher):
             )
         self.register_buffer("bank", bank, persistent=False)
         top = len(spec.channels) - 1
-        self._levels = [i for i in range(top, -1, -1) if 2 ** (top - i) in STRIDES]
-        if not self._levels:
-            raise UserError(f"'{name}' has no map at stride 4, 8, 16 or 32.", "Use a deeper network.")
-        self.specs = tuple(
-            FeatureSpec(f"s{2 ** (top - i)}", spec.channels[i], 2 ** (top - i)) for i in self._levels
-        )
+        self._levels = self.take_levels([(2 ** (top - i), c) for i, c in enumerate(spec.channels)])
         self.multiple = self.specs[-1].stride
         self.freeze()
 
@@ -431,16 +425,8 @@ def load(
     licence: str,
     psi: float = 1.0,
 ) -> StyleGan2Teacher:
-    """The teacher of a state dict; `where` is named when the weights do not fit the spec.
-
-    Args:
-        weights: the generator's, and for an IC-GAN "bank", instance features (K, h_dim).
-
-    Raises:
-        UserError: for weights that do not fit, or an IC-GAN without a bank.
-    """
+    """See `Family`; weights: the generator's, and for an IC-GAN "bank", instance features (K, h_dim)."""
     with torch.device("meta"):  # no random start: every parameter and buffer is in the weights
         network = Generator(spec)
-    network = network.to_empty(device="cpu")
-    checkpoint.load_exactly(network, {k: v for k, v in weights.items() if k != "bank"}, where)
+    checkpoint.adopt_exactly(network, {k: v for k, v in weights.items() if k != "bank"}, where)
     return StyleGan2Teacher(network, name=name, licence=licence, bank=weights.get("bank"), psi=psi)

@@ -80,7 +80,7 @@ def converted(tmp_path: Path, state: dict[str, Tensor], settings: dict[str, Any]
     torch.save(state, path)
     weights, spec = convert(path, settings)
     network = build_network(spec)
-    network.load_state_dict(weights, strict=True)
+    network.load_state_dict(weights, strict=True, assign=True)
     return network.eval().requires_grad_(False)
 
 

@@ -131,7 +131,7 @@ def test_networks_that_cannot_be():
     refused(lambda: BigGanSpec(channels=(8, 4), hierarchical=False), "told of nothing")
     spec = BigGanSpec(channels=(4, 4), latent=2)
     refused(
-        lambda: load(random_weights(spec), spec, Path("x"), name="flat", licence="-"), "no block at stride 4"
+        lambda: load(random_weights(spec), spec, Path("x"), name="flat", licence="-"), "no level at stride 4"
     )
 
 

@@ -28,9 +28,10 @@ from dreamteacher.teachers.diffusion.teacher import (
     noised,
     q_sample,
 )
-from dreamteacher.teachers.diffusion.walk import decoder_maps, decoder_outputs, pixel_features
+from dreamteacher.teachers.diffusion.walk import decoder_maps, decoder_outputs
 from dreamteacher.teachers.registry import load_teacher, save_teacher
 from dreamteacher.testing import check_teacher
+from tests.builders.pixel_features import pixel_features
 from tests.places import GOLDEN
 
 NETWORKS = [
@@ -517,7 +518,7 @@ def spoil(file: str, change: Callable[[str], str]) -> Callable[[Path], None]:
         (spoil("scheduler_config.json", lambda s: s.replace("0.02", "0.03")), "linear from 0.0001 to 0.03"),
         (spoil("scheduler_config.json", lambda s: s.replace('"linear"', '"sigmoid"')), "schedule sigmoid"),
         (spoil("scheduler_config.json", lambda s: s.replace("epsilon", "v_prediction")), "v_prediction"),
-        (spoil("scheduler_config.json", lambda s: s.replace("1000", '"many"')), "cannot be read"),
+        (spoil("scheduler_config.json", lambda s: s.replace("1000", '"many"')), "in many steps"),
     ],
 )  # fmt: skip
 def test_damaged_folders_are_named(tmp_path, damage, words):

@@ -25,9 +25,10 @@ from dreamteacher.teachers.diffusion.teacher import (
     noised,
     q_sample,
 )
-from dreamteacher.teachers.diffusion.walk import decoder_maps, decoder_outputs, pixel_features
+from dreamteacher.teachers.diffusion.walk import decoder_maps, decoder_outputs
 from dreamteacher.teachers.training.diffusion import PRESETS, network_spec
 from dreamteacher.testing import check_teacher
+from tests.builders.pixel_features import features_of
 
 KINDS = {
     "conv": ("DownBlock2D", "UpBlock2D", "conv"),
@@ -186,7 +187,7 @@ def test_block_outputs_stop_within_a_level():
 def test_pixel_features_are_joined_step_by_step_then_block_by_block():
     teacher = make("resnet", timesteps=(50, 200), noise="fixed")
     images = torch.rand(2, 3, 64, 96)
-    found = teacher.pixel_features(images, blocks=(3, 8), generator=torch.Generator())
+    found = features_of(teacher, images, blocks=(3, 8), generator=torch.Generator())
     assert found.shape == (2, 2 * (48 + 16), 64, 96)
     x0, noise = teacher.to_network(images), draw_noise(images, "fixed", torch.Generator())
     parts = []
@@ -197,8 +198,6 @@ def test_pixel_features_are_joined_step_by_step_then_block_by_block():
             (one,) = decoder_outputs(teacher.unet, x, torch.full((2,), t), (block,))
             parts.append(torch.nn.functional.interpolate(one, (64, 96), mode="bilinear"))
     torch.testing.assert_close(found, torch.cat(parts, 1), rtol=1e-4, atol=1e-4)
-    small = pixel_features(teacher.unet, x, torch.full((2,), 200), steps=1, blocks=(8,), size=(10, 12))
-    assert small.shape == (2, 16, 10, 12)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -493,7 +492,7 @@ def test_a_level_as_wide_as_a_head_has_one():
     ("act", "words"),
     [
         (lambda: make(timesteps=(1000,)), "out of range"),
-        (lambda: make(levels=2), "no decoder level"),
+        (lambda: make(levels=2), "no level at stride"),
         (lambda: make().encode(torch.rand(1, 3, 48, 64), generator=torch.Generator()), "--size 64 64"),
         (lambda: narrow((32, 32, 32, 16), ()), "level 3 .* no head: 16 channels, heads of 32"),
         (lambda: narrow((32, 16, 32, 32), (1,)), "level 1 .* no head"),

@@ -129,7 +129,7 @@ def test_what_the_prompt_and_the_size_say_reaches_the_maps():
     teacher.network.pooled += 1
     after = teacher.encode(images, generator=seeded())
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(after, before, strict=True))
-    assert time_ids(96, 128, images).tolist() == [[96, 128, 0, 0, 96, 128]]
+    assert time_ids(96, 128, images.device, images.dtype).tolist() == [[96, 128, 0, 0, 96, 128]]
 
 
 @pytest.mark.parametrize(("kind", "enlarge"), [("sd1", 2), ("sd1", 4), ("sdxl", 2), ("sd2", 1)])
@@ -159,7 +159,11 @@ def test_walk_compiles_without_graph_breaks():
     )  # fmt: skip
     network = load(weights_of(spec := spec_of(unet=config)), spec, Path("-"), name="-", licence="-").network
     compiled = torch.compile(decoder_maps, fullgraph=True, backend="eager")
-    x, t, added = torch.rand(1, 4, 8, 8), torch.tensor([7]), (network.pooled, time_ids(64, 64, torch.ones(1)))
+    x, t, added = (
+        torch.rand(1, 4, 8, 8),
+        torch.tensor([7]),
+        (network.pooled, time_ids(64, 64, torch.device("cpu"), torch.float32)),
+    )
     with torch.no_grad():
         ours, plain = (f(network.unet, x, t, network.prompt, 2, added) for f in (compiled, decoder_maps))
         assert same(ours, plain)
@@ -647,7 +651,7 @@ DAMAGE: list[tuple[Callable[[Path], object], tuple[str, ...]]] = [
     (lambda f: edit(f / "unet" / "config.json", cross_attention_dim=10), ("of another shape",)),
     (lambda f: edit(f / "unet" / "config.json", _class_name="UNet2DModel"), ("a UNet2DModel, not",)),
     (lambda f: edit(f / "unet" / "config.json", in_channels=9), ("9 channels on latents of 4",)),
-    (lambda f: edit(f / "vae" / "config.json", _class_name="VQModel"), ("a VQModel, not",)),
+    (lambda f: edit(f / "vae" / "config.json", _class_name="VQModel"), ("a VQModel, which is not",)),
     (lambda f: (f / "unet" / "config.json").write_text("{"), ("config.json", "cannot be read")),
     (lambda f: (f / "unet" / "config.json").write_text("[1]"), ("config.json", "cannot be read")),
     (lambda f: edit(f / "scheduler" / "scheduler_config.json", beta_end=0.02), ("0.00085 to 0.02",)),

@@ -401,7 +401,7 @@ def test_classes_are_uniform_and_features_come_from_the_bank():
 def test_absent_levels_are_absent():
     spec = replace(TINY, size=(32, 64), channels=(8, 7, 6, 5))
     assert [(s.stride, s.channels) for s in teacher_of(spec).specs] == [(4, 7), (8, 8)]
-    with pytest.raises(UserError, match="no map at stride"):
+    with pytest.raises(UserError, match="no level at stride"):
         teacher_of(replace(TINY, channels=(8, 8)))
 
 
