@@ -9,7 +9,7 @@ import struct
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,7 +45,11 @@ class _Call(Inert):
 
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]  # in Python: its memory cells are a dict
     # Without persistent ids, extensions, and the texts of protocol 0, for which Python would import a codec.
-    dispatch = {c: f for c, f in pickle._Unpickler.dispatch.items() if c not in b"PQVSTU\x82\x83\x84"}  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: act
+        for code, act in pickle._Unpickler.dispatch.items()
+        if code not in b"PQVSTU\x82\x83\x84"  # type: ignore[attr-defined]
+    }
 
     def __init__(self, data: bytes, allowed: Mapping[str, Callable[..., Any]], where: Path) -> None:
         super().__init__(io.BytesIO(data))
